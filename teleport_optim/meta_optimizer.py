@@ -1,0 +1,124 @@
+"""The meta-optimizer: one small LSTM shared by all tensors of a network, and the controls that it emits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from teleport_optim.features import NUM_FEATURES
+
+__all__ = ["Controller", "Controls", "MetaOptimizer"]
+
+PRIOR_MOMENTUM = 0.8
+
+
+class Controls(NamedTuple):
+    """What steers the update of one network, one entry per tensor (shape ``[num_tensors]`` each)."""
+
+    rate: Tensor
+    """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""
+    momentum: Tensor
+    """Decay beta of the gradient average, in (0.35, 0.97); 0.8 at the prior."""
+    row_weight: Tensor
+    """Weight of the row-normalised momentum beside the orthogonalised one, in (-1, 1); 0 at the prior."""
+    decay: Tensor
+    """Factor on the prior weight decay, in (e^-2, e^2); 1 at the prior."""
+    balance: Tensor
+    """Strength of the teleport that balances the norms of weights around a channel, in (-1, 1); 0 at the prior."""
+    gradient_balance: Tensor
+    """Strength of the teleport that balances the norms of gradients around a channel, in (-1, 1); 0 at the prior."""
+
+    @classmethod
+    def prior(cls, num_tensors: int) -> Controls:
+        """The constant controls under which the rule is its unlearned prior."""
+        return cls.from_outputs(torch.zeros(num_tensors, len(cls._fields)))
+
+    @classmethod
+    def from_outputs(cls, outputs: Tensor) -> Controls:
+        """Bound the raw outputs of a network, shape ``[num_tensors, 6]``; zeros give the prior."""
+        bounded = torch.tanh(outputs)
+        rate, momentum, row_weight, decay, balance, gradient_balance = bounded.unbind(-1)
+        logit = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
+        return cls(
+            rate=torch.exp(2.0 * rate),
+            momentum=torch.sigmoid(logit + 2.0 * momentum),
+            row_weight=row_weight,
+            decay=torch.exp(2.0 * decay),
+            balance=balance,
+            gradient_balance=gradient_balance,
+        )
+
+
+class Controller(Protocol):
+    """Anything that maps features and its own hidden state to controls: the network, or a constant in a test."""
+
+    def __call__(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``([num_tensors, NUM_FEATURES], [num_tensors, hidden])`` to raw outputs ``[num_tensors, 6]`` and hidden."""
+        ...
+
+
+class MetaOptimizer(nn.Module):
+    """An LSTM over control steps, run with the same weights on every tensor.
+
+    It is size-agnostic: its inputs are a fixed number of features per tensor, so one set of weights serves any network.
+    (The LSTM of arXiv 2504.15399 reads the flattened gradient itself, which ties its weights to one architecture; this is
+    a deliberate departure.) The readout starts at zero, so an untrained meta-optimizer emits the prior exactly.
+
+    The cell is written out rather than taken from ``nn.LSTMCell``, which has no batching rule under ``torch.func.vmap``.
+
+    Args:
+        hidden_size: Width of the LSTM, at least 1.
+        generator: Draws the initial weights; a generator seeded with 0 by default.
+
+    Raises:
+        ValueError: if ``hidden_size`` is not positive.
+
+    Example:
+        >>> meta_optimizer = MetaOptimizer(hidden_size=8)
+        >>> outputs, hidden = meta_optimizer(torch.randn(3, NUM_FEATURES), meta_optimizer.initial_hidden(3))
+        >>> outputs.shape, hidden.shape, float(outputs.abs().max())
+        (torch.Size([3, 6]), torch.Size([3, 16]), 0.0)
+    """
+
+    def __init__(self, hidden_size: int = 24, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
+        self.hidden_size = hidden_size
+        generator = generator or torch.Generator().manual_seed(0)
+        num_outputs = len(Controls._fields)
+
+        def normal(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, columns, generator=generator) / math.sqrt(columns))
+
+        self.input_weight = normal(4 * hidden_size, NUM_FEATURES)
+        self.hidden_weight = normal(4 * hidden_size, hidden_size)
+        self.bias = nn.Parameter(torch.cat([torch.ones(hidden_size), torch.zeros(3 * hidden_size)]))
+        self.readout_weight = nn.Parameter(torch.zeros(num_outputs, hidden_size))
+        self.skip_weight = nn.Parameter(torch.zeros(num_outputs, NUM_FEATURES))
+        self.readout_bias = nn.Parameter(torch.zeros(num_outputs))
+
+    def initial_hidden(self, num_tensors: int) -> Tensor:
+        """Hidden and cell state side by side, zeros of shape ``[num_tensors, 2 * hidden_size]``."""
+        return torch.zeros(num_tensors, 2 * self.hidden_size, device=self.bias.device)
+
+    def forward(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """One control step.
+
+        Args:
+            features: ``[num_tensors, NUM_FEATURES]``.
+            hidden: ``[num_tensors, 2 * hidden_size]``.
+
+        Returns:
+            Raw outputs ``[num_tensors, 6]`` for :meth:`Controls.from_outputs`, and the new hidden state.
+        """
+        output, cell = hidden.chunk(2, dim=-1)
+        gates = features @ self.input_weight.mT + output @ self.hidden_weight.mT + self.bias
+        forget, enter, emit, candidate = gates.chunk(4, dim=-1)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
+        output = torch.sigmoid(emit) * torch.tanh(cell)
+        outputs = output @ self.readout_weight.mT + features @ self.skip_weight.mT + self.readout_bias
+        return outputs, torch.cat([output, cell], dim=-1)

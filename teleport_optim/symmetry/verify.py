@@ -1,0 +1,229 @@
+"""A numeric certificate that symmetries leave a model's function unchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from teleport_optim.symmetry.find import copy_inputs, cuda_devices
+from teleport_optim.symmetry.moves import move
+from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
+
+__all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "verify_symmetries"]
+
+APPROXIMATE_TOLERANCE = 0.05
+"""What a symmetry with ``exact=False`` may change. A wrong symmetry changes the function by about 0.3 and more."""
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """How much each symmetry changed the function, with its verdict; printing it gives a table.
+
+    Attributes:
+        errors: For each site id, the largest relative change of an output or a buffer, in evaluation and in training
+            mode.
+        together: The same with all exact symmetries applied at once.
+        approximate: The ids of the sites with ``exact=False``.
+        refusals: The places that the spec leaves out.
+        tolerance: What an exact symmetry may change. Others may change :data:`APPROXIMATE_TOLERANCE`.
+    """
+
+    errors: Mapping[str, float]
+    together: float
+    approximate: frozenset[str]
+    refusals: tuple[Refusal, ...]
+    tolerance: float
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The ids of the sites that changed the function by more than they may."""
+        limits = {True: max(self.tolerance, APPROXIMATE_TOLERANCE), False: self.tolerance}
+        return tuple(name for name, error in self.errors.items() if not error <= limits[name in self.approximate])
+
+    @property
+    def ok(self) -> bool:
+        """Whether every symmetry holds, alone and together."""
+        return not self.failed and self.together <= self.tolerance
+
+    @property
+    def worst(self) -> float:
+        """The largest error of an exact symmetry, alone or together."""
+        return max([self.together, *(error for name, error in self.errors.items() if name not in self.approximate)])
+
+    def __str__(self) -> str:
+        width = max(map(len, ("all together", *self.errors)))
+        lines = [f"{'site'.ljust(width)}  error    verdict"]
+        for name, error in self.errors.items():
+            verdict = "FAILED" if name in self.failed else "approximate" if name in self.approximate else "holds"
+            lines.append(f"{name.ljust(width)}  {error:7.1e}  {verdict}")
+        verdict = "holds" if self.together <= self.tolerance else "FAILED"
+        lines.append(f"{'all together'.ljust(width)}  {self.together:7.1e}  {verdict}")
+        lines += [f"refused  {refusal.name}: {refusal.reason}" for refusal in self.refusals]
+        return "\n".join(lines)
+
+
+def verify_symmetries(
+    model: nn.Module,
+    spec: SymmetrySpec,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    tolerance: float = 1e-10,
+    generator: torch.Generator | None = None,
+) -> VerificationReport:
+    r"""Check numerically that the symmetries of ``spec`` leave the function of ``model`` unchanged.
+
+    A float64 copy of the model gets generic parameters and running statistics. Then each symmetry alone, and all exact
+    ones together, move it by a random element ``g``; the error is the largest
+    :math:`\max|f(x; g\theta) - f(x; \theta)| / \max|f(x; \theta)|` over the outputs. It is taken in evaluation and in
+    training mode (dropout and RReLU stay off), and there also over the buffers that the forward pass updates, which
+    must move along. A symmetry that holds has an error of about 1e-15.
+
+    Args:
+        model: The model. Neither it nor the random state changes.
+        spec: The symmetries to check, found or written by hand.
+        example_inputs: An input, or the tuple of inputs, that the model takes; floating point ones become float64.
+        tolerance: The error up to which an exact symmetry holds.
+        generator: A CPU generator for parameters and elements; by default one with a fixed seed.
+
+    Returns:
+        The errors and the verdict. The cost is two forward passes for each symmetry.
+
+    Raises:
+        TypeError: if ``example_inputs`` is neither a tensor nor a tuple.
+        ValueError: if the model cannot take ``example_inputs``, or the spec does not fit the model.
+
+    Example:
+        >>> from teleport_optim.symmetry import find_symmetries
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> report = verify_symmetries(model, find_symmetries(model), torch.randn(5, 3))
+        >>> report.ok, sorted(report.errors)
+        (True, ['0:permutation', '0:sign'])
+    """
+    inputs = tuple(
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in copy_inputs(example_inputs)
+    )
+    generator = generator or torch.Generator().manual_seed(_SEED)
+    _check_fit(model, spec)
+    with torch.random.fork_rng(cuda_devices(model, inputs)), torch.no_grad():
+        twin = copy.deepcopy(model).double()
+        _randomise(twin, generator)
+        start = {name: tensor.clone() for name, tensor in _tensors(twin)}
+        reference = [_run(twin, start, inputs, is_training=is_training) for is_training in (False, True)]
+
+        def error(part: SymmetrySpec) -> float:
+            element = part.random_element(generator)
+            moved = move(part, element, start, 1)
+            return max(
+                _change(part, element, before, _run(twin, moved, inputs, is_training=is_training))
+                for is_training, before in zip((False, True), reference)
+            )
+
+        errors = {symmetry.id: error(SymmetrySpec((symmetry,))) for symmetry in spec}
+        exact = SymmetrySpec(tuple(symmetry for symmetry in spec if symmetry.exact))
+        together = error(exact) if len(exact) else 0.0
+    approximate = frozenset(symmetry.id for symmetry in spec if not symmetry.exact)
+    return VerificationReport(errors, together, approximate, spec.refusals, tolerance)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _check_fit(model: nn.Module, spec: SymmetrySpec) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
+    for symmetry in spec:
+        for leg in symmetry.legs:
+            if leg.name not in shapes:
+                raise ValueError(
+                    f"site {symmetry.id!r} acts on {leg.name!r}, which the model does not have: "
+                    f"use the spec that find_symmetries gives for this model"
+                )
+            shape = shapes[leg.name]
+            axis, start, length = leg.within or (0, 0, 0)
+            is_inside = leg.axis < len(shape) and leg.offset + symmetry.size * leg.repeat <= shape[leg.axis]
+            if not is_inside or (leg.within and (axis >= len(shape) or start + length > shape[axis])):
+                raise ValueError(
+                    f"site {symmetry.id!r} has {symmetry.size} channels and acts by {leg}, which does not fit the "
+                    f"shape {shape}: use the spec that find_symmetries gives for this model"
+                )
+
+
+def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Leave no tensor at a special value: zero biases, unit weights and variances would hide a wrong symmetry."""
+
+    def noise(tensor: Tensor) -> Tensor:
+        return 0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() > 0:
+            scale = parameter.square().mean().sqrt()
+            parameter.add_(noise(parameter) * torch.where(scale > 0, scale, 1.0))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(noise(buffer))
+        elif name.endswith("running_var"):
+            buffer.mul_(noise(buffer).exp())
+
+
+_Run = tuple[list[Tensor], dict[str, Tensor]]
+
+
+def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...], *, is_training: bool) -> _Run:
+    """The outputs of ``model`` with ``tensors``, and its tensors after the forward pass."""
+    for name, tensor in _tensors(model):
+        tensor.copy_(tensors[name])
+    model.train(is_training)
+    for module in model.modules():
+        if isinstance(module, (_DropoutNd, nn.RReLU)):
+            module.eval()
+    torch.manual_seed(_SEED)
+    mode = "training" if is_training else "evaluation"
+    try:
+        output = model(*copy_inputs(inputs))
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot take example_inputs in {mode} mode: {error}. Pass them as you would pass them to the "
+            f"model, with at least two examples in the batch."
+        ) from error
+    outputs = [tensor.detach().clone() for tensor in _flatten(output)]
+    if not outputs:
+        raise ValueError(f"the model returns no tensor in {mode} mode, but {type(output).__name__}")
+    return outputs, {name: tensor.clone() for name, tensor in _tensors(model)}
+
+
+def _flatten(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _flatten(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _flatten(value)
+
+
+def _change(part: SymmetrySpec, element: Element, before: _Run, after: _Run) -> float:
+    outputs, tensors = before
+    expected = move(part, element, tensors, 1)
+    pairs = [*zip(outputs, after[0], strict=True), *((expected[name], after[1][name]) for name in expected)]
+    return max(_relative_error(first, second) for first, second in pairs)
+
+
+def _relative_error(expected: Tensor, actual: Tensor) -> float:
+    """``max|actual - expected| / max|expected|``; infinite where anything is not a number."""
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    relative = difference / scale if scale > 0 else difference
+    return relative if relative == relative else float("inf")
