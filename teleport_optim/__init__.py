@@ -18,5 +18,4 @@ __all__ = [
     "find_symmetries",
     "load_checkpoint",
     "save_checkpoint",
-
 ]

@@ -54,7 +54,10 @@ def save_checkpoint(meta_optimizer: MetaOptimizer, path: str | Path, card: dict[
         **(card or {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, content in ((path, data), (path.with_suffix(".json"), json.dumps(full_card, indent=1).encode() + b"\n")):
+    for target, content in (
+        (path, data),
+        (path.with_suffix(".json"), json.dumps(full_card, indent=1).encode() + b"\n"),
+    ):
         temporary = target.with_name(target.name + ".new")
         temporary.write_bytes(content)
         os.replace(temporary, target)
@@ -88,7 +91,9 @@ def load_checkpoint(checkpoint: str | Path) -> MetaOptimizer:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
     bias = tensors.get("bias")
     if bias is None or bias.dim() != 1 or bias.numel() == 0 or bias.numel() % 4:
-        raise CheckpointError(f"{path} holds no LSTM bias of 4 * hidden_size entries: it is not a meta-optimizer checkpoint")
+        raise CheckpointError(
+            f"{path} holds no LSTM bias of 4 * hidden_size entries: it is not a meta-optimizer checkpoint"
+        )
     meta_optimizer = MetaOptimizer(bias.numel() // 4)
     expected = meta_optimizer.state_dict()
     if set(tensors) != set(expected):
@@ -145,5 +150,7 @@ def _find(checkpoint: str | Path) -> Path:
         return shipped[checkpoint]
     path = Path(checkpoint)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {str(checkpoint)!r}: give a path, or one of the shipped {sorted(shipped)}")
+        raise CheckpointError(
+            f"no checkpoint {str(checkpoint)!r}: give a path, or one of the shipped {sorted(shipped)}"
+        )
     return path

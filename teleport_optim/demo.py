@@ -1,7 +1,7 @@
 """The demo: one network, trained by four optimizers from the same initial values on the same minibatches.
 
-The network and its data take no part in meta-training. It is trained from two starts: the usual one, and one where every
-hidden unit was multiplied by a random factor and what reads it divided by it. Both are the same function.
+The network and its data take no part in meta-training. It is trained from two starts: the usual one, and one where
+every hidden unit was multiplied by a random factor and what reads it divided by it. Both are the same function.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ NUM_RUNS = len(LEARNING_RATES) + 3
 _BATCH_SIZE = 64
 _NOISE = 0.5
 """Standard deviation of the noise on every minibatch's inputs, which keeps the training loss away from zero."""
-_SMOOTHING = 0.95
+_MEASURE_EVERY = 5
 
 Recipe = Callable[[nn.Module, int], tuple[Optimizer, LRScheduler | None]]
 """A model and the number of steps to an optimizer, and its schedule if it has one."""
@@ -65,31 +66,18 @@ class TrainingRun:
     """What one training run gave.
 
     Attributes:
-        losses: Minibatch loss before every step, ``[steps]``.
-        teleport_sizes: RMS log-scale of every step's teleport, ``[steps]``; zeros for other optimizers.
+        steps: Steps taken at each measurement of the loss, increasing.
+        losses: Training loss there; infinite where it has diverged.
+        teleport_sizes: RMS log-scale of every step's teleport; zeros for other optimizers.
         accuracy: Share of the test digits that are classified correctly at the end.
         milliseconds: Mean time of a whole training step: forward, backward and optimizer.
     """
 
-    losses: Tensor
-    teleport_sizes: Tensor
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    teleport_sizes: tuple[float, ...]
     accuracy: float
     milliseconds: float
-
-    @property
-    def final_loss(self) -> float:
-        """Mean of the last 5 % of the losses; infinite if the run diverged."""
-        last = self.losses[-max(1, len(self.losses) // 20) :]
-        return float(last.mean().nan_to_num(nan=math.inf))
-
-    @property
-    def smoothed(self) -> Tensor:
-        """Exponential moving average of the losses, ``[steps]``."""
-        average, curve = self.losses[0], []
-        for loss in self.losses:
-            average = torch.lerp(loss, average, _SMOOTHING)
-            curve.append(average)
-        return torch.stack(curve)
 
 
 @dataclass(frozen=True)
@@ -98,6 +86,8 @@ class Contender:
 
     name: str
     runs: tuple[TrainingRun, ...]
+    is_reference: bool = False
+    """Whether it is the one that others are measured against."""
 
     def median(self, quantity: Callable[[TrainingRun], float]) -> float:
         """The median over seeds of a number."""
@@ -106,27 +96,23 @@ class Contender:
     @property
     def final_loss(self) -> float:
         """Median over seeds of the final training loss."""
-        return self.median(lambda run: run.final_loss)
+        return self.median(lambda run: run.losses[-1])
 
     @property
-    def curve(self) -> Tensor:
-        """Median over seeds of the smoothed losses, ``[steps]``."""
-        return torch.stack([run.smoothed for run in self.runs]).quantile(0.5, dim=0)
+    def curve(self) -> list[float]:
+        """Median over seeds of the losses."""
+        return [statistics.median(losses) for losses in zip(*(run.losses for run in self.runs))]
 
 
-def steps_to_target(run: TrainingRun, reference: TrainingRun) -> float:
-    """Steps after which ``run`` is as good as ``reference`` ever gets; infinite if it never is.
-
-    Both curves are running minima of the smoothed losses, so that a lucky minibatch does not count.
+def steps_to_target(run: TrainingRun, target: float) -> float:
+    """Steps after which the loss of ``run`` was first seen at ``target`` or below; infinite if it never was.
 
     Example:
-        >>> steps = torch.arange(100.0)
-        >>> slow, fast = (TrainingRun(torch.exp(-rate * steps), steps, 1.0, 1.0) for rate in (0.01, 0.02))
-        >>> steps_to_target(slow, slow), steps_to_target(fast, slow) < 70, steps_to_target(slow, fast)
-        (100.0, True, inf)
+        >>> run = TrainingRun((5, 10, 15), (1.0, 0.5, 0.3), (), accuracy=1.0, milliseconds=1.0)
+        >>> steps_to_target(run, 0.5), steps_to_target(run, 0.1)
+        (10, inf)
     """
-    reached = torch.nonzero(run.smoothed.nan_to_num(nan=math.inf) <= reference.smoothed.nan_to_num(nan=math.inf).min())
-    return float(reached[0]) + 1.0 if len(reached) else math.inf
+    return next((step for step, loss in zip(run.steps, run.losses) if loss <= target), math.inf)
 
 
 def adamw(lr: float, *, is_scheduled: bool = True) -> Recipe:
@@ -149,8 +135,10 @@ def prior() -> Recipe:
     """The update rule with nothing learned in it and no teleports."""
 
     def recipe(model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler | None]:
-        options = {"checkpoint": MetaOptimizer(), "teleport": False}
-        return LearnedTeleportOptimizer(model.parameters(), model=model, total_steps=steps, **options), None
+        optimizer = LearnedTeleportOptimizer(
+            model.parameters(), model=model, total_steps=steps, checkpoint=MetaOptimizer(), teleport=False
+        )
+        return optimizer, None
 
     return recipe
 
@@ -175,7 +163,7 @@ def make_network(seed: int, rescaling: float = 0.0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for num_inputs, num_outputs in zip(WIDTHS, WIDTHS[1:]):
+        for num_inputs, num_outputs in pairwise(WIDTHS):
             layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     if rescaling:
@@ -197,36 +185,51 @@ def run_training(
 ) -> TrainingRun:
     """Train a copy of ``model`` on the demo's digits.
 
+    The training loss is measured every few steps on all digits trained on, with noise that is the same in all runs and
+    is no minibatch's.
+
     Args:
         model: A classifier of inputs ``[batch, 64]``; it is not changed.
         recipe: The optimizer.
         steps: Length of the run.
         seed: Decides the minibatches and their noise, which are the same for every optimizer.
-        report: Called with the loss after every step.
+        report: Called after every step with the training loss last measured.
     """
     model = copy.deepcopy(model)
     optimizer, scheduler = recipe(model, steps)
     inputs, labels = digits("demo")
+    measured_inputs = inputs + _noise(inputs, torch.Generator().manual_seed(2**32))
     generator = torch.Generator().manual_seed(seed)
-    losses, sizes, seconds = [], [], 0.0
-    for _ in range(steps):
+    measured, losses, sizes, seconds = [0], [_loss(model, measured_inputs, labels)], [], 0.0
+    for step in range(1, steps + 1):
         rows = torch.randint(len(inputs), (_BATCH_SIZE,), generator=generator)
-        batch = inputs[rows] + _NOISE * torch.randn(_BATCH_SIZE, inputs.shape[1], generator=generator)
+        batch = inputs[rows] + _noise(inputs[rows], generator)
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(batch), labels[rows])
-        loss.backward()
+        F.cross_entropy(model(batch), labels[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
         seconds += time.perf_counter() - start
-        losses.append(loss.item())
         sizes.append(optimizer.teleport_size if isinstance(optimizer, LearnedTeleportOptimizer) else 0.0)
+        if step % _MEASURE_EVERY == 0 or step == steps:
+            measured.append(step)
+            losses.append(_loss(model, measured_inputs, labels))
         report(losses[-1])
     with torch.no_grad():
         test_inputs, test_labels = digits("test")
         accuracy = float((model(test_inputs).argmax(dim=1) == test_labels).double().mean())
-    return TrainingRun(torch.tensor(losses), torch.tensor(sizes), accuracy, 1e3 * seconds / steps)
+    return TrainingRun(tuple(measured), tuple(losses), tuple(sizes), accuracy, 1e3 * seconds / steps)
+
+
+def _noise(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return _NOISE * torch.randn(inputs.shape, generator=generator)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    loss = F.cross_entropy(model(inputs), labels).item()
+    return loss if math.isfinite(loss) else math.inf
 
 
 def compare(
@@ -247,14 +250,14 @@ def compare(
         num_seeds: Seeds, which decide initial values and minibatches.
         rescaling: See :func:`make_network`.
         checkpoint: What the learned optimizer loads.
-        report: Called with the name of the optimizer and the loss after every step.
+        report: Called after every step with the name of the optimizer and the training loss last measured.
 
     Returns:
         AdamW as it comes, AdamW tuned, the unlearned prior, and the learned optimizer.
     """
     networks = [make_network(seed, rescaling) for seed in range(num_seeds)]
 
-    def contender(name: str, recipe: Recipe) -> Contender:
+    def contender(name: str, recipe: Recipe, *, is_reference: bool = False) -> Contender:
         def report_loss(loss: float) -> None:
             report(name, loss)
 
@@ -264,14 +267,15 @@ def compare(
                 run_training(network, recipe, steps=steps, seed=seed, report=report_loss)
                 for seed, network in enumerate(networks)
             ),
+            is_reference,
         )
 
-    default = contender("AdamW, default", adamw(1e-3, is_scheduled=False))
-    swept = [contender(f"AdamW, tuned ({lr:g})", adamw(lr)) for lr in LEARNING_RATES]
+    default = contender("AdamW default", adamw(1e-3, is_scheduled=False))
+    swept = [contender(f"AdamW tuned ({lr:g})", adamw(lr), is_reference=True) for lr in LEARNING_RATES]
     return (
         default,
         min(swept, key=lambda candidate: candidate.final_loss),
-        contender("the rule, not learned", prior()),
+        contender("prior, not learned", prior()),
         contender("learned, untuned", learned(checkpoint)),
     )
 
@@ -286,25 +290,26 @@ def plot(comparisons: Sequence[tuple[str, Sequence[Contender]]], path: str | Pat
         comparisons: Titles, each with what :func:`compare` gave.
         path: The picture to write; its suffix decides the format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4 * len(comparisons), 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(comparisons), squeeze=False, sharex=True, sharey="row", height_ratios=(4, 1))
     for (title, contenders), (upper, lower) in zip(comparisons, axes.T):
         for contender, colour in zip(contenders, _COLOURS):
-            is_last = contender is contenders[-1]
-            upper.plot(contender.curve, color=colour, linewidth=2.4 if is_last else 1.6, label=contender.name)
+            width = 2.4 if contender is contenders[-1] else 1.6
+            upper.plot(contender.runs[0].steps, contender.curve, color=colour, linewidth=width, label=contender.name)
+            if contender.is_reference:
+                upper.axhline(contender.final_loss, color=colour, linewidth=0.9, linestyle=":")
         upper.set(yscale="log", title=title)
-        upper.legend(frameon=False, fontsize=9)
-        sizes = torch.stack([run.teleport_sizes for run in contenders[-1].runs]).quantile(0.5, dim=0)
-        moments = torch.nonzero(sizes).flatten()
-        lower.vlines(moments, 0, sizes[moments], color=_COLOURS[-1], linewidth=1.2)
-        lower.set(xlabel="step", ylim=(0, None))
+        upper.legend(frameon=False)
+        sizes = [statistics.median(sizes) for sizes in zip(*(run.teleport_sizes for run in contenders[-1].runs))]
+        moments = [step for step, size in enumerate(sizes) if size > 0]
+        lower.vlines(moments, 0, [sizes[step] for step in moments], color=_COLOURS[-1], linewidth=1.4)
+        lower.set_xlabel("step")
         for panel in (upper, lower):
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(alpha=0.25, linewidth=0.6)
-    axes[0, 0].set_ylabel("training loss (smoothed)")
-    axes[1, 0].set_ylabel("teleport\nRMS log s")
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylim(bottom=0.0)
+    axes[1, 0].set_ylabel("teleport:\nRMS of log s")
     figure.savefig(path, dpi=150)

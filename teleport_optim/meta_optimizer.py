@@ -83,7 +83,7 @@ class MetaOptimizer(nn.Module):
         (torch.Size([3, 6]), torch.Size([3, 16]), 0.0)
     """
 
-    def __init__(self, hidden_size: int = 24, generator: torch.Generator | None = None) -> None:
+    def __init__(self, hidden_size: int = 12, generator: torch.Generator | None = None) -> None:
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")

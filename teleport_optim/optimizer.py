@@ -93,13 +93,17 @@ class LearnedTeleportOptimizer(Optimizer):
         checkpoint: str | Path | MetaOptimizer = "default",
         teleport: bool = True,
         maximize: bool = False,
-        example_inputs: object = None,
+        example_inputs: Tensor | tuple[Any, ...] | None = None,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        is_loaded = isinstance(checkpoint, MetaOptimizer)
-        self._meta_optimizer: MetaOptimizer = copy.deepcopy(checkpoint) if is_loaded else load_checkpoint(checkpoint)  # type: ignore[arg-type]
-        self._tensor_names: dict[Tensor, str] = {} if model is None else {p: name for name, p in model.named_parameters()}
+        if isinstance(checkpoint, MetaOptimizer):
+            self._meta_optimizer = copy.deepcopy(checkpoint)
+        else:
+            self._meta_optimizer = load_checkpoint(checkpoint)
+        self._tensor_names: dict[Tensor, str] = (
+            {} if model is None else {p: name for name, p in model.named_parameters()}
+        )
         self._model_name = type(model).__name__
         self._names: list[str] = []
         self._layouts: dict[tuple[str, ...], Layout] = {}
@@ -152,7 +156,7 @@ class LearnedTeleportOptimizer(Optimizer):
             )
         previous = len(self.param_groups)
         super().add_param_group(param_group)
-        names = []
+        names: list[str] = []
         for param in self.param_groups[-1]["params"]:
             if self._tensor_names and param not in self._tensor_names:
                 del self.param_groups[previous:]
@@ -196,14 +200,15 @@ class LearnedTeleportOptimizer(Optimizer):
         rows = [row for row, _, _ in active]
         names = [self._names[row] for row in rows]
         params: dict[str, Tensor] = {name: param.detach() for name, (_, param, _) in zip(names, active)}
-        grads = {name: -p.grad if group["maximize"] else p.grad for name, (_, p, group) in zip(names, active)}
+        grads = {name: _gradient(param, group["maximize"]) for name, (_, param, group) in zip(names, active)}
         shared = self._shared_state(active[0][1].device)
         for _, param, _ in active:
             if not self.state[param]:
                 self.state[param]["step"] = torch.zeros(())
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
         momenta = {name: self.state[param]["exp_avg"] for name, (_, param, _) in zip(names, active)}
-        state = UpdateState(momenta, *(shared[key][rows] for key in _ROW_KEYS), shared["teleport_size"])
+        own_rows = {key: shared[key][rows] for key in _ROW_KEYS}
+        state = UpdateState(momenta=momenta, teleport_size=shared["teleport_size"], **own_rows)
         step = int(shared["step"])
         new_params, new_state = update(
             self._meta_optimizer,
@@ -272,7 +277,7 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
-        return super().__getstate__() | own  # type: ignore[no-untyped-call, no-any-return]
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -296,11 +301,20 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
     if not (float(lr) >= 0.0 and math.isfinite(float(lr))):
-        raise ValueError(f"Invalid learning rate: {lr}: it multiplies the learned rate and must be finite and at least 0")
+        raise ValueError(
+            f"Invalid learning rate: {lr}: it multiplies the learned rate and must be finite and at least 0"
+        )
     if weight_decay is not None and not (weight_decay >= 0.0 and math.isfinite(weight_decay)):
         raise ValueError(f"Invalid weight_decay value: {weight_decay}: it must be finite and at least 0, or None")
-    if total_steps is not None and (isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1):
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
         raise ValueError(f"Invalid total_steps value: {total_steps}: it must be an integer of at least 1, or None")
+
+
+def _gradient(param: nn.Parameter, maximize: bool) -> Tensor:
+    assert param.grad is not None
+    return -param.grad if maximize else param.grad
 
 
 def _check_gradient(name: str, param: nn.Parameter) -> None:

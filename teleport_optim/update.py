@@ -221,8 +221,12 @@ def descend(
     for matrix, rows in layout.groups:
         names = [layout.names[row] for row in rows]
         shape = (len(rows), *(matrix or (layout.shapes[names[0]].numel(),)))
-        p, g, m = (torch.stack([tensors[name] for name in names]).reshape(shape) for tensors in (params, grads, momenta))
-        per_tensor = [x[list(rows)].to(p.dtype).reshape(-1, *[1] * (p.dim() - 1)) for x in (controls.momentum, shrinks, steps)]
+        p, g, m = (
+            torch.stack([tensors[name] for name in names]).reshape(shape) for tensors in (params, grads, momenta)
+        )
+        per_tensor = [
+            x[list(rows)].to(p.dtype).reshape(-1, *[1] * (p.dim() - 1)) for x in (controls.momentum, shrinks, steps)
+        ]
         beta, shrink, size = per_tensor
         m = torch.lerp(g, m, beta)
         u = torch.lerp(g, m, beta)

@@ -36,20 +36,20 @@ class Config:
     """
 
     seed: int = 0
-    num_outer_steps: int = 1500
+    num_outer_steps: int = 600
     num_tasks: int = 3
     """Problem batches per outer step, each of one family and architecture."""
-    num_problems: int = 4
+    num_problems: int = 2
     """Problems in a batch, which differ in data and initial values."""
-    num_pairs: int = 8
+    num_pairs: int = 12
     """Antithetic perturbation pairs per batch."""
-    max_horizon: int = 300
-    sigma: float = 0.03
+    max_horizon: int = 200
+    sigma: float = 0.02
     learning_rate: float = 4e-3
     averaging: float = 0.98
     """Decay of the average of the weights, which is what is validated and kept."""
-    hidden_size: int = 24
-    validate_every: int = 50
+    hidden_size: int = 12
+    validate_every: int = 20
     tasks: tuple[str, ...] = field(default=tuple(TASKS))
 
     def __post_init__(self) -> None:
@@ -132,18 +132,24 @@ class Learner:
 
     def run(self) -> Iterator[OuterStep]:
         """Take the remaining outer steps, yielding a report after each."""
-        baselines = [self._validation_objective(torch.zeros_like(self.theta), problem) for problem in self._validation_problems]
+        baselines = [
+            self._validation_objective(torch.zeros_like(self.theta), problem) for problem in self._validation_problems
+        ]
         while self.step < self.config.num_outer_steps:
             start = time.perf_counter()
             gradient, objective = self._meta_gradient()
             rate = self.config.learning_rate * _schedule(self.step / self.config.num_outer_steps)
             self._adam, move = self._adam.advance(gradient)
             self.theta = self.theta - rate * move
-            self.average = torch.lerp(self.theta, self.average, min(self.config.averaging, self.step / (self.step + 10)))
+            self.average = torch.lerp(
+                self.theta, self.average, min(self.config.averaging, self.step / (self.step + 10))
+            )
             self.step += 1
             validation = None
             if self.step % self.config.validate_every == 0 or self.step == self.config.num_outer_steps:
-                objectives = [self._validation_objective(self.average, problem) for problem in self._validation_problems]
+                objectives = [
+                    self._validation_objective(self.average, problem) for problem in self._validation_problems
+                ]
                 validation = math.exp(sum(o - b for o, b in zip(objectives, baselines)) / len(baselines))
                 if validation < self.best_validation:
                     self.best, self.best_validation = self.average.clone(), validation
@@ -197,7 +203,7 @@ class Learner:
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat weights ``[..., num_parameters]`` by name."""
-        parts = flat.split([shape.numel() for shape in self._shapes.values()], dim=-1)
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()], dim=-1)
         return {name: part.unflatten(-1, shape) for (name, shape), part in zip(self._shapes.items(), parts)}
 
     def _start(self, resume: bool) -> None:
@@ -241,14 +247,18 @@ class _Adam(NamedTuple):
 
     mean: Tensor
     square: Tensor
-    count: int
+    num_steps: int
 
     @classmethod
     def initial(cls, theta: Tensor) -> _Adam:
         return cls(torch.zeros_like(theta), torch.zeros_like(theta), 0)
 
     def advance(self, gradient: Tensor) -> tuple[_Adam, Tensor]:
-        mean, square, count = 0.9 * self.mean + 0.1 * gradient, 0.99 * self.square + 0.01 * gradient**2, self.count + 1
+        mean, square, count = (
+            0.9 * self.mean + 0.1 * gradient,
+            0.99 * self.square + 0.01 * gradient**2,
+            self.num_steps + 1,
+        )
         move = (mean / (1 - 0.9**count)) / ((square / (1 - 0.99**count)).sqrt() + 1e-8)
         return _Adam(mean, square, count), move
 

@@ -79,9 +79,8 @@ def unroll(
 
         params, state = vmap(step_run)(weights, params, grads, state)
     shape = (num_candidates, problem.num_problems)
-    return Trajectory(
-        torch.stack(losses, dim=-1).unflatten(0, shape), {name: p.unflatten(0, shape) for name, p in params.items()}
-    )
+    final = {name: param.reshape(*shape, *param.shape[1:]) for name, param in params.items()}
+    return Trajectory(torch.stack(losses, dim=-1).reshape(*shape, -1), final)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:

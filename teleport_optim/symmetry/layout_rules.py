@@ -119,11 +119,9 @@ def _product(sizes: Shape) -> int | None:
 
 
 def unflatten(walk: Walk, name: str, layer: nn.Unflatten) -> None:
-    if (
-        walk.shape is None
-        or not isinstance(layer.dim, int)
-        or not all(isinstance(n, int) for n in layer.unflattened_size)
-    ):
+    if layer.dim in (1, -1):
+        walk.assume_rank(2)
+    if walk.shape is None or not isinstance(layer.dim, int):  # older torch has named axes
         walk.refuse_unknown_rank(name)
         walk.lose()
         return

@@ -9,7 +9,12 @@ from torch import Tensor
 
 __all__ = ["SPLITS", "digits"]
 
-SPLITS: dict[str, tuple[int, int]] = {"train": (0, 500), "validation": (500, 700), "demo": (700, 1437), "test": (1437, 1797)}
+SPLITS: dict[str, tuple[int, int]] = {
+    "train": (0, 500),
+    "validation": (500, 700),
+    "demo": (700, 1437),
+    "test": (1437, 1797),
+}
 """Rows of the digits data set, which lie in the order of its authors' shuffle below, for each use: all disjoint."""
 
 

@@ -66,7 +66,12 @@ def _cnn(draw: Draw) -> tuple[nn.Sequential, str]:
     activation = draw.activation()
     make = _ACTIVATIONS[activation][0]
     first, second = draw.integer(2, 4) * 4, draw.integer(2, 4) * 4
-    layers: list[nn.Module] = [nn.Conv2d(1, first, 3, padding=1), make(), nn.Conv2d(first, second, 3, stride=2, padding=1), make()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(1, first, 3, padding=1),
+        make(),
+        nn.Conv2d(first, second, 3, stride=2, padding=1),
+        make(),
+    ]
     if draw.chance(0.5):
         layers += [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(second * 4, 10)]
     else:
@@ -187,7 +192,9 @@ def _teacher_data(draw: Draw, num_problems: int, num_inputs: int, num_outputs: i
     mixing = draw.normal(num_problems, num_inputs, num_inputs) / math.sqrt(num_inputs)
     inputs = (draw.normal(num_problems, 512, num_inputs) * spectrum) @ mixing
     inputs = inputs / inputs.std(dim=(1, 2), keepdim=True)
-    hidden = torch.tanh(inputs @ draw.normal(num_problems, num_inputs, 32) * draw.log_uniform(0.3, 2.0) / math.sqrt(num_inputs))
+    hidden = torch.tanh(
+        inputs @ draw.normal(num_problems, num_inputs, 32) * draw.log_uniform(0.3, 2.0) / math.sqrt(num_inputs)
+    )
     outputs = hidden @ draw.normal(num_problems, 32, num_outputs)
     return inputs, (outputs - outputs.mean(dim=1, keepdim=True)) / outputs.std(dim=1, keepdim=True)
 

@@ -1,0 +1,399 @@
+"""The ``teleport-optim`` command: the demo, a look at a model's symmetries, and meta-training."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import math
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from teleport_optim.checkpoints import CheckpointError, load_checkpoint
+from teleport_optim.groups import GROUPS
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+    from rich.table import Table
+
+    from teleport_optim.demo import Contender
+    from teleport_optim.meta_training.learner import Learner
+
+__all__ = ["CommandError", "load_model", "main", "parameter_share"]
+
+_INTERRUPTED = 130
+_PICTURES = (".pdf", ".png", ".svg")
+
+
+class CommandError(Exception):
+    """A mistake in how the command was called; its text says in one line what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 if a symmetry does not hold, 2 for a mistake in the call, 130 after an interruption.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)  # type: ignore[no-any-return]
+    except CommandError as error:
+        print(f"teleport-optim: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="teleport-optim", description="A learned optimizer for PyTorch that uses the symmetries of the model."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="compare the learned optimizer with a tuned AdamW on handwritten digits",
+        description="Train one perceptron on scikit-learn's digits with AdamW as it comes, AdamW with the best of six "
+        "learning rates, the update rule without anything learned, and the learned optimizer untuned; from the usual "
+        "initial values, and from the same function with its hidden units rescaled. Prints tables, draws a picture.",
+    )
+    demo.add_argument(
+        "--steps", type=_positive, default=600, help="length of every training run (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--seeds", type=_positive, default=1, help="seeds, of which medians are shown (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--rescaling",
+        type=_not_negative,
+        default=2.0,
+        metavar="SIGMA",
+        help="standard deviation of the log-factors of the rescaled start (default: %(default)s)",
+    )
+    demo.add_argument("--checkpoint", default="default", help="shipped name or path (default: %(default)s)")
+    demo.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="30 steps, only to see that it works")
+    demo.add_argument("--threads", type=_positive, default=1, help="CPU threads for torch (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="list the symmetries of a model",
+        description="Import a model and print along which of its hidden channels it can be moved without changing its "
+        "function, where nothing was found and why, and how much of the model is reached. With --input every symmetry "
+        "is also checked numerically.",
+    )
+    inspect.add_argument("model", metavar="MODULE:NAME", help="a torch module, or what returns one when called")
+    inspect.add_argument(
+        "--input", type=_shape, metavar="N,N,...", help="shape of an input, batch axis included: 2,3,224,224"
+    )
+    inspect.add_argument(
+        "--tokens", type=_positive, metavar="N", help="the input holds integers below N (a vocabulary)"
+    )
+    inspect.set_defaults(command=_inspect)
+
+    train = commands.add_parser(
+        "meta-train",
+        help="train a meta-optimizer of your own",
+        description="Meta-train by evolution strategies over whole training runs. The state is saved after every outer "
+        "step: interrupt at any moment and go on with --resume. Ends with a checkpoint and its card.",
+    )
+    train.add_argument(
+        "--config", default="standard", metavar="NAME|FILE.toml", help="quick, standard (default) or a file"
+    )
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated"
+    )
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    train.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="checkpoint to write (default: in the folder of the run)",
+    )
+    train.set_defaults(command=_meta_train)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_positive(size) for size in text.split(","))
+
+
+def _require(*modules: str) -> None:
+    """Fail before any work is done if something of the extra ``cli`` is missing."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CommandError(f"this command needs {' and '.join(missing)}: pip install 'teleport-optim[cli]'")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _require("matplotlib", "rich", "sklearn")
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from teleport_optim.demo import NUM_RUNS, WIDTHS, compare, plot
+
+    if arguments.output.suffix not in _PICTURES:
+        raise CommandError(f"the picture's name must end in {' or '.join(_PICTURES)}, got {str(arguments.output)!r}")
+    with _mistakes(OSError, CheckpointError):
+        load_checkpoint(arguments.checkpoint)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    steps = 30 if arguments.quick else arguments.steps
+    console = Console()
+    network = "-".join(map(str, WIDTHS))
+    console.print(f"Digits, ReLU perceptron {network}, {steps} steps, {arguments.seeds} seed(s)", highlight=False)
+    comparisons: list[tuple[str, tuple[Contender, ...]]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    starts = {"usual start": 0.0, "same function, hidden units rescaled": arguments.rescaling}
+    with Progress(*columns, console=console) as progress:
+        for title, rescaling in starts.items():
+            bar = progress.add_task(title, total=NUM_RUNS * arguments.seeds * steps)
+
+            def report(name: str, loss: float, bar: TaskID = bar) -> None:
+                progress.update(bar, advance=1, description=f"{name:21} loss {loss:7.3f}")
+
+            contenders = compare(
+                steps=steps,
+                num_seeds=arguments.seeds,
+                rescaling=rescaling,
+                checkpoint=arguments.checkpoint,
+                report=report,
+            )
+            progress.update(bar, description=title)
+            comparisons.append((title, contenders))
+    for title, contenders in comparisons:
+        console.print(_demo_table(title, contenders))
+    with _mistakes(OSError):
+        plot(comparisons, arguments.output)
+    console.print(f"Picture: {arguments.output}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _demo_table(title: str, contenders: Sequence[Contender]) -> Table:
+    from rich.table import Table
+
+    from teleport_optim.demo import steps_to_target
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    for heading in ("final loss", "test accuracy", "steps to AdamW's loss", "ms per step"):
+        table.add_column(heading, justify="right")
+    tuned = next(contender for contender in contenders if contender.is_reference)
+    for contender in contenders:
+        steps = statistics.median(
+            steps_to_target(run, reference.losses[-1]) for run, reference in zip(contender.runs, tuned.runs)
+        )
+        table.add_row(
+            contender.name,
+            f"{contender.final_loss:.4f}",
+            f"{contender.median(lambda run: run.accuracy):.1%}",
+            f"{steps:.0f}" if math.isfinite(steps) else "not reached",
+            f"{contender.median(lambda run: run.milliseconds):.2f}",
+        )
+    return table
+
+
+def load_model(path: str) -> nn.Module:
+    """The model at ``module:name``: a module, or what is called without arguments and returns one.
+
+    The current directory is importable, as it is with ``python -m``.
+
+    Raises:
+        CommandError: saying which part of the path is wrong.
+
+    Example:
+        >>> load_model("torch.nn:Identity")
+        Identity()
+    """
+    module_name, separator, name = path.partition(":")
+    if not (module_name and separator and name):
+        raise CommandError(f"write the model as package.module:callable, got {path!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:
+        raise CommandError(f"cannot import {module_name!r}: {_one_line(error)}") from error
+    for attribute in name.split("."):
+        if not hasattr(found, attribute):
+            raise CommandError(f"{module_name!r} has no {name!r}")
+        found = getattr(found, attribute)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise CommandError(f"{path} is neither a torch module nor callable, but {type(found).__name__}")
+    try:
+        model = found()
+    except Exception as error:
+        raise CommandError(f"calling {path} without arguments fails: {_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"{path} returns no torch module, but {type(model).__name__}")
+    return model
+
+
+def parameter_share(model: nn.Module, spec: SymmetrySpec) -> float:
+    """The share of the model's parameters that some symmetry of ``spec`` moves.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+        >>> parameter_share(model, find_symmetries(model).of_group("scaling"))
+        0.8
+    """
+    reached = {name: torch.zeros(param.shape, dtype=torch.bool) for name, param in model.named_parameters()}
+    for symmetry in spec:
+        for leg in symmetry.legs:
+            if leg.name in reached:
+                entries = reached[leg.name].narrow(leg.axis, leg.offset, symmetry.size * leg.repeat)
+                (entries if leg.within is None else entries.narrow(*leg.within)).fill_(True)
+    return sum(int(entries.sum()) for entries in reached.values()) / max(1, sum(map(Tensor.numel, reached.values())))
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    _require("rich")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if arguments.tokens and not arguments.input:
+        raise CommandError("--tokens says what the input holds: give its shape with --input")
+    model = load_model(arguments.model)
+    example = None
+    if arguments.input:
+        is_tokens = arguments.tokens is not None
+        example = torch.randint(arguments.tokens, arguments.input) if is_tokens else torch.randn(arguments.input)
+    console = Console()
+    report = None
+    with _mistakes(TypeError, ValueError):
+        spec = find_symmetries(model, example)
+        if example is not None:
+            report = verify_symmetries(model, spec, example)
+    if len(spec):
+        table = Table("site", "size", "group", r"legs: tensor\[axis]^degree")
+        for symmetry in spec:
+            legs = " ".join(f"{leg.name}[{leg.axis}]^{leg.degree:+d}" for leg in symmetry.legs)
+            table.add_row(Text(symmetry.id), str(symmetry.size), symmetry.group.name, Text(legs))
+        console.print(table)
+    else:
+        console.print("No symmetries found.")
+    if spec.refusals:
+        refusals = Table("refused at", "reason")
+        for refusal in spec.refusals:
+            refusals.add_row(Text(refusal.name), Text(refusal.reason))
+        console.print(refusals)
+    for group in GROUPS:
+        part = spec.of_group(group)
+        console.print(
+            f"{group}: {len(part)} sites, {parameter_share(model, part):.0%} of the parameters", highlight=False
+        )
+    if report is None or not report.errors:
+        return 0
+    failed = f"; these do not hold: {', '.join(report.failed) or 'all together'}" if not report.ok else ""
+    console.print(Text(f"largest relative error of the function: {report.worst:.1e} (float64){failed}"), soft_wrap=True)
+    return 0 if report.ok else 1
+
+
+def _meta_train(arguments: argparse.Namespace) -> int:
+    _require("rich", "sklearn")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    learner = _learner(arguments)
+    output = arguments.output or learner.run_dir / "checkpoint.safetensors"
+    total = learner.config.num_outer_steps
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    validation = ""
+    try:
+        with _terminable(), Progress(*columns, console=console) as progress:
+            bar = progress.add_task("measuring the untrained prior", total=total, completed=learner.step)
+            for step in learner.run():
+                if step.validation is not None:
+                    validation = f", validation {step.validation:.3f} of the prior's loss"
+                    console.print(f"step {step.step}: objective {step.objective:.3f}{validation}", highlight=False)
+                progress.update(bar, completed=step.step, description=f"objective {step.objective:.3f}{validation}")
+    except KeyboardInterrupt:
+        go_on = f"teleport-optim meta-train --resume {learner.run_dir}" if learner.step else "start it again"
+        console.print(
+            f"Interrupted after {learner.step} of {total} steps. To go on: {go_on}", highlight=False, soft_wrap=True
+        )
+        return _INTERRUPTED
+    with _mistakes(OSError):
+        learner.export(output)
+    console.print(
+        f"Checkpoint: {output} (validation {learner.best_validation:.3f} of the prior's loss)", highlight=False
+    )
+    return 0
+
+
+def _learner(arguments: argparse.Namespace) -> Learner:
+    from teleport_optim.meta_training.learner import Learner
+    from teleport_optim.meta_training.presets import config_of_run, read_config
+
+    if arguments.output and arguments.output.suffix != ".safetensors":
+        raise CommandError(f"a checkpoint's name ends in .safetensors, got {str(arguments.output)!r}")
+    with _mistakes(ValueError, OSError):
+        if arguments.resume:
+            if arguments.set or arguments.run_dir or arguments.config != "standard":
+                raise CommandError("--resume goes on with the run as it is: leave out --config, --set and --run-dir")
+            return Learner(config_of_run(arguments.resume), arguments.resume, resume=True)
+        config = read_config(arguments.config).with_settings(arguments.set)
+        return Learner(config, arguments.run_dir or Path("runs") / Path(arguments.config).stem)
+
+
+@contextmanager
+def _mistakes(*kinds: type[Exception]) -> Iterator[None]:
+    """Report errors of these kinds as mistakes in the call."""
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(str(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

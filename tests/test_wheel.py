@@ -1,0 +1,47 @@
+"""The built wheel works alone: it holds the checkpoints, and needs nothing of the source tree."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import pathlib, sys
+import torch, teleport_optim
+from teleport_optim.checkpoints import list_checkpoints
+
+assert pathlib.Path(teleport_optim.__file__).is_relative_to(sys.argv[1]), teleport_optim.__file__
+assert list_checkpoints()["default"].is_relative_to(sys.argv[1])
+model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+before = [param.clone() for param in model.parameters()]
+optimizer = teleport_optim.LearnedTeleportOptimizer(model.parameters(), model=model, total_steps=10)
+model(torch.ones(3, 2)).square().sum().backward()
+optimizer.step()
+assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+"""
+
+
+def run(*command: str, cwd: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_wheel_loads_the_default_checkpoint_and_takes_a_step(tmp_path: Path) -> None:
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
+    run(sys.executable, *build, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "teleport_optim/pretrained/default.safetensors" in names
+    assert "teleport_optim/pretrained/default.json" in names
+    target = tmp_path / "installed"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
+    run(sys.executable, *install, cwd=tmp_path)
+    start = f"import sys; sys.path.insert(0, {str(target)!r})\n"
+    run(sys.executable, "-W", "error", "-c", start + PROGRAM, str(target), cwd=tmp_path)
