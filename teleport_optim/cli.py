@@ -162,7 +162,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from teleport_optim.demo import NUM_RUNS, WIDTHS, compare, plot
+    from teleport_optim.demo import NUM_RUNS, WIDTHS, Data, compare, make_network, plot
 
     if arguments.output.suffix not in _PICTURES:
         raise CommandError(f"the picture's name must end in {' or '.join(_PICTURES)}, got {str(arguments.output)!r}")
@@ -184,13 +184,8 @@ def _demo(arguments: argparse.Namespace) -> int:
             def report(name: str, loss: float, bar: TaskID = bar) -> None:
                 progress.update(bar, advance=1, description=f"{name:21} loss {loss:7.3f}")
 
-            contenders = compare(
-                steps=steps,
-                num_seeds=arguments.seeds,
-                rescaling=rescaling,
-                checkpoint=arguments.checkpoint,
-                report=report,
-            )
+            networks = [make_network(seed, rescaling) for seed in range(arguments.seeds)]
+            contenders = compare(networks, Data.demo(), steps=steps, checkpoint=arguments.checkpoint, report=report)
             progress.update(bar, description=title)
             comparisons.append((title, contenders))
     for title, contenders in comparisons:

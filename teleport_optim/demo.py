@@ -33,6 +33,7 @@ __all__ = [
     "NUM_RUNS",
     "WIDTHS",
     "Contender",
+    "Data",
     "Recipe",
     "TrainingRun",
     "adamw",
@@ -69,7 +70,7 @@ class TrainingRun:
         steps: Steps taken at each measurement of the loss, increasing.
         losses: Training loss there; infinite where it has diverged.
         teleport_sizes: RMS log-scale of every step's teleport; zeros for other optimizers.
-        accuracy: Share of the test digits that are classified correctly at the end.
+        accuracy: Share of the test examples that are classified correctly at the end; NaN for regression.
         milliseconds: Mean time of a whole training step: forward, backward and optimizer.
     """
 
@@ -78,6 +79,28 @@ class TrainingRun:
     teleport_sizes: tuple[float, ...]
     accuracy: float
     milliseconds: float
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a network is trained and tested on.
+
+    Attributes:
+        inputs, targets: Training examples, ``[n, ...]`` each.
+        test_inputs, test_targets: Test examples.
+        loss: Output and target to a mean loss.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    @classmethod
+    def demo(cls) -> Data:
+        """The digits that no meta-training sees."""
+        return cls(*digits("demo"), *digits("test"))
 
 
 @dataclass(frozen=True)
@@ -178,35 +201,37 @@ def make_network(seed: int, rescaling: float = 0.0) -> nn.Sequential:
 def run_training(
     model: nn.Module,
     recipe: Recipe,
+    data: Data,
     *,
     steps: int,
     seed: int,
     report: Callable[[float], None] = lambda loss: None,
 ) -> TrainingRun:
-    """Train a copy of ``model`` on the demo's digits.
+    """Train a copy of ``model``.
 
-    The training loss is measured every few steps on all digits trained on, with noise that is the same in all runs and
+    The training loss is measured every few steps on all examples trained on, with noise that is the same in all runs and
     is no minibatch's.
 
     Args:
-        model: A classifier of inputs ``[batch, 64]``; it is not changed.
+        model: What is trained; it is not changed.
         recipe: The optimizer.
+        data: What it is trained on.
         steps: Length of the run.
         seed: Decides the minibatches and their noise, which are the same for every optimizer.
         report: Called after every step with the training loss last measured.
     """
     model = copy.deepcopy(model)
     optimizer, scheduler = recipe(model, steps)
-    inputs, labels = digits("demo")
+    inputs, targets = data.inputs, data.targets
     measured_inputs = inputs + _noise(inputs, torch.Generator().manual_seed(2**32))
     generator = torch.Generator().manual_seed(seed)
-    measured, losses, sizes, seconds = [0], [_loss(model, measured_inputs, labels)], [], 0.0
+    measured, losses, sizes, seconds = [0], [_loss(model, measured_inputs, data)], [], 0.0
     for step in range(1, steps + 1):
         rows = torch.randint(len(inputs), (_BATCH_SIZE,), generator=generator)
         batch = inputs[rows] + _noise(inputs[rows], generator)
         start = time.perf_counter()
         optimizer.zero_grad()
-        F.cross_entropy(model(batch), labels[rows]).backward()  # type: ignore[no-untyped-call]
+        data.loss(model(batch), targets[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -214,12 +239,9 @@ def run_training(
         sizes.append(optimizer.teleport_size if isinstance(optimizer, LearnedTeleportOptimizer) else 0.0)
         if step % _MEASURE_EVERY == 0 or step == steps:
             measured.append(step)
-            losses.append(_loss(model, measured_inputs, labels))
+            losses.append(_loss(model, measured_inputs, data))
         report(losses[-1])
-    with torch.no_grad():
-        test_inputs, test_labels = digits("test")
-        accuracy = float((model(test_inputs).argmax(dim=1) == test_labels).double().mean())
-    return TrainingRun(tuple(measured), tuple(losses), tuple(sizes), accuracy, 1e3 * seconds / steps)
+    return TrainingRun(tuple(measured), tuple(losses), tuple(sizes), _accuracy(model, data), 1e3 * seconds / steps)
 
 
 def _noise(inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -227,35 +249,42 @@ def _noise(inputs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    loss = F.cross_entropy(model(inputs), labels).item()
+def _loss(model: nn.Module, inputs: Tensor, data: Data) -> float:
+    loss = data.loss(model(inputs), data.targets).item()
     return loss if math.isfinite(loss) else math.inf
 
 
+@torch.no_grad()
+def _accuracy(model: nn.Module, data: Data) -> float:
+    if data.test_targets.is_floating_point():
+        return math.nan
+    model.eval()
+    return float((model(data.test_inputs).argmax(dim=1) == data.test_targets).double().mean())
+
+
 def compare(
+    networks: Sequence[nn.Module],
+    data: Data,
     *,
     steps: int,
-    num_seeds: int,
-    rescaling: float = 0.0,
     checkpoint: str | Path = "default",
     report: Callable[[str, float], None] = lambda name, loss: None,
 ) -> tuple[Contender, ...]:
-    """Train the network with every optimizer.
+    """Train networks with every optimizer.
 
     AdamW's rate is the one of ``LEARNING_RATES`` with the lowest median of the final training loss, chosen on the very
     runs that are reported.
 
     Args:
+        networks: Initial networks, one for each seed; the position in the list is the seed of the minibatches.
+        data: What they are trained on.
         steps: Length of every run.
-        num_seeds: Seeds, which decide initial values and minibatches.
-        rescaling: See :func:`make_network`.
         checkpoint: What the learned optimizer loads.
         report: Called after every step with the name of the optimizer and the training loss last measured.
 
     Returns:
         AdamW as it comes, AdamW tuned, the unlearned prior, and the learned optimizer.
     """
-    networks = [make_network(seed, rescaling) for seed in range(num_seeds)]
 
     def contender(name: str, recipe: Recipe, *, is_reference: bool = False) -> Contender:
         def report_loss(loss: float) -> None:
@@ -264,7 +293,7 @@ def compare(
         return Contender(
             name,
             tuple(
-                run_training(network, recipe, steps=steps, seed=seed, report=report_loss)
+                run_training(network, recipe, data, steps=steps, seed=seed, report=report_loss)
                 for seed, network in enumerate(networks)
             ),
             is_reference,

@@ -50,7 +50,7 @@ class Layout:
     """
 
     shapes: Mapping[str, torch.Size]
-    spec: SymmetrySpec = SymmetrySpec()
+    spec: SymmetrySpec
     embeddings: frozenset[str] = frozenset()
 
     @classmethod

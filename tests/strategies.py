@@ -1,4 +1,4 @@
-"""Hypothesis strategies: random sequential models that exercise every layer whose symmetries are known."""
+"""Hypothesis strategies for random sequential models that exercise every known layer, and readable views of specs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from teleport_optim.symmetry import SymmetrySpec
+
 BATCH = 3
 Draw = Callable[[st.SearchStrategy], object]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A model, an input for it, and the seed with which its parameters were drawn."""
+    """A model and an input that it takes."""
 
     model: nn.Sequential
     inputs: Tensor
@@ -165,3 +167,13 @@ def sequential_models(draw: Draw, max_layers: int = 8) -> Sample:
 def _forward(layers: list[nn.Module], inputs: Tensor) -> Tensor:
     with torch.no_grad():
         return nn.Sequential(*layers).double().eval()(inputs)
+
+
+def legs_of(spec: SymmetrySpec) -> dict[str, str]:
+    """``"size legs"`` of every site, in the notation in which a spec prints."""
+    rows = [line.split() for line in str(SymmetrySpec(spec.symmetries)).splitlines()[1:]]
+    return {row[0]: " ".join([row[1], *row[3:]]) for row in rows}
+
+
+def reasons_of(spec: SymmetrySpec) -> dict[str, str]:
+    return {refusal.name: refusal.reason for refusal in spec.refusals}

@@ -204,7 +204,9 @@ class Learner:
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat weights ``[..., num_parameters]`` by name."""
         parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()], dim=-1)
-        return {name: part.unflatten(-1, shape) for (name, shape), part in zip(self._shapes.items(), parts)}
+        return {
+            name: part.reshape(*flat.shape[:-1], *shape) for (name, shape), part in zip(self._shapes.items(), parts)
+        }
 
     def _start(self, resume: bool) -> None:
         state_file = self.run_dir / _STATE_FILE

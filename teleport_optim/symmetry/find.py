@@ -151,9 +151,9 @@ def _shared_names(model: nn.Module) -> dict[str, str]:
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:
-    """The device of a tensor and the range of its memory. Meta tensors have none, so they are told apart as objects."""
-    if tensor.is_meta:
-        return "meta", id(tensor), id(tensor) + 1
+    """The device of a tensor and the range of its memory. Tensors that have none are told apart as objects."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return "none", id(tensor), id(tensor) + 1
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 

@@ -138,7 +138,7 @@ def unflatten(walk: Walk, name: str, layer: nn.Unflatten) -> None:
 def _regroup(walk: Walk, name: str, site: OpenSite, num_channels: int | None) -> None:
     """Let the entries of a site's axis become ``num_channels`` channels, each with pixels of its own."""
     extent = None if site.repeat is None else site.size * site.repeat
-    if extent is None or num_channels is None or extent % num_channels != 0:
+    if extent is None or not num_channels or extent % num_channels != 0:
         reason = f"the channels of {site.writer!r} cannot be followed through it, the sizes are not known"
         walk.refuse(name, f"{reason}: {PASS_INPUTS} and spell out every size", [site.group])
         return

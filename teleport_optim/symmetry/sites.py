@@ -97,7 +97,7 @@ class OpenSite:
     def symmetries(self) -> list[Symmetry]:
         """The finished symmetries, one for each block; none where there is nothing to move."""
         block_size = self.size // self.num_blocks
-        if block_size == 0 or (block_size == 1 and self.group == "permutation"):
+        if block_size == 1 and self.group == "permutation":
             return []
         name = f"{self.writer}:{self.group}"
         return [
@@ -133,7 +133,10 @@ class Walk:
     def open(
         self, name: str, axis: int, size: int, legs: Iterable[LegPlan], *, group: str, num_blocks: int = 1
     ) -> None:
-        """Let the layer ``name`` write ``size`` channels on ``axis``."""
+        """Let the layer ``name`` write ``size`` channels on ``axis``, in place of what was open there."""
+        self.sites.pop(group, None)
+        if size == 0:
+            return
         plans = list(legs)
         blocks = lcm(num_blocks, *(plan.num_groups for plan in plans))
         self.sites[group] = OpenSite(name, self._num_opened, group, size, axis, num_blocks=blocks, legs=plans)

@@ -132,7 +132,8 @@ def _draw_problem(
         return batch, targets[problems, rows]
 
     def scaled_loss(output: Tensor, target: Tensor) -> Tensor:
-        return loss_scale * loss(output, target)
+        scaled: Tensor = loss_scale * loss(output, target)
+        return scaled
 
     description = f"{architecture} sigma={sigma:.1f} batch={batch_size} noise={noise:.1f} steps={horizon}"
     return InnerProblem(model, params, scaled_loss, sample_batch, horizon, description)

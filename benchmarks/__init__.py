@@ -1,0 +1,1 @@
+"""Benchmarks: every number that the project claims comes from a command here."""
