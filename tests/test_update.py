@@ -1,0 +1,312 @@
+"""The update rule: known optimizers as special cases, equivariance, the optimizer class against the unroll."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
+from teleport_optim.features import NUM_FEATURES, compute_features, site_log_ratios
+from teleport_optim.layout import Layout, matrix_shape
+from teleport_optim.meta_optimizer import Controls
+from teleport_optim.update import Hyper, UpdateState, descend, orthogonalise, prior_rate, teleport, update
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for num_inputs, num_outputs in zip(widths, widths[1:]):
+            layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
+        return nn.Sequential(*layers[:-1]).double()
+
+
+def trained_meta_optimizer(seed: int = 0) -> MetaOptimizer:
+    """Random weights everywhere, so that every control moves."""
+    meta_optimizer = MetaOptimizer(6)
+    with torch.no_grad():
+        for param in meta_optimizer.parameters():
+            param.copy_(0.3 * torch.randn(param.shape, generator=generator(seed)))
+    return meta_optimizer
+
+
+def constant_controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros(len(features), len(Controls._fields)), hidden
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def loss_and_grads(model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[float, dict[str, Tensor]]:
+    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
+    loss = F.mse_loss(torch.func.functional_call(model, leaves, (x,)), y)
+    return loss.item(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+
+
+def rule_h(params: dict[str, Tensor], grads: dict[str, Tensor], buffers: dict[str, Tensor], step: int, total: int) -> None:
+    """The prior, written tensor by tensor in the notation of its definition, as a slow reference."""
+    num_layers = sum(param.dim() > 1 for param in params.values())
+    alpha = 0.15 * math.sqrt(300 / max(total, 75))
+    a, w = alpha * num_layers**-0.5 * (1 - step / total), 2 / (alpha * total)
+    for name, p in params.items():
+        m = buffers[name] = 0.8 * buffers[name] + 0.2 * grads[name]
+        u = 0.8 * m + 0.2 * grads[name]
+        if p.dim() < 2:
+            p -= 0.25 * a * u / u.square().mean().sqrt()
+            continue
+        rows = u.reshape(len(u), -1)
+        o = rows / rows.norm()
+        for _ in range(5):
+            gram = o @ o.T
+            o = 3.4445 * o - 4.7750 * gram @ o + 2.0315 * gram @ gram @ o
+        o = o / o.square().mean(dim=1, keepdim=True).sqrt()
+        p *= 1 - a * w
+        p -= a / math.sqrt(rows.shape[1]) * o.reshape(p.shape)
+
+
+def test_constant_controls_give_the_prior_over_fifty_steps() -> None:
+    model = perceptron(5, 8, 8, 3)
+    layout = Layout.of(named(model))
+    x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
+    ours, reference = named(model), named(model)
+    state = UpdateState.initial(ours, torch.zeros(len(ours), 1))
+    buffers = {name: torch.zeros_like(param) for name, param in reference.items()}
+    hyper = Hyper.default(len(ours), 50)
+    for step in range(50):
+        _, grads = loss_and_grads(model, ours, x, y)
+        ours, state = update(constant_controller, ours, grads, state, step=step, hyper=hyper, layout=layout)
+        _, grads = loss_and_grads(model, reference, x, y)
+        rule_h(reference, grads, buffers, step, 50)
+    # Rates are kept in float32, which is the error that is left.
+    for name, param in reference.items():
+        torch.testing.assert_close(ours[name], param, rtol=0, atol=1e-4)
+        assert not torch.allclose(param, named(model)[name], atol=1e-2)
+
+
+def test_vectors_move_like_normalised_nesterov_sgd_of_torch() -> None:
+    """u is, up to its length, the Nesterov update of torch.optim.SGD with the same gradients."""
+    layout = Layout.of({"v": torch.zeros(7)})
+    theta = nn.Parameter(torch.zeros(7, dtype=torch.float64))
+    sgd = torch.optim.SGD([theta], lr=1.0, momentum=0.8, nesterov=True)
+    params, momenta = {"v": torch.zeros(7, dtype=torch.float64)}, {"v": torch.zeros(7, dtype=torch.float64)}
+    hyper = Hyper.default(1, 1000)
+    source = generator()
+    for step in range(50):
+        grad = torch.randn(7, generator=source, dtype=torch.float64)
+        before = theta.detach().clone()
+        theta.grad = grad
+        sgd.step()
+        expected = theta.detach() - before
+        old = params["v"]
+        params, momenta = descend(
+            params, {"v": grad}, momenta, Controls.prior(1), step=step, hyper=hyper, layout=layout
+        )
+        move = params["v"] - old
+        torch.testing.assert_close(move / move.norm(), expected / expected.norm(), rtol=0, atol=1e-6)
+        rate, _ = prior_rate(step, 1000, 1)
+        assert move.square().mean().sqrt().item() == pytest.approx(0.25 * rate, rel=1e-6)
+
+
+def test_matrices_move_like_muon_of_torch_with_rows_normalised() -> None:
+    theta = nn.Parameter(torch.zeros(6, 9))
+    muon = torch.optim.Muon([theta], lr=1.0, momentum=0.8, nesterov=True, weight_decay=0.0)
+    layout = Layout.of({"w": theta.detach()})
+    params, momenta = {"w": torch.zeros(6, 9)}, {"w": torch.zeros(6, 9)}
+    source = generator()
+    for step in range(10):
+        grad = torch.randn(6, 9, generator=source)
+        before, theta.grad = theta.detach().clone(), grad
+        muon.step()
+        expected = theta.detach() - before
+        expected = expected / expected.square().mean(dim=1, keepdim=True).sqrt()
+        old, hyper = params["w"], Hyper(torch.ones(1), torch.zeros(1), 1000)
+        params, momenta = descend(
+            params, {"w": grad}, momenta, Controls.prior(1), step=step, hyper=hyper, layout=layout
+        )
+        move = params["w"] - old
+        move = move / move.square().mean(dim=1, keepdim=True).sqrt()
+        assert (move - expected).abs().max() < 0.05  # Muon iterates in bfloat16.
+
+
+@pytest.mark.parametrize("teleports", [True, False])
+def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool) -> None:
+    model = perceptron(5, 8, 8, 3)
+    meta_optimizer = trained_meta_optimizer()
+    spec = find_symmetries(model) if teleports else None
+    x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
+    params = named(model)
+    layout = Layout.of(params, spec)
+    assert len(layout.spec) == (2 if teleports else 0)
+    state = UpdateState.initial(params, meta_optimizer.initial_hidden(len(params)))
+    hyper = Hyper.default(len(params), 40)
+    optimizer = LearnedTeleportOptimizer(
+        model.parameters(), model=model, total_steps=40, checkpoint=meta_optimizer, teleport=teleports
+    )
+    sizes = []
+    for step in range(40):
+        _, grads = loss_and_grads(model, params, x, y)
+        with torch.no_grad():
+            params, state = update(meta_optimizer, params, grads, state, step=step, hyper=hyper, layout=layout)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        sizes.append(optimizer.teleport_size)
+        for name, param in model.named_parameters():
+            assert torch.equal(param, params[name]), (step, name)
+    assert all((size > 0) == (teleports and step % 10 == 0) for step, size in enumerate(sizes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: int) -> None:
+    model = perceptron(4, 7, 6, 2, seed=seed)
+    params = named(model)
+    layout = Layout.of(params, find_symmetries(model))
+    source = generator(seed)
+    x, y = torch.randn(9, 4, generator=source).double(), torch.randn(9, 2, generator=source).double()
+    loss, grads = loss_and_grads(model, params, x, y)
+    momenta = {name: 2.0 * grad for name, grad in grads.items()}
+    controls = Controls.from_outputs(torch.randn(len(params), 6, generator=source))
+    moved, moved_grads, moved_momenta, size = teleport(params, grads, momenta, controls, layout)
+    loss_there, grads_there = loss_and_grads(model, dict(moved), x, y)
+    assert size > 0
+    assert loss_there == pytest.approx(loss, rel=1e-12)
+    for name in params:
+        torch.testing.assert_close(moved_grads[name], grads_there[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(moved_momenta[name], 2.0 * grads_there[name], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(moved["0.weight"], params["0.weight"])
+
+
+def test_full_strength_balances_a_site() -> None:
+    model = perceptron(4, 7, 2)
+    params = named(model)
+    layout = Layout.of(params, find_symmetries(model))
+    controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
+    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
+    moved, *_ = teleport(params, zeros, zeros, controls, layout)
+    (symmetry,) = layout.spec
+    assert site_log_ratios(symmetry, params).abs().max() > 0.1
+    assert site_log_ratios(symmetry, moved).abs().max() < 1e-5
+
+
+def test_steps_are_equivariant_under_permutation_of_hidden_units() -> None:
+    """Training permuted units is permuting trained units: no feature and no direction looks at their order."""
+    model = perceptron(5, 8, 8, 3)
+    spec = find_symmetries(model).of_group("permutation")
+    scalings = find_symmetries(model).of_group("scaling")
+    meta_optimizer = trained_meta_optimizer()
+    element = spec.random_element(generator())
+    x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
+    results = []
+    for params in (named(model), act(spec, element, named(model))):
+        state = UpdateState.initial(params, meta_optimizer.initial_hidden(len(params)))
+        layout, hyper = Layout.of(params, scalings), Hyper.default(len(params), 20)
+        for step in range(20):
+            _, grads = loss_and_grads(model, params, x, y)
+            with torch.no_grad():
+                params, state = update(meta_optimizer, params, grads, state, step=step, hyper=hyper, layout=layout)
+        results.append(params)
+    for name, value in act(spec, element, results[0]).items():
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1e-6, 1e6))
+def test_features_do_not_see_the_scale_of_the_loss(seed: int, scale: float) -> None:
+    model = perceptron(4, 7, 6, 2, seed=seed)
+    params = named(model)
+    source = generator(seed)
+    layout = Layout.of(params, find_symmetries(model))
+    grads, momenta = ({n: torch.randn(p.shape, generator=source).double() for n, p in params.items()} for _ in range(2))
+    unseen = torch.full((len(params), 2), math.nan)
+
+    def features(factor: float) -> Tensor:
+        scaled = [{name: factor * value for name, value in slot.items()} for slot in (grads, momenta)]
+        return compute_features(params, *scaled, unseen, layout=layout, step=0, total_steps=None)[0]
+
+    assert features(1.0).shape == (len(params), NUM_FEATURES)
+    torch.testing.assert_close(features(scale), features(1.0), rtol=0, atol=1e-3)
+    assert features(1.0).abs().max() <= 4.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
+def test_orthogonalise_moves_singular_values_towards_one(rows: int, columns: int, seed: int) -> None:
+    x = torch.randn(rows, columns, generator=generator(seed)).double()
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    result = u.T @ orthogonalise(x) @ v.T
+    assert (result - torch.diag(torch.diagonal(result))).abs().max() < 1e-9
+    large = s > 0.05 * x.norm()
+    assert ((torch.diagonal(result)[large] > 0.5) & (torch.diagonal(result)[large] < 1.3)).all()
+    assert not orthogonalise(torch.zeros(rows, columns)).any()
+
+
+@given(st.lists(st.integers(1, 5), max_size=4))
+def test_matrix_shape_keeps_the_number_of_entries(shape: list[int]) -> None:
+    matrix = matrix_shape(torch.Size(shape))
+    if len(shape) == 2:
+        assert matrix == tuple(shape)
+    if matrix is not None:
+        assert math.prod(matrix) == math.prod(shape)
+    else:
+        assert len(shape) < 2 or len(shape) > 2
+
+
+@pytest.mark.parametrize(("total_steps", "expected"), [(300, 0.15), (1200, 0.075), (10, 0.3)])
+def test_prior_rate(total_steps: int, expected: float) -> None:
+    rates = [prior_rate(step, total_steps, 4)[0] for step in range(total_steps + 3)]
+    assert rates[0] == pytest.approx(expected / 2)
+    assert all(later < earlier for earlier, later in zip(rates, rates[1:total_steps]))
+    assert rates[-1] == rates[total_steps - 1] > 0
+    endless = [prior_rate(step, None, 4)[0] for step in range(1000)]
+    assert all(later <= earlier for earlier, later in zip(endless, endless[1:]))
+
+
+def test_zero_gradients_move_nothing_but_decay() -> None:
+    model = perceptron(4, 6, 2)
+    params = named(model)
+    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
+    hyper = Hyper(torch.ones(len(params)), torch.zeros(len(params)), 10)
+    layout, state = Layout.of(params), UpdateState.initial(params, torch.zeros(len(params), 12))
+    with torch.no_grad():
+        moved, state = update(
+            trained_meta_optimizer(), params, zeros, state, step=0, hyper=hyper, layout=layout
+        )
+    for name, param in params.items():
+        assert torch.equal(moved[name], param)
+    assert torch.isfinite(state.hidden).all()
+
+
+def test_update_leaves_its_arguments_alone() -> None:
+    model = perceptron(4, 6, 2)
+    params = named(model)
+    layout = Layout.of(params, find_symmetries(model))
+    state = UpdateState.initial(params, torch.zeros(len(params), 12))
+    grads = {name: torch.ones_like(param) for name, param in params.items()}
+    before = copy.deepcopy((params, grads, state))
+    with torch.no_grad():
+        update(
+            trained_meta_optimizer(), params, grads, state, step=0, hyper=Hyper.default(len(params)), layout=layout
+        )
+    torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_teleported_momentum_is_the_dual_not_the_vector() -> None:
+    """A negative control: moving the momentum like a parameter would be something else."""
+    model = perceptron(4, 6, 2)
+    spec = find_symmetries(model).of_group("scaling")
+    element = spec.random_element(generator())
+    params = named(model)
+    assert not torch.allclose(act(spec, element, params)["0.weight"], act_dual(spec, element, params)["0.weight"])
