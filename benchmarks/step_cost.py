@@ -1,6 +1,6 @@
 """Milliseconds of an optimizer step, and bytes of state, beside AdamW; the optimizers take turns step by step.
 
-    python -m benchmarks.step_cost [--steps 30] [--threads 1]
+python -m benchmarks.step_cost [--steps 30] [--threads 1]
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = ["main", "state_bytes"]
 def _resnet18() -> nn.Module:
     from torchvision.models import resnet18
 
-    return resnet18()
+    model: nn.Module = resnet18()
+    return model
 
 
 def _optimizers(model: nn.Module) -> dict[str, Optimizer]:

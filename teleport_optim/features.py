@@ -36,8 +36,10 @@ def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor]) -> Tensor
         norms = [view_channels(symmetry, leg, tensors[leg.name]).square().flatten(1).sum(dim=1) for leg in legs]
         return torch.stack(norms).sum(dim=0)
 
-    log_ratio = torch.log(total(symmetry.readers)) - torch.log(total(symmetry.writers))
-    return torch.where(torch.isfinite(log_ratio), log_ratio, torch.zeros_like(log_ratio)).float()
+    read, written = total(symmetry.readers), total(symmetry.writers)
+    is_usable = (read > 0) & (written > 0) & torch.isfinite(read) & torch.isfinite(written)
+    log_read, log_written = (torch.log(torch.where(is_usable, norms, torch.ones_like(norms))) for norms in (read, written))
+    return (log_read - log_written).float()
 
 
 def time_features(step: int, total_steps: int | None) -> list[float]:
@@ -84,6 +86,7 @@ def compute_features(
     gg, mm, pp, gm, gp = dots.unbind(-1)
     device = dots.device
     sizes = torch.tensor([layout.shapes[name].numel() for name in names], device=device).clamp_min(1)
+    norm_g, norm_m, norm_p = (square.clamp_min(1e-36).sqrt() for square in (gg, mm, pp))
     log_g, log_m, log_p = (0.5 * _safe_log(square / sizes) for square in (gg, mm, pp))
     running, first = torch.where(log_grad_rms.isnan(), log_g[:, None], log_grad_rms).unbind(-1)
     tensor_features = torch.stack(
@@ -91,9 +94,9 @@ def compute_features(
             log_g - running,
             (log_g - first) / 2.0,
             torch.where(mm > 0, log_m - log_g, torch.zeros_like(log_g)),
-            2.0 * gm / torch.sqrt(gg * mm).clamp_min(1e-30),
-            2.0 * gp / torch.sqrt(gg * pp).clamp_min(1e-30),
-            (log_p - torch.log(layout.step_scale.to(device))).clamp(-_BOUND, _BOUND) / 2.0,
+            2.0 * gm / (norm_g * norm_m),
+            2.0 * gp / (norm_g * norm_p),
+            (log_p - torch.log(layout.step_scale).to(log_p)).clamp(-_BOUND, _BOUND) / 2.0,
         ],
         dim=-1,
     )

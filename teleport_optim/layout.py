@@ -92,7 +92,7 @@ class Layout:
     def step_scale(self) -> Tensor:
         """Shape ``[num_tensors]``: RMS of a unit step, 1/sqrt(columns) for matrices and 1/4 for vectors."""
         scales = [self.matrices[name][1] ** -0.5 if name in self.matrices else 0.25 for name in self.names]
-        return torch.tensor(scales, dtype=torch.float32)
+        return torch.tensor(scales, dtype=torch.float64)
 
     @cached_property
     def is_matrix(self) -> Tensor:

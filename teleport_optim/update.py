@@ -38,7 +38,8 @@ MAX_LOG_SCALE = 3.0
 
 _ITERATION = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
-_TINY = 1e-30
+_TINY = 1e-36
+"""Where squares are cut off before a root, so that zero gradients have finite derivatives too."""
 
 
 class Hyper(NamedTuple):
@@ -110,15 +111,27 @@ def orthogonalise(x: Tensor) -> Tensor:
     Args:
         x: ``[..., rows, columns]``.
 
-    Cost: 15 products of ``min(rows, columns)`` squared times the longer side.
+    Cost, in products of n x n with n x m, n the shorter and m the longer side: 10 and 5 of n x n; 2 and 20 of n x n where m
+    is more than twice n.
     """
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
-    x = x / x.flatten(-2).norm(dim=-1).clamp_min(_TINY)[..., None, None]
+    x = x / x.square().sum(dim=(-2, -1), keepdim=True).clamp_min(_TINY).sqrt()
     a, b, c = _ITERATION
-    for _ in range(_NUM_ITERATIONS):
+    if x.shape[-1] > 2 * x.shape[-2]:
+        # Each iterate is a polynomial of x x^T times x, so that the long side need enter only twice.
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        unit = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+        product = unit
+        for _ in range(_NUM_ITERATIONS):
+            factor = a * unit + b * gram + c * gram @ gram
+            product = factor @ product
+            gram = factor @ gram @ factor
+        x = product @ x
+    else:
+        for _ in range(_NUM_ITERATIONS):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if is_tall else x
 
 
@@ -212,11 +225,11 @@ def descend(
     """The momentum step under given controls: new parameters and momenta. Tensors of one shape go as one batch."""
     rate, decay = prior_rate(step, hyper.total_steps, layout.num_layers)
     device = controls.rate.device
-    rates = rate * hyper.lr.to(device) * controls.rate
+    rates = rate * controls.rate * hyper.lr.to(device)
     user_decay = hyper.weight_decay.to(device)
     learned_decay = decay * controls.decay * layout.is_matrix.to(device)
     shrinks = 1.0 - rates * torch.where(torch.isnan(user_decay), learned_decay, user_decay)
-    steps = rates * layout.step_scale.to(device)
+    steps = rates * layout.step_scale.to(rates)
     new_params, new_momenta = {}, {}
     for matrix, rows in layout.groups:
         names = [layout.names[row] for row in rows]
@@ -244,4 +257,4 @@ def descend(
 
 def _unit_rms(x: Tensor) -> Tensor:
     """``x`` with the RMS along its last axis set to 1; zeros stay zeros."""
-    return x / x.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_TINY)
+    return x / x.square().mean(dim=-1, keepdim=True).clamp_min(_TINY).sqrt()

@@ -79,11 +79,11 @@ REFUSED: dict[str, tuple[ModelFactory, str, str]] = {
     "embedding with max_norm": (
         lambda: nn.Sequential(nn.Embedding(3, 4, max_norm=1.0), nn.Linear(4, 2)), "0", "max_norm"
     ),
-    "pool over features": (between(nn.MaxPool1d(2, 1, 0)), "1", "mixes the channels of '0', which lie on axis -1"),
-    "adaptive pool over features": (between(nn.AdaptiveAvgPool1d(4)), "1", "mixes the channels"),
-    "pad of features": (between(nn.ZeroPad1d(0)), "1", "mixes the channels"),
+    "pool over features": (between(nn.MaxPool1d(2, 1, 0)), "1", "takes inputs of 3 axes"),
+    "adaptive pool over features": (between(nn.AdaptiveAvgPool1d(4)), "1", "lead to 2"),
+    "pad of features": (between(nn.ZeroPad1d(0)), "1", "takes inputs of 3 axes"),
     "linear on pixels": (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4)), "1", "reads axis -1"),
-    "convolution on features": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 4, 1)), "1", "reads axis -2"),
+    "convolution on features": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 4, 1)), "1", "takes inputs of 3 axes"),
     "wrong size": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(5, 2)), "2", "reads 5 entries"),
     "pool with indices": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2, return_indices=True), nn.Conv2d(4, 1, 1)),
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[ModelFactory, str, str]] = {
     "flatten of no axis": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Flatten(2, 3), nn.Linear(4, 4)),
         "1",
-        "depends on the number of axes",
+        "flattens the axes 2 to 3 of the 2",
     ),
     "unknown axes": (
         lambda: nn.Sequential(nn.Softmax(-1), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)),
@@ -209,3 +209,31 @@ def test_a_sequential_that_only_has_another_name_is_walked() -> None:
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Sequential(), nn.Sequential(nn.Linear(3, 2)), nn.ReLU()])
 def test_models_without_hidden_channels_have_no_symmetries(model: nn.Module) -> None:
     assert find_symmetries(model) == SymmetrySpec()
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool1d(2, 1), nn.AdaptiveAvgPool1d(4), nn.ZeroPad1d(0)])
+def test_a_pool_straight_after_a_linear_layer_pools_over_features(layer: nn.Module) -> None:
+    """On (batch, features) it takes the batch for channels and mixes the features."""
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.ReLU(), nn.LazyLinear(2))
+    model(torch.randn(3, 4))
+    spec = find_symmetries(model, torch.randn(3, 4))
+    assert len(spec) == 0
+    assert "mixes the channels of '0', which lie on axis -1" in reasons_of(spec)["1"]
+
+
+def test_a_convolution_after_a_linear_layer_reads_another_axis() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Conv1d(4, 2, 1))
+    spec = find_symmetries(model, torch.randn(3, 2, 4))
+    assert set(legs_of(spec)) == {"2:permutation", "2:scaling"}
+    assert "reads axis -2 of its input, but the channels of '0' lie on axis -1" in reasons_of(spec)["2"]
+
+
+def test_a_contradiction_drops_what_was_found_before() -> None:
+    """If the sizes do not fit then the inputs are not what was assumed, and nothing found so far is certain."""
+    head = (nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+    assert len(find_symmetries(nn.Sequential(*head, nn.ReLU(), nn.Linear(4, 2)))) > 0
+    model = nn.Sequential(*head, nn.Flatten(), nn.Linear(16, 2))  # runs on (batch, 4, 4) only
+    spec = find_symmetries(model)
+    assert len(spec) == 0
+    assert "pass example_inputs" in reasons_of(spec)["5"]
+    assert len(find_symmetries(model, torch.randn(3, 4, 4))) == 0

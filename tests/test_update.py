@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for num_inputs, num_outputs in zip(widths, widths[1:]):
+        for num_inputs, num_outputs in pairwise(widths):
             layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
         return nn.Sequential(*layers[:-1]).double()
 
@@ -42,20 +43,24 @@ def trained_meta_optimizer(seed: int = 0) -> MetaOptimizer:
 
 
 def constant_controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros(len(features), len(Controls._fields)), hidden
+    return torch.zeros(len(features), len(Controls._fields), dtype=torch.float64), hidden
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
-def loss_and_grads(model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[float, dict[str, Tensor]]:
+def loss_and_grads(
+    model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor
+) -> tuple[float, dict[str, Tensor]]:
     leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
     loss = F.mse_loss(torch.func.functional_call(model, leaves, (x,)), y)
     return loss.item(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
 
 
-def rule_h(params: dict[str, Tensor], grads: dict[str, Tensor], buffers: dict[str, Tensor], step: int, total: int) -> None:
+def rule_h(
+    params: dict[str, Tensor], grads: dict[str, Tensor], buffers: dict[str, Tensor], step: int, total: int
+) -> None:
     """The prior, written tensor by tensor in the notation of its definition, as a slow reference."""
     num_layers = sum(param.dim() > 1 for param in params.values())
     alpha = 0.15 * math.sqrt(300 / max(total, 75))
@@ -71,7 +76,8 @@ def rule_h(params: dict[str, Tensor], grads: dict[str, Tensor], buffers: dict[st
         for _ in range(5):
             gram = o @ o.T
             o = 3.4445 * o - 4.7750 * gram @ o + 2.0315 * gram @ gram @ o
-        o = o / o.square().mean(dim=1, keepdim=True).sqrt()
+        o = o / o.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-30)  # rows of dead units are zero
+        o = o / o.square().mean().sqrt()
         p *= 1 - a * w
         p -= a / math.sqrt(rows.shape[1]) * o.reshape(p.shape)
 
@@ -89,9 +95,8 @@ def test_constant_controls_give_the_prior_over_fifty_steps() -> None:
         ours, state = update(constant_controller, ours, grads, state, step=step, hyper=hyper, layout=layout)
         _, grads = loss_and_grads(model, reference, x, y)
         rule_h(reference, grads, buffers, step, 50)
-    # Rates are kept in float32, which is the error that is left.
     for name, param in reference.items():
-        torch.testing.assert_close(ours[name], param, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours[name], param, rtol=0, atol=1e-9)
         assert not torch.allclose(param, named(model)[name], atol=1e-2)
 
 
@@ -137,7 +142,7 @@ def test_matrices_move_like_muon_of_torch_with_rows_normalised() -> None:
         )
         move = params["w"] - old
         move = move / move.square().mean(dim=1, keepdim=True).sqrt()
-        assert (move - expected).abs().max() < 0.05  # Muon iterates in bfloat16.
+        assert (move - expected).abs().max() < 0.15  # Muon iterates in bfloat16.
 
 
 @pytest.mark.parametrize("teleports", [True, False])
@@ -219,7 +224,8 @@ def test_steps_are_equivariant_under_permutation_of_hidden_units() -> None:
                 params, state = update(meta_optimizer, params, grads, state, step=step, hyper=hyper, layout=layout)
         results.append(params)
     for name, value in act(spec, element, results[0]).items():
-        torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-4)
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=2e-3)  # Features are float32 sums.
+    assert not torch.allclose(results[1]["0.weight"], results[0]["0.weight"], atol=0.1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -268,10 +274,10 @@ def test_matrix_shape_keeps_the_number_of_entries(shape: list[int]) -> None:
 def test_prior_rate(total_steps: int, expected: float) -> None:
     rates = [prior_rate(step, total_steps, 4)[0] for step in range(total_steps + 3)]
     assert rates[0] == pytest.approx(expected / 2)
-    assert all(later < earlier for earlier, later in zip(rates, rates[1:total_steps]))
+    assert all(later < earlier for earlier, later in pairwise(rates[:total_steps]))
     assert rates[-1] == rates[total_steps - 1] > 0
     endless = [prior_rate(step, None, 4)[0] for step in range(1000)]
-    assert all(later <= earlier for earlier, later in zip(endless, endless[1:]))
+    assert all(later <= earlier for earlier, later in pairwise(endless))
 
 
 def test_zero_gradients_move_nothing_but_decay() -> None:
@@ -281,9 +287,7 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
     hyper = Hyper(torch.ones(len(params)), torch.zeros(len(params)), 10)
     layout, state = Layout.of(params), UpdateState.initial(params, torch.zeros(len(params), 12))
     with torch.no_grad():
-        moved, state = update(
-            trained_meta_optimizer(), params, zeros, state, step=0, hyper=hyper, layout=layout
-        )
+        moved, state = update(trained_meta_optimizer(), params, zeros, state, step=0, hyper=hyper, layout=layout)
     for name, param in params.items():
         assert torch.equal(moved[name], param)
     assert torch.isfinite(state.hidden).all()
@@ -297,9 +301,7 @@ def test_update_leaves_its_arguments_alone() -> None:
     grads = {name: torch.ones_like(param) for name, param in params.items()}
     before = copy.deepcopy((params, grads, state))
     with torch.no_grad():
-        update(
-            trained_meta_optimizer(), params, grads, state, step=0, hyper=Hyper.default(len(params)), layout=layout
-        )
+        update(trained_meta_optimizer(), params, grads, state, step=0, hyper=Hyper.default(len(params)), layout=layout)
     torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0, equal_nan=True)
 
 

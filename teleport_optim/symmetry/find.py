@@ -35,7 +35,8 @@ def find_symmetries(
         model: The model. It is not changed: with ``example_inputs`` a deep copy is run.
         example_inputs: An input, or the tuple of inputs, that the model takes. Without it, inputs are batched:
             ``(batch, features)`` for Linear and BatchNorm1d, ``(batch, channels, *spatial)`` for convolutions and
-            ``(batch, sequence)`` for an Embedding. Needed where this does not settle what a layer does.
+            ``(batch, sequence)`` for an Embedding. Needed where this does not settle what a layer does, and where it
+            does not hold: sizes that contradict it empty the spec, but not all inputs of another shape show.
         include_approximate: Also list scaling in front of a normalisation, which holds only up to its eps
             (``exact=False``).
 

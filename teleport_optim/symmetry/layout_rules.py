@@ -43,11 +43,16 @@ ELEMENTWISE = frozenset({"permutation"})
 
 
 def assume_spatial(walk: Walk, name: str, num_spatial: int) -> None:
-    """Take the input to be ``(batch, channels, *spatial)`` if nothing is known of it."""
+    """Take the input to be ``(batch, channels, *spatial)`` if nothing is known of it.
+
+    Inputs without a batch axis are taken too, but only where example inputs show that there is none.
+    """
     walk.assume_rank(num_spatial + 2, always=True)
-    if walk.shape is None or len(walk.shape) not in (num_spatial + 1, num_spatial + 2):
-        walk.refuse(name, f"it takes inputs of {num_spatial + 2} axes (batch, channels, spatial): {PASS_INPUTS}")
-        walk.shape = (None,) * (num_spatial + 2)
+    shape = walk.shape or ()
+    if len(shape) == num_spatial + 2 or (len(shape) == num_spatial + 1 and None not in shape):
+        return
+    walk.contradict(name, f"it takes inputs of {num_spatial + 2} axes, but the layers before it lead to {len(shape)}")
+    walk.assume_rank(num_spatial + 2, always=True)
 
 
 def pointwise(walk: Walk, name: str, layer: nn.Module, groups: Iterable[str]) -> None:
@@ -96,10 +101,12 @@ def upsample(walk: Walk, name: str, layer: nn.Upsample) -> None:
 def flatten(walk: Walk, name: str, layer: nn.Flatten) -> None:
     if walk.shape is None and not walk.sites and (layer.start_dim, layer.end_dim) == (1, -1):
         walk.shape = (None, None)
-    rank = len(walk.shape or ())
-    if walk.shape is None or not all(-rank <= axis < rank for axis in (layer.start_dim, layer.end_dim)):
+    if walk.shape is None:
         walk.refuse_unknown_rank(name)
-        walk.lose()
+        return
+    rank = len(walk.shape)
+    if not all(-rank <= axis < rank for axis in (layer.start_dim, layer.end_dim)):
+        walk.contradict(name, f"it flattens the axes {layer.start_dim} to {layer.end_dim} of the {rank} of its input")
         return
     start, end = layer.start_dim % rank, layer.end_dim % rank
     for group, site in list(walk.sites.items()):
@@ -123,7 +130,6 @@ def unflatten(walk: Walk, name: str, layer: nn.Unflatten) -> None:
         walk.assume_rank(2)
     if walk.shape is None or not isinstance(layer.dim, int):  # older torch has named axes
         walk.refuse_unknown_rank(name)
-        walk.lose()
         return
     rank, sizes = len(walk.shape), tuple(None if size == -1 else size for size in layer.unflattened_size)
     axis = layer.dim % rank

@@ -171,7 +171,7 @@ class Walk:
         return self.shape is not None
 
     def align(self, name: str, axis: int, extent: int, *, verb: str) -> None:
-        """Keep the open sites that lie on ``axis`` and fill its ``extent`` entries; refuse all others."""
+        """Keep the open sites that lie on ``axis`` and refuse all others; they must fill its ``extent`` entries."""
         for group, site in list(self.sites.items()):
             if site.axis != axis:
                 reason = (
@@ -181,12 +181,19 @@ class Walk:
             elif site.repeat is None and extent % site.size == 0:
                 site.repeat = extent // site.size
             elif site.repeat is None or site.size * site.repeat != extent:
-                reason = f"it {verb} {extent} entries, which do not fit the {site.size} channels of {site.writer!r}"
-                self.refuse(name, f"{reason}: {PASS_INPUTS}", [group])
+                self.contradict(name, f"it {verb} {extent} entries, but {site.writer!r} has {site.size} channels")
+                return
+
+    def contradict(self, name: str, reason: str) -> None:
+        """Drop all that was found: the layers do not fit together, so the assumed shape of the inputs is wrong."""
+        self.refuse(name, f"{reason}, which cannot be if inputs are batched: {PASS_INPUTS}")
+        self._closed.clear()
+        self.lose()
 
     def refuse_unknown_rank(self, name: str) -> None:
-        """Drop everything, since the number of axes decides what the layer ``name`` does."""
+        """Drop the open sites, since the number of axes decides what the layer ``name`` does."""
         self.refuse(name, f"what it does depends on the number of axes of its input: {PASS_INPUTS}")
+        self.lose()
 
     def spec(self) -> SymmetrySpec:
         """What was found, in the order of the network. The sites still open are the output, which does not move."""
