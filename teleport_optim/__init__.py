@@ -4,7 +4,7 @@ from teleport_optim.action import act, act_dual
 from teleport_optim.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
-from teleport_optim.symmetry import Leg, Symmetry, SymmetrySpec, find_symmetries
+from teleport_optim.symmetry import Leg, Symmetry, SymmetrySpec, find_symmetries, verify_symmetries
 
 __all__ = [
     "CheckpointError",
@@ -18,4 +18,5 @@ __all__ = [
     "find_symmetries",
     "load_checkpoint",
     "save_checkpoint",
+    "verify_symmetries",
 ]

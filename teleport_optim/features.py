@@ -38,7 +38,9 @@ def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor]) -> Tensor
 
     read, written = total(symmetry.readers), total(symmetry.writers)
     is_usable = (read > 0) & (written > 0) & torch.isfinite(read) & torch.isfinite(written)
-    log_read, log_written = (torch.log(torch.where(is_usable, norms, torch.ones_like(norms))) for norms in (read, written))
+    log_read, log_written = (
+        torch.log(torch.where(is_usable, norms, torch.ones_like(norms))) for norms in (read, written)
+    )
     return (log_read - log_written).float()
 
 

@@ -83,14 +83,14 @@ def test_backpropagation_through_the_unroll_agrees_with_finite_differences() -> 
     source = generator(2)
     direction = {name: torch.randn(value.shape, generator=source) for name, value in candidates.items()}
     slope = sum(float((leaves[name].grad * direction[name]).sum()) for name in direction)
-    size = 1e-3
+    size = 1e-4
     with torch.no_grad():
         plus, minus = (
             final_loss(problem, {n: v + sign * size * direction[n] for n, v in candidates.items()}, meta_optimizer)
             for sign in (1.0, -1.0)
         )
     assert abs(slope) > 1e-3
-    assert float(plus - minus) / (2 * size) == pytest.approx(slope, rel=1e-2)
+    assert float(plus - minus) / (2 * size) == pytest.approx(slope, rel=5e-3)
 
 
 def test_evolution_strategies_are_unbiased_for_a_quadratic() -> None:
