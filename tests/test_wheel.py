@@ -40,6 +40,7 @@ def test_wheel_loads_the_default_checkpoint_and_takes_a_step(tmp_path: Path) -> 
     names = zipfile.ZipFile(wheel).namelist()
     assert "teleport_optim/pretrained/default.safetensors" in names
     assert "teleport_optim/pretrained/default.json" in names
+    assert "teleport_optim/py.typed" in names
     target = tmp_path / "installed"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     run(sys.executable, *install, cwd=tmp_path)
