@@ -54,14 +54,16 @@ def save_checkpoint(meta_optimizer: MetaOptimizer, path: str | Path, card: dict[
         **(card or {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, content in (
-        (path, data),
-        (path.with_suffix(".json"), json.dumps(full_card, indent=1).encode() + b"\n"),
-    ):
-        temporary = target.with_name(target.name + ".new")
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
+    write_atomically(path, data)
+    write_atomically(path.with_suffix(".json"), json.dumps(full_card, indent=1).encode() + b"\n")
     return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment it is there whole, as it was or as it is to be."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
 def load_checkpoint(checkpoint: str | Path) -> MetaOptimizer:

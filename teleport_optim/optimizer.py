@@ -230,19 +230,19 @@ class LearnedTeleportOptimizer(Optimizer):
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         """What is kept for all tensors together, with a row for every parameter of every group."""
         shared = self.state[_SHARED]  # type: ignore[index]
-        initial = UpdateState.initial({name: torch.zeros(()) for name in self._names}, self._initial_hidden(device))
+        if self._meta_optimizer.bias.device != device:
+            self._meta_optimizer.to(device)
+        if shared and len(shared["hidden"]) == len(self._names) and shared["hidden"].device == device:
+            return shared  # type: ignore[no-any-return]
+        hidden = self._meta_optimizer.initial_hidden(len(self._names))
+        initial = UpdateState.initial({name: torch.zeros(()) for name in self._names}, hidden)
         if not shared:
             shared.update({key: getattr(initial, key) for key in (*_ROW_KEYS, "teleport_size")}, step=torch.zeros(()))
         for key in _ROW_KEYS:
             known = len(shared[key])
-            if known < len(self._names) or shared[key].device != device:
-                shared[key] = torch.cat([shared[key].to(device), getattr(initial, key)[known:]])
+            shared[key] = torch.cat([shared[key].to(device), getattr(initial, key)[known:]])
         shared["teleport_size"] = shared["teleport_size"].to(device)
         return shared  # type: ignore[no-any-return]
-
-    def _initial_hidden(self, device: torch.device) -> Tensor:
-        self._meta_optimizer.to(device)
-        return self._meta_optimizer.initial_hidden(len(self._names))
 
     def _hyper(self, groups: list[dict[str, Any]], step: int) -> Hyper:
         total_steps = self.param_groups[0]["total_steps"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from teleport_optim.checkpoints import save_checkpoint
+from teleport_optim.checkpoints import save_checkpoint, write_atomically
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.meta_training.estimators import evolution_strategies, meta_loss
 from teleport_optim.meta_training.unroll import unroll
@@ -214,7 +214,7 @@ class Learner:
             if state_file.exists():
                 raise FileExistsError(f"{self.run_dir} holds a run: resume it, or choose another folder")
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            _write(self.run_dir / _CONFIG_FILE, json.dumps(asdict(self.config), indent=1).encode())
+            write_atomically(self.run_dir / _CONFIG_FILE, json.dumps(asdict(self.config), indent=1).encode())
             return
         if not state_file.exists():
             raise FileNotFoundError(f"there is no run to resume in {self.run_dir}: {_STATE_FILE} is missing")
@@ -237,9 +237,9 @@ class Learner:
             "seconds": self.seconds,
             "best_validation": self.best_validation,
         }
-        temporary = self.run_dir / (_STATE_FILE + ".new")
-        torch.save(state, temporary)
-        os.replace(temporary, self.run_dir / _STATE_FILE)
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        write_atomically(self.run_dir / _STATE_FILE, stream.getvalue())
         with (self.run_dir / _LOG_FILE).open("a") as log:
             log.write(json.dumps(report._asdict()) + "\n")
 
@@ -273,9 +273,3 @@ def _schedule(progress: float) -> float:
 def _generator(seed: int, step: int) -> torch.Generator:
     """A generator of its own for every outer step, so that a resumed run draws what it would have drawn."""
     return torch.Generator().manual_seed((seed << 32) + step)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
