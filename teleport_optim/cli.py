@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from teleport_optim.checkpoints import CheckpointError, load_checkpoint
 from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
+from teleport_optim.symmetry.moves import view_channels
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -270,8 +271,7 @@ def parameter_share(model: nn.Module, spec: SymmetrySpec) -> float:
     for symmetry in spec:
         for leg in symmetry.legs:
             if leg.name in reached:
-                entries = reached[leg.name].narrow(leg.axis, leg.offset, symmetry.size * leg.repeat)
-                (entries if leg.within is None else entries.narrow(*leg.within)).fill_(True)
+                view_channels(symmetry, leg, reached[leg.name]).fill_(True)
     return sum(int(entries.sum()) for entries in reached.values()) / max(1, sum(map(Tensor.numel, reached.values())))
 
 
@@ -297,7 +297,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if len(spec):
         table = Table("site", "size", "group", r"legs: tensor\[axis]^degree")
         for symmetry in spec:
-            legs = " ".join(f"{leg.name}[{leg.axis}]^{leg.degree:+d}" for leg in symmetry.legs)
+            legs = " ".join(map(str, symmetry.legs))
             table.add_row(Text(symmetry.id), str(symmetry.size), symmetry.group.name, Text(legs))
         console.print(table)
     else:

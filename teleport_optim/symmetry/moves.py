@@ -57,8 +57,7 @@ def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, deg
     if result.shape == tensor.shape:
         return result.contiguous()
     moved = tensor.clone()
-    outer = moved.narrow(*leg.within) if leg.within else moved
-    outer.narrow(leg.axis, leg.offset, symmetry.size * leg.repeat).copy_(result)
+    view_channels(symmetry, leg, moved).copy_(moved_channels)
     return moved
 
 

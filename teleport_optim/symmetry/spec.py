@@ -47,6 +47,12 @@ class Leg:
     offset: int = 0
     within: tuple[int, int, int] | None = None
 
+    def __str__(self) -> str:
+        block = "" if self.repeat == 1 else f"x{self.repeat}"
+        offset = "" if self.offset == 0 else f"+{self.offset}"
+        within = "" if self.within is None else "|{}:{}+{}".format(*self.within)
+        return f"{self.name}[{self.axis}{block}{offset}{within}]^{self.degree:+d}"
+
 
 @dataclass(frozen=True)
 class Symmetry:
@@ -196,7 +202,7 @@ class SymmetrySpec:
     def __str__(self) -> str:
         rows = [("site", "size", "group", "legs")]
         for symmetry in self.symmetries:
-            legs = " ".join(_leg_text(leg) for leg in symmetry.legs)
+            legs = " ".join(map(str, symmetry.legs))
             rows.append((symmetry.id, str(symmetry.size), symmetry.group.name + ("" if symmetry.exact else " ~"), legs))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
@@ -213,10 +219,3 @@ def _symmetry_from_dict(entry: dict[str, object]) -> Symmetry:
         within = leg["within"]
         legs.append(Leg(**{**leg, "within": None if within is None else tuple(within)}))
     return Symmetry(str(entry["id"]), GROUPS[group], int(entry["size"]), tuple(legs), bool(entry["exact"]))  # type: ignore[call-overload]
-
-
-def _leg_text(leg: Leg) -> str:
-    block = "" if leg.repeat == 1 else f"x{leg.repeat}"
-    offset = "" if leg.offset == 0 else f"+{leg.offset}"
-    within = "" if leg.within is None else "|{}:{}+{}".format(*leg.within)
-    return f"{leg.name}[{leg.axis}{block}{offset}{within}]^{leg.degree:+d}"
