@@ -60,9 +60,12 @@ def save_checkpoint(meta_optimizer: MetaOptimizer, path: str | Path, card: dict[
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment it is there whole, as it was or as it is to be."""
+    """Write a file so that at every moment, even if the power fails, it is there whole, as it was or as it is to be."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

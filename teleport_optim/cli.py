@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import math
-import os
-import signal
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from teleport_optim.checkpoints import CheckpointError, load_checkpoint
+from teleport_optim.commands import CommandError, import_from_here, mistakes, one_line, positive, require, run_command
 from teleport_optim.groups import GROUPS
+from teleport_optim.meta_training import command as meta_training
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
 from teleport_optim.symmetry.moves import view_channels
 
@@ -29,16 +25,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from teleport_optim.demo import Contender
-    from teleport_optim.meta_training.learner import Learner
 
-__all__ = ["CommandError", "load_model", "main", "parameter_share"]
+__all__ = ["load_model", "main", "parameter_share"]
 
-_INTERRUPTED = 130
 _PICTURES = (".pdf", ".png", ".svg")
-
-
-class CommandError(Exception):
-    """A mistake in how the command was called; its text says in one line what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,14 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 if a symmetry does not hold, 2 for a mistake in the call, 130 after an interruption.
+        The exit code: 0, 1 if a symmetry does not hold or a process of a run is lost, 2 for a mistake in the call, 130
+        after an interruption.
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        return arguments.command(arguments)  # type: ignore[no-any-return]
-    except CommandError as error:
-        print(f"teleport-optim: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,11 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "learning rates, the update rule without anything learned, and the learned optimizer untuned; from the usual "
         "initial values, and from the same function with its hidden units rescaled. Prints tables, draws a picture.",
     )
+    demo.add_argument("--steps", type=positive, default=600, help="length of every training run (default: %(default)s)")
     demo.add_argument(
-        "--steps", type=_positive, default=600, help="length of every training run (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--seeds", type=_positive, default=1, help="seeds, of which medians are shown (default: %(default)s)"
+        "--seeds", type=positive, default=1, help="seeds, of which medians are shown (default: %(default)s)"
     )
     demo.add_argument(
         "--rescaling",
@@ -87,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--checkpoint", default="default", help="shipped name or path (default: %(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="30 steps, only to see that it works")
-    demo.add_argument("--threads", type=_positive, default=1, help="CPU threads for torch (default: %(default)s)")
+    demo.add_argument("--threads", type=positive, default=1, help="CPU threads for torch (default: %(default)s)")
     demo.set_defaults(command=_demo)
 
     inspect = commands.add_parser(
@@ -101,40 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--input", type=_shape, metavar="N,N,...", help="shape of an input, batch axis included: 2,3,224,224"
     )
-    inspect.add_argument(
-        "--tokens", type=_positive, metavar="N", help="the input holds integers below N (a vocabulary)"
-    )
+    inspect.add_argument("--tokens", type=positive, metavar="N", help="the input holds integers below N (a vocabulary)")
     inspect.set_defaults(command=_inspect)
 
     train = commands.add_parser(
-        "meta-train",
-        help="train a meta-optimizer of your own",
-        description="Meta-train by evolution strategies over whole training runs. The state is saved after every outer "
-        "step: interrupt at any moment and go on with --resume. Ends with a checkpoint and its card.",
+        "meta-train", help="train a meta-optimizer of your own", description=meta_training.DESCRIPTION
     )
-    train.add_argument(
-        "--config", default="standard", metavar="NAME|FILE.toml", help="quick, standard (default) or a file"
-    )
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated"
-    )
-    train.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    train.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="checkpoint to write (default: in the folder of the run)",
-    )
-    train.set_defaults(command=_meta_train)
+    meta_training.add_arguments(train)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 def _not_negative(text: str) -> float:
@@ -148,18 +106,11 @@ def _not_negative(text: str) -> float:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(_positive(size) for size in text.split(","))
-
-
-def _require(*modules: str) -> None:
-    """Fail before any work is done if something of the extra ``cli`` is missing."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise CommandError(f"this command needs {' and '.join(missing)}: pip install 'teleport-optim[cli]'")
+    return tuple(positive(size) for size in text.split(","))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    _require("matplotlib", "rich", "sklearn")
+    require("matplotlib", "rich", "sklearn")
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -167,7 +118,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     if arguments.output.suffix not in _PICTURES:
         raise CommandError(f"the picture's name must end in {' or '.join(_PICTURES)}, got {str(arguments.output)!r}")
-    with _mistakes(OSError, CheckpointError):
+    with mistakes(OSError, CheckpointError):
         load_checkpoint(arguments.checkpoint)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
@@ -191,7 +142,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             comparisons.append((title, contenders))
     for title, contenders in comparisons:
         console.print(_demo_table(title, contenders))
-    with _mistakes(OSError):
+    with mistakes(OSError):
         plot(comparisons, arguments.output)
     console.print(f"Picture: {arguments.output}", highlight=False, soft_wrap=True)
     return 0
@@ -236,12 +187,11 @@ def load_model(path: str) -> nn.Module:
     module_name, separator, name = path.partition(":")
     if not (module_name and separator and name):
         raise CommandError(f"write the model as package.module:callable, got {path!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_from_here()
     try:
         found: object = importlib.import_module(module_name)
     except Exception as error:
-        raise CommandError(f"cannot import {module_name!r}: {_one_line(error)}") from error
+        raise CommandError(f"cannot import {module_name!r}: {one_line(error)}") from error
     for attribute in name.split("."):
         if not hasattr(found, attribute):
             raise CommandError(f"{module_name!r} has no {name!r}")
@@ -253,7 +203,7 @@ def load_model(path: str) -> nn.Module:
     try:
         model = found()
     except Exception as error:
-        raise CommandError(f"calling {path} without arguments fails: {_one_line(error)}") from error
+        raise CommandError(f"calling {path} without arguments fails: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"{path} returns no torch module, but {type(model).__name__}")
     return model
@@ -276,7 +226,7 @@ def parameter_share(model: nn.Module, spec: SymmetrySpec) -> float:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    _require("rich")
+    require("rich")
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -290,7 +240,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         example = torch.randint(arguments.tokens, arguments.input) if is_tokens else torch.randn(arguments.input)
     console = Console()
     report = None
-    with _mistakes(TypeError, ValueError):
+    with mistakes(TypeError, ValueError):
         spec = find_symmetries(model, example)
         if example is not None:
             report = verify_symmetries(model, spec, example)
@@ -317,78 +267,3 @@ def _inspect(arguments: argparse.Namespace) -> int:
     failed = f"; these do not hold: {', '.join(report.failed) or 'all together'}" if not report.ok else ""
     console.print(Text(f"largest relative error of the function: {report.worst:.1e} (float64){failed}"), soft_wrap=True)
     return 0 if report.ok else 1
-
-
-def _meta_train(arguments: argparse.Namespace) -> int:
-    _require("rich", "sklearn")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console()
-    learner = _learner(arguments)
-    output = arguments.output or learner.run_dir / "checkpoint.safetensors"
-    total = learner.config.num_outer_steps
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    validation = ""
-    try:
-        with _terminable(), Progress(*columns, console=console) as progress:
-            bar = progress.add_task("measuring the untrained prior", total=total, completed=learner.step)
-            for step in learner.run():
-                if step.validation is not None:
-                    validation = f", validation {step.validation:.3f} of the prior's loss"
-                    console.print(f"step {step.step}: objective {step.objective:.3f}{validation}", highlight=False)
-                progress.update(bar, completed=step.step, description=f"objective {step.objective:.3f}{validation}")
-    except KeyboardInterrupt:
-        go_on = f"teleport-optim meta-train --resume {learner.run_dir}" if learner.step else "start it again"
-        console.print(
-            f"Interrupted after {learner.step} of {total} steps. To go on: {go_on}", highlight=False, soft_wrap=True
-        )
-        return _INTERRUPTED
-    with _mistakes(OSError):
-        learner.export(output)
-    console.print(
-        f"Checkpoint: {output} (validation {learner.best_validation:.3f} of the prior's loss)", highlight=False
-    )
-    return 0
-
-
-def _learner(arguments: argparse.Namespace) -> Learner:
-    from teleport_optim.meta_training.learner import Learner
-    from teleport_optim.meta_training.presets import config_of_run, read_config
-
-    if arguments.output and arguments.output.suffix != ".safetensors":
-        raise CommandError(f"a checkpoint's name ends in .safetensors, got {str(arguments.output)!r}")
-    with _mistakes(ValueError, OSError):
-        if arguments.resume:
-            if arguments.set or arguments.run_dir or arguments.config != "standard":
-                raise CommandError("--resume goes on with the run as it is: leave out --config, --set and --run-dir")
-            return Learner(config_of_run(arguments.resume), arguments.resume, resume=True)
-        config = read_config(arguments.config).with_settings(arguments.set)
-        return Learner(config, arguments.run_dir or Path("runs") / Path(arguments.config).stem)
-
-
-@contextmanager
-def _mistakes(*kinds: type[Exception]) -> Iterator[None]:
-    """Report errors of these kinds as mistakes in the call."""
-    try:
-        yield
-    except kinds as error:
-        raise CommandError(str(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

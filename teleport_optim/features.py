@@ -6,13 +6,14 @@ one, and are bounded.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from teleport_optim.layout import NUM_STATIC_FEATURES, Layout
+from teleport_optim.layout import NUM_STATIC_FEATURES, Layout, Table
 from teleport_optim.symmetry.moves import view_channels
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
@@ -24,17 +25,25 @@ NUM_SITE_FEATURES = 4
 NUM_FEATURES = NUM_STATIC_FEATURES + NUM_TIME_FEATURES + 2 * NUM_TENSOR_FEATURES + NUM_SITE_FEATURES
 
 _BOUND = 4.0
+_TINY = 1e-36
+"""Where squares are cut off, so that zeros have finite roots, logs and derivatives."""
 
 
-def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Per channel, log of the squared norm of what reads it over that of what writes it, shape ``[size]``.
+def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: int = 0) -> Tensor:
+    """Per channel, log of the squared norm of what reads it over that of what writes it, shape ``[*runs, size]``.
 
     A channel with nothing (or nothing finite) on one side gives 0: there is nothing to balance.
+
+    Args:
+        symmetry: The site.
+        tensors: Tensors by name, with ``run_axes`` axes of runs in front of those of the parameter.
+        run_axes: Number of axes of runs.
     """
 
     def total(legs: tuple[Leg, ...]) -> Tensor:
-        norms = [view_channels(symmetry, leg, tensors[leg.name]).square().flatten(1).sum(dim=1) for leg in legs]
-        return torch.stack(norms).sum(dim=0)
+        views = (view_channels(symmetry, leg, tensors[leg.name], run_axes) for leg in legs)
+        norms = [view.square().sum(dim=tuple(range(run_axes + 1, view.dim()))) for view in views]
+        return functools.reduce(torch.add, norms)
 
     read, written = total(symmetry.readers), total(symmetry.writers)
     is_usable = (read > 0) & (written > 0) & torch.isfinite(read) & torch.isfinite(written)
@@ -71,63 +80,63 @@ def compute_features(
     """The features of every tensor at one control step.
 
     Args:
-        params, grads, momenta: Tensors by name, all with the names of ``layout``.
-        log_grad_rms: ``[num_tensors, 2]``: the log of the gradient's RMS as a running mean, and at its first value; NaN
+        params, grads, momenta: Tensors by name, all with the names of ``layout``, each ``[*runs, *shape]``.
+        log_grad_rms: ``[*runs, num_tensors, 2]``: the log of the gradient's RMS as a running mean, and at its first value; NaN
             for a tensor that has not been seen before.
         layout: Shapes, roles and symmetries.
         step: Steps taken so far.
         total_steps: Length of the run, or None.
 
     Returns:
-        Features ``[num_tensors, NUM_FEATURES]`` and the new ``log_grad_rms``.
+        Features ``[*runs, num_tensors, NUM_FEATURES]`` and the new ``log_grad_rms``.
 
     Cost: one pass over parameters, gradients and momenta.
     """
-    names = layout.names
-    dots = torch.stack([_inner_products(params[name], grads[name], momenta[name]) for name in names])
+    runs = log_grad_rms.shape[:-2]
+    dots = torch.stack([_inner_products(params[n], grads[n], momenta[n], runs) for n in layout.names], dim=-2)
     gg, mm, pp, gm, gp = dots.unbind(-1)
-    device = dots.device
-    sizes = torch.tensor([layout.shapes[name].numel() for name in names], device=device).clamp_min(1)
-    norm_g, norm_m, norm_p = (square.clamp_min(1e-36).sqrt() for square in (gg, mm, pp))
-    log_g, log_m, log_p = (0.5 * _safe_log(square / sizes) for square in (gg, mm, pp))
-    running, first = torch.where(log_grad_rms.isnan(), log_g[:, None], log_grad_rms).unbind(-1)
+    table = layout.table(dots)
+    norm_g, norm_m, norm_p = (square.clamp_min(_TINY).sqrt() for square in (gg, mm, pp))
+    log_g, log_m, log_p = (0.5 * torch.log((square / table.size).clamp_min(_TINY)) for square in (gg, mm, pp))
+    running, first = torch.where(log_grad_rms.isnan(), log_g.unsqueeze(-1), log_grad_rms).unbind(-1)
     tensor_features = torch.stack(
         [
             log_g - running,
             (log_g - first) / 2.0,
-            torch.where(mm > 0, log_m - log_g, torch.zeros_like(log_g)),
+            torch.where(mm > 0, log_m - log_g, 0.0),
             2.0 * gm / (norm_g * norm_m),
             2.0 * gp / (norm_g * norm_p),
-            (log_p - torch.log(layout.step_scale).to(log_p)).clamp(-_BOUND, _BOUND) / 2.0,
+            (log_p - torch.log(table.step_scale)).clamp(-_BOUND, _BOUND) / 2.0,
         ],
         dim=-1,
     )
-    shared = tensor_features.mean(dim=0, keepdim=True).expand_as(tensor_features)
-    time = torch.tensor(time_features(step, total_steps), device=device).expand(len(names), -1)
+    shared = tensor_features.mean(dim=-2, keepdim=True).expand_as(tensor_features)
+    time = torch.tensor(time_features(step, total_steps), device=dots.device)
+    constant = torch.cat([table.static_features, time.expand(len(layout.names), -1)], dim=-1)
     features = torch.cat(
-        [layout.static_features.to(device), time, tensor_features, shared, _site_features(params, momenta, layout)], -1
+        [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, layout, runs, table)],
+        dim=-1,
     )
     running = torch.lerp(running, log_g, 0.2)
     return _BOUND * torch.tanh(features / _BOUND), torch.stack([running, first], dim=-1)
 
 
-def _inner_products(param: Tensor, grad: Tensor, momentum: Tensor) -> Tensor:
-    p, g, m = param.reshape(-1).float(), grad.reshape(-1).float(), momentum.reshape(-1).float()
-    return torch.stack([g @ g, m @ m, p @ p, g @ m, g @ p])
+def _inner_products(param: Tensor, grad: Tensor, momentum: Tensor, runs: torch.Size) -> Tensor:
+    p, g, m = (x.reshape(*runs, -1 if x.numel() else 0).float() for x in (param, grad, momentum))
+    pairs = ((g, g), (m, m), (p, p), (g, m), (g, p))
+    return torch.stack([torch.linalg.vecdot(x, y) for x, y in pairs], dim=-1)
 
 
-def _safe_log(x: Tensor) -> Tensor:
-    return torch.log(x.clamp_min(1e-36))
-
-
-def _site_features(params: Mapping[str, Tensor], momenta: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """Per tensor, how far the channels that it writes or reads are out of balance, shape ``[num_tensors, 4]``."""
-    device = params[layout.names[0]].device
+def _site_features(
+    params: Mapping[str, Tensor], momenta: Mapping[str, Tensor], layout: Layout, runs: torch.Size, table: Table
+) -> Tensor:
+    """Per tensor, how far the channels that it writes or reads are out of balance, shape ``[*runs, num_tensors, 4]``."""
     if not len(layout.spec):
-        return torch.zeros(len(layout.names), NUM_SITE_FEATURES, device=device)
+        return table.size.new_zeros(*runs, len(layout.names), NUM_SITE_FEATURES)
     rows = []
     for symmetry in layout.spec:
-        weight, gradient = site_log_ratios(symmetry, params), -site_log_ratios(symmetry, momenta)
-        rows.append(torch.stack([weight.mean(), weight.std(correction=0), gradient.mean(), gradient.std(correction=0)]))
-    spread = layout.site_weights.to(device).mT
-    return spread @ torch.stack(rows) / spread.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        weight, momentum = (site_log_ratios(symmetry, tensors, len(runs)) for tensors in (params, momenta))
+        std, mean = torch.std_mean(torch.stack([weight, -momentum], dim=-2), dim=-1, correction=0)
+        rows.append(torch.stack([mean, std], dim=-1).flatten(-2))
+    spread = table.site_weights.mT
+    return spread @ torch.stack(rows, dim=-2) / spread.sum(dim=1, keepdim=True).clamp_min(1e-6)

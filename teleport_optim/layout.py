@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teleport_optim.symmetry.spec import SymmetrySpec
 
-__all__ = ["Layout", "matrix_shape"]
+__all__ = ["Layout", "Table", "embedding_names", "matrix_shape"]
 
 NUM_STATIC_FEATURES = 9
+_MAX_GROUPED = 2**15
+"""Most entries of a tensor that is updated together with others of its shape."""
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
@@ -37,6 +40,33 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
     if len(shape) > 2 and columns == 1:
         return None
     return sizes[0], columns
+
+
+def embedding_names(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of ``model`` that are embedding tables.
+
+    Example:
+        >>> sorted(embedding_names(nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 1))))
+        ['0.weight']
+    """
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+
+
+class Table(NamedTuple):
+    """What a layout knows, as tensors on one device: one row or column per parameter tensor, in the order of the names."""
+
+    step_scale: Tensor
+    """``[num_tensors]``: RMS of a unit step, 1/sqrt(columns) for matrices and 1/4 for vectors."""
+    is_matrix: Tensor
+    """``[num_tensors]``: 1 for matrices, 0 for vectors."""
+    size: Tensor
+    """``[num_tensors]``: number of entries, at least 1."""
+    static_features: Tensor
+    """``[num_tensors, NUM_STATIC_FEATURES]``: role, size and depth, of order one."""
+    site_weights: Tensor
+    """``[num_sites, num_tensors]``: averages a per-tensor quantity over the matrices on the legs of a site."""
+    group_order: Tensor
+    """``[num_tensors]``: rows of the tensors in the order of ``Layout.groups``."""
 
 
 @dataclass(frozen=True)
@@ -76,32 +106,44 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[tuple[tuple[int, int] | None, tuple[int, ...]], ...]:
-        """Rows of tensors that are updated as one batch: those of one matrix shape, and the vectors of one shape."""
-        rows: dict[tuple[tuple[int, int] | None, torch.Size | None], list[int]] = {}
+        """Rows of tensors that are updated as one batch: small matrices of one shape, and small vectors of one shape.
+
+        Large tensors go one by one: to copy them together would cost more than it saves.
+        """
+        rows: dict[tuple[tuple[int, int] | None, torch.Size | None, int | None], list[int]] = {}
         for row, (name, shape) in enumerate(self.shapes.items()):
             matrix = self.matrices.get(name)
-            rows.setdefault((matrix, None if matrix else shape), []).append(row)
-        return tuple((matrix, tuple(members)) for (matrix, _), members in rows.items())
+            alone = row if shape.numel() > _MAX_GROUPED else None
+            rows.setdefault((matrix, None if matrix else shape, alone), []).append(row)
+        return tuple((matrix, tuple(members)) for (matrix, _, _), members in rows.items())
 
     @cached_property
     def num_layers(self) -> int:
         """Number of matrices and kernels, embeddings not counted; at least 1."""
         return max(1, sum(name not in self.embeddings for name in self.matrices))
 
-    @cached_property
-    def step_scale(self) -> Tensor:
-        """Shape ``[num_tensors]``: RMS of a unit step, 1/sqrt(columns) for matrices and 1/4 for vectors."""
-        scales = [self.matrices[name][1] ** -0.5 if name in self.matrices else 0.25 for name in self.names]
-        return torch.tensor(scales, dtype=torch.float64)
+    def table(self, like: Tensor) -> Table:
+        """What the layout knows, of the device and dtype of ``like``; kept, since every step needs it."""
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            scales = [self.matrices[name][1] ** -0.5 if name in self.matrices else 0.25 for name in self.names]
+            table = Table(
+                step_scale=torch.tensor(scales, dtype=torch.float64),
+                is_matrix=torch.tensor([float(name in self.matrices) for name in self.names]),
+                size=torch.tensor([float(max(shape.numel(), 1)) for shape in self.shapes.values()]),
+                static_features=self._static_features(),
+                site_weights=self._site_weights(),
+                group_order=torch.tensor([row for _, rows in self.groups for row in rows], dtype=torch.int64),
+            )
+            floats = (tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device) for tensor in table)
+            self._tables[key] = Table(*floats)
+        return self._tables[key]
 
     @cached_property
-    def is_matrix(self) -> Tensor:
-        """Shape ``[num_tensors]``: 1 for matrices, 0 for vectors."""
-        return torch.tensor([float(name in self.matrices) for name in self.names])
+    def _tables(self) -> dict[tuple[torch.device, torch.dtype], Table]:
+        return {}
 
-    @cached_property
-    def site_weights(self) -> Tensor:
-        """Shape ``[num_sites, num_tensors]``: averages a per-tensor quantity over the matrices on the legs of a site."""
+    def _site_weights(self) -> Tensor:
         weights = torch.zeros(len(self.spec), len(self.names))
         for site, symmetry in enumerate(self.spec):
             for leg in symmetry.legs:
@@ -109,9 +151,7 @@ class Layout:
                     weights[site, self.names.index(leg.name)] = 1.0
         return weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
 
-    @cached_property
-    def static_features(self) -> Tensor:
-        """Shape ``[num_tensors, NUM_STATIC_FEATURES]``: role, size and depth of every tensor, of order one."""
+    def _static_features(self) -> Tensor:
         positions = {name: index for index, name in enumerate(self.matrices)}
         last = max(len(positions) - 1, 1)
         rows = []

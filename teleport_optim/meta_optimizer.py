@@ -16,7 +16,7 @@ PRIOR_MOMENTUM = 0.8
 
 
 class Controls(NamedTuple):
-    """What steers the update of one network, one entry per tensor (shape ``[num_tensors]`` each)."""
+    """What steers the update of a network, one entry per tensor (shape ``[*runs, num_tensors]`` each)."""
 
     rate: Tensor
     """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""
@@ -38,7 +38,7 @@ class Controls(NamedTuple):
 
     @classmethod
     def from_outputs(cls, outputs: Tensor) -> Controls:
-        """Bound the raw outputs of a network, shape ``[num_tensors, 6]``; zeros give the prior."""
+        """Bound the raw outputs of a network, shape ``[*runs, num_tensors, 6]``; zeros give the prior."""
         bounded = torch.tanh(outputs)
         rate, momentum, row_weight, decay, balance, gradient_balance = bounded.unbind(-1)
         logit = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
@@ -109,16 +109,19 @@ class MetaOptimizer(nn.Module):
         """One control step.
 
         Args:
-            features: ``[num_tensors, NUM_FEATURES]``.
-            hidden: ``[num_tensors, 2 * hidden_size]``.
+            features: ``[*runs, num_tensors, NUM_FEATURES]``.
+            hidden: ``[*runs, num_tensors, 2 * hidden_size]``.
 
         Returns:
-            Raw outputs ``[num_tensors, 6]`` for :meth:`Controls.from_outputs`, and the new hidden state.
+            Raw outputs ``[*runs, num_tensors, 6]`` for :meth:`Controls.from_outputs`, and the new hidden state.
+
+        Under ``torch.func.functional_call`` every weight may have the same leading axes: each run then has its own.
         """
         output, cell = hidden.chunk(2, dim=-1)
-        gates = features @ self.input_weight.mT + output @ self.hidden_weight.mT + self.bias
+        gates = features @ self.input_weight.mT + output @ self.hidden_weight.mT + self.bias.unsqueeze(-2)
         forget, enter, emit, candidate = gates.chunk(4, dim=-1)
         cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
         output = torch.sigmoid(emit) * torch.tanh(cell)
-        outputs = output @ self.readout_weight.mT + features @ self.skip_weight.mT + self.readout_bias
+        outputs = output @ self.readout_weight.mT + features @ self.skip_weight.mT
+        outputs = outputs + self.readout_bias.unsqueeze(-2)
         return outputs, torch.cat([output, cell], dim=-1)

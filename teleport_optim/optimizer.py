@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from teleport_optim.checkpoints import load_checkpoint
-from teleport_optim.layout import Layout
+from teleport_optim.layout import Layout, embedding_names
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.spec import SymmetrySpec
@@ -113,9 +113,7 @@ class LearnedTeleportOptimizer(Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
         super().__init__(params, defaults)
         if model is not None:
-            self._embeddings = frozenset(
-                f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-            )
+            self._embeddings = embedding_names(model)
             if teleport:
                 self._spec = self._managed(find_symmetries(model, example_inputs))
 

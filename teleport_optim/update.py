@@ -1,7 +1,8 @@
 """The update rule, written once: control, teleport, momentum step.
 
-The optimizer class and the meta-training unroll both run :func:`update`. It is pure, and it maps over batches with
-``torch.func.vmap``. With the controls at their prior it is a rule without anything learned in it ("rule H"):
+The optimizer class and the meta-training unroll both run :func:`update`. It is pure and differentiable, and its tensors
+may have leading axes of runs, ``[*runs, ...]``: none in the optimizer, one in the unroll. With the controls at their
+prior it is a rule without anything learned in it ("rule H"):
 
     m <- beta m + (1 - beta) g          u = beta m + (1 - beta) g          beta = 0.8
     matrices:   O = orthogonalise(u), every row to unit RMS;   p <- (1 - a w) p - a O / sqrt(columns)
@@ -13,19 +14,20 @@ Orthogonalised momentum is from Muon (Jordan et al., 2024), the quintic iteratio
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.action import SlotKind
 from teleport_optim.features import compute_features, site_log_ratios
 from teleport_optim.layout import Layout
 from teleport_optim.meta_optimizer import Controller, Controls
-from teleport_optim.symmetry.moves import move
-from teleport_optim.symmetry.spec import SymmetrySpec
+from teleport_optim.symmetry.moves import move_scaling
 
 __all__ = ["CONTROL_INTERVAL", "TELEPORT_INTERVAL", "Hyper", "UpdateState", "orthogonalise", "prior_rate", "update"]
 
@@ -36,10 +38,19 @@ TELEPORT_INTERVAL = 10
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
 
-_ITERATION = (3.4445, -4.7750, 2.0315)
-_NUM_ITERATIONS = 5
-_TINY = 1e-36
-"""Where squares are cut off before a root, so that zero gradients have finite derivatives too."""
+_ITERATIONS = ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194))
+"""Coefficients of x, x^3 and x^5 in the polynomials that move singular values in (0, 1] towards 1.
+
+Each is the odd quintic p with the least ``max |1 - p(x)|`` on an interval [l, 1.02 u], found by a linear program on a fine
+grid: first l = 0.01 and u = 1, then l and u are the least and the largest value of the polynomial before. The 2 % are
+room for rounding to bfloat16: beyond its interval the first polynomial rises steeply. Together the three take [0.01, 1]
+to [0.71, 1.29] and multiply small singular values by 75. Rows are brought to one norm afterwards, so that only the spread
+matters. Composing optimal polynomials is from Polar Express (Amsel et al., 2025).
+"""
+_LARGE = 2**15
+"""Number of entries from which on bfloat16 is faster than float32, on a CPU that has instructions for it."""
+_TINY = 1e-18
+"""A norm below which a direction counts as zero; its square is still a float32."""
 
 
 class Hyper(NamedTuple):
@@ -67,25 +78,29 @@ class UpdateState(NamedTuple):
     momenta: dict[str, Tensor]
     """Average of the gradients, a covector, of the shape of each parameter."""
     hidden: Tensor
-    """Hidden state of the meta-optimizer, ``[num_tensors, 2 * hidden_size]``."""
+    """Hidden state of the meta-optimizer, ``[*runs, num_tensors, 2 * hidden_size]``."""
     outputs: Tensor
-    """The meta-optimizer's last raw outputs, ``[num_tensors, 6]``."""
+    """The meta-optimizer's last raw outputs, ``[*runs, num_tensors, 6]``."""
     log_grad_rms: Tensor
-    """Running and first log-RMS of each gradient, ``[num_tensors, 2]``; NaN before the first gradient."""
+    """Running and first log-RMS of each gradient, ``[*runs, num_tensors, 2]``; NaN before the first gradient."""
     teleport_size: Tensor
-    """RMS over channels of ``log s`` in the last step's teleport, a scalar; 0 if it took none."""
+    """RMS over channels of ``log s`` in the last step's teleport, ``[*runs]``; 0 if it took none."""
 
     @classmethod
     def initial(cls, params: Mapping[str, Tensor], hidden: Tensor) -> UpdateState:
-        """The state before the first step; ``hidden`` is the meta-optimizer's initial one."""
-        momenta = {name: torch.zeros_like(param) for name, param in params.items()}
-        num_tensors = len(momenta)
+        """The state before the first step.
+
+        Args:
+            params: Parameters by name, each ``[*runs, *shape]``.
+            hidden: The meta-optimizer's initial hidden state, ``[*runs, num_tensors, 2 * hidden_size]``.
+        """
+        *runs, num_tensors, _ = hidden.shape
         return cls(
-            momenta,
-            hidden,
-            torch.zeros(num_tensors, len(Controls._fields), device=hidden.device),
-            torch.full((num_tensors, 2), math.nan, device=hidden.device),
-            torch.zeros((), device=hidden.device),
+            momenta={name: torch.zeros_like(param) for name, param in params.items()},
+            hidden=hidden,
+            outputs=hidden.new_zeros(*runs, num_tensors, len(Controls._fields)),
+            log_grad_rms=hidden.new_full((*runs, num_tensors, 2), math.nan),
+            teleport_size=hidden.new_zeros(runs),
         )
 
 
@@ -104,35 +119,68 @@ def prior_rate(step: int, total_steps: int | None, num_layers: int) -> tuple[flo
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to ``x``, approximately: singular values to about 0.7 to 1.2.
+    """The nearest (semi-)orthogonal matrices to ``x``, approximately.
 
-    Five Newton-Schulz iterations with Muon's quintic. Zero matrices give zeros.
+    Singular values from 0.01 to 1, relative to the fourth root of the sum of the fourth powers of all, go to 0.71 to 1.29.
+    Zero matrices give zeros, with zero derivatives. Where the CPU multiplies in bfloat16 natively, large matrices are
+    multiplied so.
 
     Args:
         x: ``[..., rows, columns]``.
 
-    Cost, in products of n x n with n x m, n the shorter and m the longer side: 10 and 5 of n x n; 2 and 20 of n x n where m
-    is more than twice n.
+    Cost, in products of n x n with n x m, n the shorter and m the longer side: 6 and 3 of n x n; where m is more than twice
+    n, 2 and 9 of n x n, or in bfloat16 4 and 6.
     """
-    is_tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if is_tall else x
-    x = x / x.square().sum(dim=(-2, -1), keepdim=True).clamp_min(_TINY).sqrt()
-    a, b, c = _ITERATION
-    if x.shape[-1] > 2 * x.shape[-2]:
-        # Each iterate is a polynomial of x x^T times x, so that the long side need enter only twice.
-        gram = x @ x.mT
-        unit = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-        product = unit
-        for _ in range(_NUM_ITERATIONS):
-            factor = a * unit + b * gram + c * gram @ gram
-            product = factor @ product
-            gram = factor @ gram @ factor
-        x = product @ x
-    else:
-        for _ in range(_NUM_ITERATIONS):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+    shape, dtype = x.shape, _product_dtype(x)
+    is_tall = shape[-2] > shape[-1]
+    y = x.reshape(math.prod(shape[:-2]), *shape[-2:]).to(dtype)
+    is_long = max(shape[-2:]) > 2 * min(shape[-2:])
+    # Rounded to bfloat16, small eigenvalues of a Gram matrix can become negative; a second iteration bears that, a third
+    # does not.
+    start = 0
+    for length in ((2, 1) if dtype == torch.bfloat16 else (3,)) if is_long else (1, 1, 1):
+        iterations = _ITERATIONS[start : start + length]
+        gram = torch.bmm(y.mT, y) if is_tall else torch.bmm(y, y.mT)
+        if start == 0:
+            # First by the largest entry, so that squares of small ones do not vanish, then by the norm of the Gram matrix,
+            # whose root is at least the largest singular value and less than the norm of x.
+            peak = torch.linalg.vector_norm(gram, math.inf, dim=(-2, -1), keepdim=True)
+            peak = F.threshold(peak, _TINY**2, math.inf)
+            gram = gram / peak
+            norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
+            factor = _composed(iterations, gram / norm) * (peak * norm).rsqrt()
+        else:
+            factor = _composed(iterations, gram)
+        y = torch.bmm(y, factor) if is_tall else torch.bmm(factor, y)
+        start += length
+    return y.to(x.dtype).reshape(shape)
+
+
+def _composed(iterations: Sequence[tuple[float, float, float]], gram: Tensor) -> Tensor:
+    """What the iterations together multiply x by: each iterate is a polynomial of the Gram matrix times x."""
+    product: Tensor | None = None
+    for a, b, c in iterations:
+        if product is not None:
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else torch.bmm(factor, product)
+    assert product is not None
+    return product
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which to multiply matrices ``x``; float16 has too few exponents for squares."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and math.prod(x.shape[-2:]) >= _LARGE and _has_bfloat16():
+        return torch.bfloat16
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively, as far as torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def update(
@@ -149,7 +197,7 @@ def update(
 
     Args:
         controller: Features and hidden state to raw outputs and hidden state.
-        params: Parameters, with exactly the names of ``layout``.
+        params: Parameters, with exactly the names of ``layout``, each ``[*runs, *shape]``.
         grads: Gradients at ``params``, one for each.
         state: State after the last step.
         step: Steps taken so far.
@@ -196,20 +244,22 @@ def teleport(
     Returns:
         Parameters, gradients and momenta, all at the same new point of the orbit, and the RMS of ``log s``.
     """
-    weights = layout.site_weights.to(controls.balance.device)
+    weights = layout.table(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
+    run_axes = controls.balance.dim() - 1
     log_scales = []
-    for symmetry, (balance, gradient_balance) in zip(layout.spec, strengths.unbind(0)):
+    for symmetry, strength in zip(layout.spec, strengths.unbind(-2)):
+        balance, gradient_balance = strength.unsqueeze(-2).unbind(-1)
         # A channel's log-scale that equalises squared norms is a quarter of their log-ratio: s^2 w^2 = r^2 / s^2.
         log_scale = 0.25 * (
-            balance * site_log_ratios(symmetry, params) - gradient_balance * site_log_ratios(symmetry, momenta)
+            balance * site_log_ratios(symmetry, params, run_axes)
+            - gradient_balance * site_log_ratios(symmetry, momenta, run_axes)
         ).clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
         log_scales.append(log_scale)
-        site = SymmetrySpec((symmetry,))
-        element = {symmetry.id: symmetry.group.exp(log_scale.double())}
-        params = move(site, element, params, SlotKind.VECTOR)
-        grads, momenta = (move(site, element, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
-    return params, grads, momenta, torch.cat(log_scales).square().mean().sqrt()
+        scales = symmetry.group.exp(log_scale.double())
+        params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
+        grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
+    return params, grads, momenta, torch.cat(log_scales, dim=-1).square().mean(dim=-1).sqrt()
 
 
 def descend(
@@ -224,37 +274,45 @@ def descend(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The momentum step under given controls: new parameters and momenta. Tensors of one shape go as one batch."""
     rate, decay = prior_rate(step, hyper.total_steps, layout.num_layers)
-    device = controls.rate.device
-    rates = rate * controls.rate * hyper.lr.to(device)
-    user_decay = hyper.weight_decay.to(device)
-    learned_decay = decay * controls.decay * layout.is_matrix.to(device)
+    table = layout.table(controls.rate)
+    rates = controls.rate * (rate * hyper.lr.to(controls.rate))
+    user_decay = hyper.weight_decay.to(controls.rate)
+    learned_decay = controls.decay * (decay * table.is_matrix)
     shrinks = 1.0 - rates * torch.where(torch.isnan(user_decay), learned_decay, user_decay)
-    steps = rates * layout.step_scale.to(rates)
+    lengths = rates * (table.step_scale * table.size.sqrt())
+    factors = torch.stack([controls.momentum, shrinks, lengths, controls.row_weight])
+    factors = factors.index_select(-1, table.group_order)
+    runs = controls.rate.shape[:-1]
     new_params, new_momenta = {}, {}
+    start = 0
     for matrix, rows in layout.groups:
         names = [layout.names[row] for row in rows]
-        shape = (len(rows), *(matrix or (layout.shapes[names[0]].numel(),)))
-        p, g, m = (
-            torch.stack([tensors[name] for name in names]).reshape(shape) for tensors in (params, grads, momenta)
-        )
-        per_tensor = [
-            x[list(rows)].to(p.dtype).reshape(-1, *[1] * (p.dim() - 1)) for x in (controls.momentum, shrinks, steps)
-        ]
-        beta, shrink, size = per_tensor
+        entries = matrix or (layout.shapes[names[0]].numel(),)
+        p, g, m = (_gather(tensors, names, runs, entries) for tensors in (params, grads, momenta))
+        group_factors = factors.narrow(-1, start, len(rows)).to(p.dtype)
+        start += len(rows)
+        beta, shrink, length, row_weight = group_factors.reshape(*group_factors.shape, *[1] * len(entries)).unbind(0)
         m = torch.lerp(g, m, beta)
         u = torch.lerp(g, m, beta)
-        if matrix is None:
-            direction = _unit_rms(u)
-        else:
-            row_weight = controls.row_weight[list(rows)].to(p.dtype)[:, None, None]
-            direction = _unit_rms((_unit_rms(orthogonalise(u)) + row_weight * _unit_rms(u)).flatten(1)).reshape(shape)
-        p = shrink * p - size * direction
-        for name, new_param, new_momentum in zip(names, p.unbind(0), m.unbind(0)):
-            new_params[name] = new_param.reshape(layout.shapes[name])
-            new_momenta[name] = new_momentum.reshape(layout.shapes[name])
+        if matrix is not None:
+            o = orthogonalise(u)
+            u = (o * _inverse_norm(o, -1)).addcmul_(u, row_weight * _inverse_norm(u, -1))
+        p = (p * shrink).addcmul_(u, length * _inverse_norm(u, tuple(range(-len(entries), 0))), value=-1.0)
+        for name, new_param, new_momentum in zip(names, p.unbind(len(runs)), m.unbind(len(runs))):
+            new_params[name] = new_param.reshape(params[name].shape)
+            new_momenta[name] = new_momentum.reshape(params[name].shape)
     return {name: new_params[name] for name in layout.names}, {name: new_momenta[name] for name in layout.names}
 
 
-def _unit_rms(x: Tensor) -> Tensor:
-    """``x`` with the RMS along its last axis set to 1; zeros stay zeros."""
-    return x / x.square().mean(dim=-1, keepdim=True).clamp_min(_TINY).sqrt()
+def _gather(
+    tensors: Mapping[str, Tensor], names: Sequence[str], runs: torch.Size, entries: tuple[int, ...]
+) -> Tensor:
+    """The tensors of one group as one, ``[*runs, len(names), *entries]``."""
+    if len(names) == 1:
+        return tensors[names[0]].reshape(*runs, 1, *entries)
+    return torch.stack([tensors[name].reshape(*runs, *entries) for name in names], dim=len(runs))
+
+
+def _inverse_norm(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:
+    """One over the norm along ``axes``, which are kept; 0, with zero derivative, where ``x`` vanishes."""
+    return F.threshold(torch.linalg.vector_norm(x, dim=axes, keepdim=True), _TINY, math.inf).reciprocal()

@@ -1,19 +1,15 @@
 """The command line: what it prints, writes and returns, and how it fails."""
 
-import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from mistakes import assert_mistake
 from torch import nn
 
-from teleport_optim import cli, load_checkpoint
+from teleport_optim import cli
 from teleport_optim.cli import load_model, main, parameter_share
-from teleport_optim.meta_training.learner import Config, Learner, OuterStep
-from teleport_optim.meta_training.presets import PRESETS, config_of_run, read_config
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 MODELS = """
@@ -38,8 +34,6 @@ def needs_width(width):
 class holder:
     model = mlp()
 """
-TINY = ["num_outer_steps=3", "num_tasks=1", "num_problems=1", "num_pairs=1", "max_horizon=3", "validate_every=2"]
-SETTINGS = [word for setting in [*TINY, "tasks=digits_mlp"] for word in ("--set", setting)]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +66,7 @@ class TestDemo:
         ],
     )
     def test_mistakes(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert_mistake(["demo", *arguments], message, capsys)
+        assert_mistake(main, ["demo", *arguments], message, capsys)
 
     @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--seeds", "x"], ["--rescaling", "-1"]])
     def test_values_out_of_range(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +121,7 @@ class TestInspect:
         ],
     )
     def test_mistakes(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert_mistake(["inspect", *arguments], message, capsys)
+        assert_mistake(main, ["inspect", *arguments], message, capsys)
 
     def test_load_model_takes_a_module_inside_a_class(self) -> None:
         assert isinstance(load_model("zoo_of_models:holder.model"), nn.Sequential)
@@ -141,74 +135,12 @@ class TestInspect:
         assert parameter_share(grouped, SymmetrySpec((first,))) == pytest.approx((8 + 4) / 24)
 
 
-class TestMetaTrain:
-    def test_run_writes_a_checkpoint_with_its_card(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["meta-train", *SETTINGS, "--run-dir", "run", "--output", "mine.safetensors"]) == 0
-        assert "step 2: objective" in capsys.readouterr().out
-        assert load_checkpoint("mine.safetensors").hidden_size == Config().hidden_size
-        assert json.loads(Path("mine.json").read_text())["meta_training"]["num_outer_steps_taken"] == 3
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_interrupted_run_goes_on_where_it_was(
-        self, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert main(["meta-train", *SETTINGS, "--run-dir", "whole"]) == 0
-        run = Learner.run
-
-        def interrupted(learner: Learner) -> Iterator[OuterStep]:
-            for step in run(learner):
-                yield step
-                os.kill(os.getpid(), number)
-
-        before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(Learner, "run", interrupted)
-        assert main(["meta-train", *SETTINGS, "--run-dir", "parts"]) == 130
-        assert signal.getsignal(signal.SIGTERM) is before
-        output = capsys.readouterr().out
-        assert "Interrupted after 1 of 3 steps. To go on: teleport-optim meta-train --resume parts" in output
-        monkeypatch.setattr(Learner, "run", run)
-        assert main(["meta-train", "--resume", "parts"]) == 0
-        whole, parts = (load_checkpoint(f"{name}/checkpoint.safetensors") for name in ("whole", "parts"))
-        for name, weight in whole.state_dict().items():
-            assert torch.equal(parts.state_dict()[name], weight)
-
-    def test_toml_file(self) -> None:
-        Path("mine.toml").write_text('sigma = 0.1\nnum_pairs = 2\ntasks = ["digits_mlp", "digits_cnn"]\n')
-        expected = Config(sigma=0.1, num_pairs=2, tasks=("digits_mlp", "digits_cnn"))
-        assert read_config("mine.toml") == expected
-
-    @pytest.mark.parametrize("name", sorted(PRESETS))
-    def test_configuration_of_a_run_is_that_it_was_started_with(self, name: str) -> None:
-        Learner(PRESETS[name], "run")
-        assert config_of_run("run") == PRESETS[name]
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--config", "missing"], "no configuration 'missing'"),
-            (["--config", "missing.toml"], "cannot read missing.toml"),
-            (["--config", "wrong.toml"], "unknown setting"),
-            (["--set", "sigma=fast"], "cannot read 'fast'"),
-            (["--set", "sigma=-1"], "sigma must be positive"),
-            (["--resume", "missing"], "there is no meta-training run in missing"),
-            (["--resume", "any", "--set", "sigma=1"], "leave out --config, --set and --run-dir"),
-            (["--output", "weights.pt"], "ends in .safetensors"),
-            (["--run-dir", "taken"], "taken holds a run"),
-        ],
-    )
-    def test_mistakes(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        Path("wrong.toml").write_text("speed = 3\n")
-        Path("taken").mkdir()
-        Path("taken/state.pt").write_text("")
-        assert_mistake(["meta-train", *arguments], message, capsys)
-
-
 @pytest.mark.parametrize("command", [["demo"], ["inspect", "zoo_of_models:mlp"], ["meta-train"]])
 def test_missing_extra_is_named(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert_mistake(command, "pip install 'teleport-optim[cli]'", capsys)
+    assert_mistake(main, command, "pip install 'teleport-optim[cli]'", capsys)
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["meta-train"]])
@@ -217,12 +149,3 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main([*command, "--help"])
     assert caught.value.code == 0
     assert "usage: teleport-optim" in capsys.readouterr().out
-
-
-def assert_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command fails with code 2 and one line that holds ``message``, and prints no traceback."""
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("teleport-optim: error: ")
-    assert error.count("\n") == 1
-    assert message in error

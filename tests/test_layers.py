@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "teleport_optim"
 
 LAYERS = (
+    ("commands", "streams"),
     ("groups",),
     ("symmetry",),
     ("action",),

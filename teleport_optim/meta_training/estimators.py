@@ -1,74 +1,301 @@
-"""Estimators of the meta-gradient: how the outcome of whole training runs changes with the meta-optimizer's weights."""
+"""Estimators of the meta-gradient: how the outcome of training runs changes with the meta-optimizer's weights.
+
+All of them work on *episodes*: one training run of a batch of problems, taken window by window. Evolution strategies take
+the whole run as one window; the others keep the runs between windows and go on from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MetaGradient", "evolution_strategies", "meta_loss"]
+from teleport_optim.meta_training.config import Config
+from teleport_optim.meta_training.rules import Rule
+from teleport_optim.meta_training.unroll import Runs, Window, advance, begin
+from teleport_optim.meta_training.world import World
+from teleport_optim.streams import stream
+from teleport_optim.tasks.problem import InnerProblem
 
-_FLOOR = 1e-4
-_WORST = 3.0
+__all__ = [
+    "ESTIMATORS",
+    "Episode",
+    "Estimator",
+    "EvolutionStrategies",
+    "MetaGradient",
+    "Mixture",
+    "TruncatedBackpropagation",
+    "meta_loss",
+    "step_weights",
+]
+
 _TAIL = 0.1
 _PATH_WEIGHT = 0.2
 
 
-def meta_loss(losses: Tensor) -> Tensor:
-    """One number per training run, lower is better: log of the final loss, with a little of the whole curve.
+def step_weights(objective: str, horizon: int) -> Tensor:
+    """How much the meta-loss of each step counts, shape ``[horizon]``.
 
-    ``log(mean of the last tenth) + 0.2 * mean of the log``, both relative to the first loss, so that the scale of the loss
-    does not matter; a small floor keeps a perfectly fitted problem from dominating, and a run that diverges counts as
-    one that ends at e^3 times its first loss.
-
-    Args:
-        losses: ``[..., horizon]``, positive.
-
-    Returns:
-        Shape ``[...]``, finite.
+    For ``"normalised"`` the mean over the last tenth of the run, and a fifth of the mean over all of it; for ``"plain"``
+    ones.
     """
-    relative = torch.nan_to_num(losses / losses[..., :1], nan=torch.inf).clamp(0.0, 1e6)
-    tail = relative[..., -max(1, int(_TAIL * losses.shape[-1])) :].mean(dim=-1)
-    path = torch.log(relative + _FLOOR).mean(dim=-1)
-    return torch.log(tail + _FLOOR).clamp(max=_WORST) + _PATH_WEIGHT * path.clamp(max=_WORST)
+    if objective == "plain":
+        return torch.ones(horizon)
+    weights = torch.full((horizon,), _PATH_WEIGHT / horizon)
+    num_last = max(1, int(_TAIL * horizon))
+    weights[-num_last:] += 1.0 / num_last
+    return weights
+
+
+def meta_loss(problem: InnerProblem, window: Window, config: Config) -> Tensor:
+    """The meta-loss of a window for every run, shape ``[num_runs]``: the weighted sum over its steps.
+
+    The sum over the windows of an episode is the meta-loss of the episode.
+    """
+    losses, num_steps = window.losses, window.losses.shape[-1]
+    if config.objective == "normalised":
+        losses = problem.normalise(losses, window.runs.initial[:, None])
+    losses = losses + config.distance_weight * window.distances
+    weights = step_weights(config.objective, problem.horizon)[window.runs.step - num_steps : window.runs.step]
+    return losses @ weights.to(losses)
+
+
+@dataclass
+class Episode:
+    """One training run of a problem batch, in one of the ``num_tasks`` slots of the learner.
+
+    Attributes:
+        slot: The slot.
+        number: How many episodes the slot had before.
+        horizon: Length of the run.
+        step: Steps taken.
+        draw: Draws the problem; called only where the process has a share in the episode.
+        batches: Generators of the minibatches by step.
+        runs: Runs in progress of this process, by estimator; empty before the first window.
+        displacement: Sum of the perturbations of each pair so far, ``[num_pairs, num_parameters]``.
+    """
+
+    slot: int
+    number: int
+    horizon: int
+    draw: Callable[[], InnerProblem]
+    batches: Callable[[int], torch.Generator]
+    step: int = 0
+    runs: dict[str, Runs] = field(default_factory=dict)
+    displacement: Tensor | None = None
+
+    @cached_property
+    def problem(self) -> InnerProblem:
+        """The problem batch."""
+        return self.draw()
 
 
 class MetaGradient(NamedTuple):
-    """An estimate of the gradient of the mean objective, and the mean objective itself."""
+    """An estimate of the gradient of the mean meta-loss, and what was seen on the way."""
 
     gradient: Tensor
+    """``[num_parameters]``."""
     objective: float
+    """Mean meta-loss per unit of step weight, over all runs; a run that explodes counts as ``WORST`` from there."""
+    exploded: float
+    """Share of runs that have exploded."""
 
 
-def evolution_strategies(
-    objective: Callable[[Tensor], Tensor],
-    theta: Tensor,
-    *,
-    num_pairs: int,
-    sigma: float,
-    generator: torch.Generator,
-) -> MetaGradient:
-    """Antithetic evolution strategies: the gradient of the objective blurred with N(0, sigma^2), unbiased.
+class Estimator(ABC):
+    """A way to estimate the meta-gradient. Every process calls it with the same arguments and gets the same answer."""
 
-    Args:
-        objective: Candidates ``[2 * num_pairs, num_parameters]`` to objectives ``[2 * num_pairs]``.
-        theta: The point, ``[num_parameters]``.
-        num_pairs: Number of antithetic pairs.
-        sigma: Standard deviation of the perturbations.
-        generator: Draws the perturbations.
+    def __init__(self, rule: Rule, config: Config, world: World) -> None:
+        self.rule, self.config, self.world = rule, config, world
 
-    Source: Salimans et al., 2017, arXiv 1703.03864.
+    @abstractmethod
+    def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
+        """Take the next window of every episode at ``theta``. The steps of the episodes are counted by the caller."""
 
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> square = lambda candidates: candidates.square().sum(dim=-1)
-        >>> estimate = evolution_strategies(square, torch.ones(2), num_pairs=10_000, sigma=0.1, generator=generator)
-        >>> bool((estimate.gradient - 2.0).abs().max() < 0.1)
-        True
+    @abstractmethod
+    def share(self, slot: int) -> dict[str, range]:
+        """For every key of an episode's ``runs``, the candidates in a slot that are this process's."""
+
+    def window(self, episode: Episode) -> int:
+        """Length of the next window of an episode."""
+        return min(self.config.truncation, episode.horizon - episode.step)
+
+    def _advance(
+        self, key: str, flat: Tensor, episode: Episode, *, second_order: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The next window for runs with weights ``flat`` (``[num_runs, num_parameters]``).
+
+        Returns:
+            The meta-loss of the window and whether the run has exploded, both ``[num_runs]``.
+        """
+        problem, runs = episode.problem, episode.runs.get(key)
+        if runs is None:
+            runs = begin(self.rule, problem, len(flat) // problem.num_problems)
+        window = advance(
+            self.rule,
+            self.rule.named(flat),
+            problem,
+            runs,
+            self.window(episode),
+            episode.batches,
+            second_order=second_order,
+        )
+        episode.runs[key] = window.runs.detach()
+        return meta_loss(problem, window, self.config), window.runs.is_exploded
+
+    def _weight(self, episode: Episode) -> float:
+        """Sum of the step weights in the next window."""
+        weights = step_weights(self.config.objective, episode.horizon)
+        return float(weights[episode.step : episode.step + self.window(episode)].sum())
+
+
+class EvolutionStrategies(Estimator):
+    """Antithetic evolution strategies, over whole runs or persistently over windows.
+
+    The gradient of the meta-loss blurred with N(0, sigma^2), unbiased::
+
+        sum over pairs i of  xi_i (L(theta + eps_i) - L(theta - eps_i)) / (2 sigma^2 num_pairs)
+
+    ``xi_i`` is the sum of the perturbations that the pair has had since its run began: ``eps_i`` itself where one window is
+    the whole run, and the persistent correction for truncation where it is not. Only the losses travel between processes;
+    every process draws all perturbations again from their names.
+
+    Source: Salimans et al., 2017, arXiv 1703.03864; Vicol, Metz, Sohl-Dickstein, 2021, arXiv 2112.13835.
     """
-    noise = torch.randn(num_pairs, theta.numel(), generator=generator).to(theta)
-    values = objective(torch.cat([theta + sigma * noise, theta - sigma * noise]))
-    plus, minus = values.chunk(2)
-    return MetaGradient((plus - minus) @ noise / (2.0 * sigma * num_pairs), float(values.mean()))
+
+    def __init__(self, rule: Rule, config: Config, world: World, *, is_persistent: bool) -> None:
+        super().__init__(rule, config, world)
+        self._is_persistent = is_persistent
+        self._is_trained = rule.is_trained(config.frozen)
+
+    def window(self, episode: Episode) -> int:
+        return super().window(episode) if self._is_persistent else episode.horizon
+
+    def share(self, slot: int) -> dict[str, range]:
+        pairs = self._pairs(slot)
+        return {"pairs": range(2 * pairs.start, 2 * pairs.stop)}
+
+    def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
+        num_pairs, sigma = self.config.num_pairs, self.config.sigma
+        values = torch.zeros(len(episodes), num_pairs, 3, dtype=torch.float64)
+        for index, episode in enumerate(episodes):
+            noise = self._noise(outer_step, episode.slot).to(theta)
+            pairs = self._pairs(episode.slot)
+            if pairs:
+                values[index, pairs.start : pairs.stop] = self._values(theta, noise[pairs.start : pairs.stop], episode)
+            moved = episode.displacement
+            episode.displacement = noise if moved is None else moved + noise
+        plus, minus, exploded = self.world.sum(values).unbind(-1)
+        is_usable = torch.isfinite(plus - minus)
+        slopes = torch.where(is_usable, plus - minus, 0.0).to(theta) / (2.0 * sigma**2 * num_pairs * len(episodes))
+        gradient = torch.zeros_like(theta)
+        for episode, slope in zip(episodes, slopes):
+            if episode.displacement is not None:
+                gradient += slope @ episode.displacement
+        weights = torch.tensor([self._weight(episode) for episode in episodes], dtype=torch.float64)
+        mean = torch.where(is_usable, (plus + minus) / 2.0, 0.0).sum() / (is_usable * weights[:, None]).sum()
+        return MetaGradient(gradient, float(mean), float(exploded.mean()))
+
+    def _pairs(self, slot: int) -> range:
+        """The pairs of a slot that are this process's."""
+        num_pairs = self.config.num_pairs
+        share = self.world.share(self.config.num_tasks * num_pairs)
+        start, stop = (min(max(end - slot * num_pairs, 0), num_pairs) for end in (share.start, share.stop))
+        return range(start, stop)
+
+    def _noise(self, outer_step: int, slot: int) -> Tensor:
+        """The perturbations of all pairs of a slot, ``[num_pairs, num_parameters]``, the same in every process."""
+        config = self.config
+        generator = stream("noise", config.seed, outer_step, slot)
+        noise = torch.randn(config.num_pairs, len(self._is_trained), generator=generator)
+        return config.sigma * noise * self._is_trained
+
+    def _values(self, theta: Tensor, noise: Tensor, episode: Episode) -> Tensor:
+        """Meta-losses at both perturbations and the share of exploded runs, ``[pairs, 3]``."""
+        num_problems = self.config.num_problems
+        candidates = torch.stack([theta + noise, theta - noise], dim=1).flatten(0, 1)
+        with torch.no_grad():
+            losses, is_exploded = self._advance("pairs", candidates.repeat_interleave(num_problems, dim=0), episode)
+        by_pair = losses.double().reshape(len(noise), 2, num_problems).mean(dim=2)
+        exploded = is_exploded.double().reshape(len(noise), -1).mean(dim=1, keepdim=True)
+        return torch.cat([by_pair, exploded], dim=1)
+
+
+class TruncatedBackpropagation(Estimator):
+    """Backpropagation through windows of the runs, with or without the second-order terms.
+
+    Exact, and unbiased, only where one window is the whole run: what a step does to later windows is not seen. Without
+    second-order terms the gradients that the rule reads count as constants. Whole slots are divided between processes, and
+    gradients travel. Runs whose gradient is not finite are left out of it, and counted.
+
+    Source: Andrychowicz et al., 2016, arXiv 1606.04474; Werbos, 1990.
+    """
+
+    def __init__(self, rule: Rule, config: Config, world: World, *, is_second_order: bool) -> None:
+        super().__init__(rule, config, world)
+        self._is_second_order = is_second_order
+        self._is_trained = rule.is_trained(config.frozen)
+
+    def share(self, slot: int) -> dict[str, range]:
+        return {"mean": range(1) if slot % self.world.size == self.world.rank else range(0)}
+
+    def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
+        total = torch.zeros(len(theta) + 3, dtype=torch.float64)
+        for episode in episodes:
+            if not self.share(episode.slot)["mean"]:
+                continue
+            weight = self._weight(episode)
+            flat = theta.expand(self.config.num_problems, -1).clone().requires_grad_()
+            losses, is_exploded = self._advance("mean", flat, episode, second_order=self._is_second_order)
+            is_usable = torch.isfinite(losses.detach())
+            grads = torch.zeros_like(flat)
+            if losses.requires_grad:  # Not in a window in which the network is not asked.
+                loss = torch.where(is_usable, losses, 0.0).sum()
+                (grads,) = torch.autograd.grad(loss, flat, materialize_grads=True)
+            is_usable = is_usable & torch.isfinite(grads).all(dim=1)
+            kept = torch.where(is_usable[:, None], grads, 0.0).sum(dim=0) / (len(grads) * len(episodes))
+            loss = torch.where(is_usable, losses.detach(), 0.0).sum()
+            total[:-3] += kept.double().cpu()
+            total[-3:] += torch.tensor(
+                [float(loss), weight * float(is_usable.sum()), float(is_exploded.double().mean()) / len(episodes)]
+            )
+        total = self.world.sum(total)
+        objective, weight, exploded = total[-3:].tolist()
+        return MetaGradient(total[:-3].to(theta) * self._is_trained.to(theta), objective / max(weight, 1e-30), exploded)
+
+
+class Mixture(Estimator):
+    """A weighted mean of an unbiased, noisy estimate and a biased, quiet one, on runs of their own."""
+
+    def __init__(self, rule: Rule, config: Config, world: World) -> None:
+        super().__init__(rule, config, world)
+        self._parts: tuple[tuple[float, Estimator], ...] = (
+            (1.0 - config.mix, EvolutionStrategies(rule, config, world, is_persistent=True)),
+            (config.mix, TruncatedBackpropagation(rule, config, world, is_second_order=True)),
+        )
+
+    def share(self, slot: int) -> dict[str, range]:
+        return {key: candidates for _, part in self._parts for key, candidates in part.share(slot).items()}
+
+    def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
+        estimates = [(weight, part.estimate(theta, episodes, outer_step)) for weight, part in self._parts]
+        mean = sum((weight * estimate.gradient for weight, estimate in estimates), torch.zeros_like(theta))
+        objective, exploded = (
+            sum(weight * value for (weight, _), value in zip(estimates, values))
+            for values in zip(*(estimate[1:] for _, estimate in estimates))
+        )
+        return MetaGradient(mean, objective, exploded)
+
+
+ESTIMATORS: dict[str, Callable[[Rule, Config, World], Estimator]] = {
+    "es": partial(EvolutionStrategies, is_persistent=False),
+    "pes": partial(EvolutionStrategies, is_persistent=True),
+    "pes+tbptt": Mixture,
+    "tbptt": partial(TruncatedBackpropagation, is_second_order=True),
+    "tbptt_first_order": partial(TruncatedBackpropagation, is_second_order=False),
+}
+"""Every estimator by name."""

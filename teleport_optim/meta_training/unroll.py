@@ -2,98 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.utils import _pytree as pytree
 
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.meta_training.rules import Rule, Tensors
 from teleport_optim.tasks.problem import InnerProblem
-from teleport_optim.update import Hyper, UpdateState, update
 
-__all__ = ["Trajectory", "unroll"]
+__all__ = ["Batches", "Runs", "Window", "advance", "begin"]
+
+Batches = Callable[[int], torch.Generator]
+"""The generator that draws the minibatch of a step."""
+
+EXPLOSION = 1e6
+"""A run whose loss exceeds this many times its first one has exploded, as has one whose loss is not finite."""
+_CHECK_INTERVAL = 10
 
 
-class Trajectory(NamedTuple):
-    """Loss curves and final parameters of a batch of training runs."""
+class Runs(NamedTuple):
+    """Training runs in progress: every candidate set of weights on every problem, candidates outermost."""
+
+    params: Tensors
+    """Parameters by name, each ``[num_runs, ...]``."""
+    state: Any
+    """What the rule remembers."""
+    initial: Tensor
+    """Loss before the first step, ``[num_runs]``; NaN where no step has been taken."""
+    is_exploded: Tensor
+    """Whether a run is lost, ``[num_runs]``."""
+    step: int
+    """Steps taken."""
+
+    def detach(self) -> Runs:
+        """The same runs, cut off from how they came about."""
+        detached: Runs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, self)
+        return detached
+
+
+class Window(NamedTuple):
+    """What a number of consecutive steps brought."""
 
     losses: Tensor
-    """Minibatch loss before every step, ``[num_candidates, num_problems, horizon]``."""
-    params: dict[str, Tensor]
-    """Final parameters, each ``[num_candidates, num_problems, ...]``."""
+    """Minibatch loss after every step, ``[num_runs, steps]``; infinite from where a run explodes."""
+    runs: Runs
+    """The runs after the last of the steps."""
+    distances: Tensor
+    """Distance to the optimum after every step, ``[num_runs, steps]``; zeros where the optimum is unknown."""
 
 
-def unroll(
-    meta_optimizer: MetaOptimizer,
-    candidates: Mapping[str, Tensor],
+def begin(rule: Rule, problem: InnerProblem, num_candidates: int) -> Runs:
+    """The runs of all candidates before their first step."""
+    params = {name: _repeat(value, num_candidates) for name, value in problem.params.items()}
+    num_runs = num_candidates * problem.num_problems
+    device = next(iter(params.values())).device
+    return Runs(
+        params,
+        rule.initial(params),
+        torch.full((num_runs,), torch.nan, device=device),
+        torch.zeros(num_runs, dtype=torch.bool, device=device),
+        0,
+    )
+
+
+def advance(
+    rule: Rule,
+    weights: Tensors,
     problem: InnerProblem,
-    generator: torch.Generator,
-) -> Trajectory:
-    """Train every problem of ``problem`` with every candidate set of meta-optimizer weights, over the full horizon.
+    runs: Runs,
+    num_steps: int,
+    batches: Batches,
+    *,
+    second_order: bool = False,
+) -> Window:
+    """Take ``num_steps`` steps of all runs, in one batched computation.
 
-    All runs advance together in one batched computation; all candidates see the same initial values and minibatches.
-    Differentiable in ``candidates`` where gradients are enabled.
+    All candidates see the same minibatches. The loss after a step is that of the next step's minibatch, which is evaluated
+    once more at the end of a window. Differentiable in ``weights`` where gradients are enabled.
 
     Args:
-        meta_optimizer: The architecture of the meta-optimizer; its own weights are not used.
-        candidates: Its weights by name, each ``[num_candidates, ...]``.
-        problem: The networks to train.
-        generator: Draws the minibatches.
+        rule: The update rule.
+        weights: The weights of its network, ``[num_runs, ...]`` each.
+        problem: What is trained.
+        runs: Where to go on from.
+        num_steps: Length of the window.
+        batches: Generators of the minibatches.
+        second_order: Differentiate the gradients that the rule sees too, where gradients are enabled.
 
-    Memory: parameters and one momentum per run; it does not grow with the horizon unless gradients are recorded.
+    Memory: parameters and state of every run; it does not grow with the number of steps unless gradients are recorded.
     """
-    num_candidates = next(iter(candidates.values())).shape[0]
-    num_runs = num_candidates * problem.num_problems
-    weights = {name: value.repeat_interleave(problem.num_problems, dim=0) for name, value in candidates.items()}
-    params = {name: _repeat(value, num_candidates) for name, value in problem.params.items()}
-    layout = problem.layout
-    num_tensors = len(layout.names)
-    hidden = meta_optimizer.initial_hidden(num_tensors).detach()
-    state = UpdateState.initial({name: param[0] for name, param in params.items()}, hidden)
-    state = _map_state(state, num_runs)
-    hyper = Hyper.default(num_tensors, problem.horizon)
+    num_candidates = len(runs.is_exploded) // problem.num_problems
+    params, state, initial, is_exploded = runs.params, runs.state, runs.initial, runs.is_exploded
+    losses, distances = [], []
 
-    def loss_of(run_params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return problem.loss(functional_call(problem.model, run_params, (inputs,)), targets)
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = problem.sample_batch(batches(step))
+        return _repeat(inputs, num_candidates), _repeat(targets, num_candidates)
 
-    gradient = vmap(grad_and_value(loss_of))
-    losses = []
-    for step in range(problem.horizon):
-        inputs, targets = (_repeat(x, num_candidates) for x in problem.sample_batch(generator))
-        grads, loss = gradient(params, inputs, targets)
-        losses.append(loss)
+    def record(loss: Tensor, params: Tensors) -> None:
+        nonlocal is_exploded
+        is_exploded = is_exploded | ~(loss.detach() <= EXPLOSION * initial.abs())
+        losses.append(torch.where(is_exploded, torch.inf, loss))
+        distances.append(_distance(problem, params, num_candidates))
 
-        def step_run(
-            run_weights: dict[str, Tensor],
-            run_params: dict[str, Tensor],
-            run_grads: dict[str, Tensor],
-            run_state: UpdateState,
-            step: int = step,
-        ) -> tuple[dict[str, Tensor], UpdateState]:
-            def controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-                return functional_call(meta_optimizer, run_weights, (features, hidden))  # type: ignore[no-any-return]
+    step = runs.step
+    for step in range(runs.step, runs.step + num_steps):
+        inputs, targets = batch(step)
+        grads, loss = problem.gradients(params, inputs, targets, create_graph=second_order)
+        if step == 0:
+            initial = loss.detach()
+        if step > runs.step:
+            record(_attached(loss, params, grads), params)
+            if step % _CHECK_INTERVAL == 0 and bool(is_exploded.all()):
+                break
+        params, state = rule.step(weights, params, grads, state, step=step, problem=problem, inputs=inputs)
+    record(problem.losses(params, *batch(step + 1)), params)
+    missing = num_steps - len(losses)
+    losses += missing * losses[-1:]
+    distances += missing * distances[-1:]
+    after = Runs(params, state, initial, is_exploded, runs.step + num_steps)
+    return Window(torch.stack(losses, dim=-1), after, torch.stack(distances, dim=-1))
 
-            return update(controller, run_params, run_grads, run_state, step=step, hyper=hyper, layout=layout)
 
-        params, state = vmap(step_run)(weights, params, grads, state)
-    shape = (num_candidates, problem.num_problems)
-    final = {name: param.reshape(*shape, *param.shape[1:]) for name, param in params.items()}
-    return Trajectory(torch.stack(losses, dim=-1).reshape(*shape, -1), final)
+def _attached(loss: Tensor, params: Tensors, grads: Tensors) -> Tensor:
+    """``loss`` as a differentiable function of ``params``, to first order, where it is not one already."""
+    if loss.requires_grad or not any(param.requires_grad for param in params.values()):
+        return loss
+    slopes = [((param - param.detach()) * grads[name]).flatten(1).sum(dim=1) for name, param in params.items()]
+    return loss + torch.stack(slopes).sum(dim=0)
+
+
+def _distance(problem: InnerProblem, params: Tensors, num_candidates: int) -> Tensor:
+    (first, *_) = params.values()
+    if problem.optimum is None:
+        return first.new_zeros(len(first))
+    return (first - _repeat(problem.optimum, num_candidates)).norm(dim=-1)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.dim() - 1))
-
-
-def _map_state(state: UpdateState, num_runs: int) -> UpdateState:
-    """``state`` of one run, copied ``num_runs`` times along a new first axis."""
-
-    def copy(x: Tensor) -> Tensor:
-        return x.expand(num_runs, *x.shape).clone()
-
-    momenta = {name: copy(momentum) for name, momentum in state.momenta.items()}
-    return UpdateState(
-        momenta, copy(state.hidden), copy(state.outputs), copy(state.log_grad_rms), copy(state.teleport_size)
-    )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
-__all__ = ["apply_leg", "move", "view_channels"]
+__all__ = ["apply_leg", "move", "move_scaling", "view_channels"]
 
 
 def move(
@@ -43,11 +43,21 @@ def move(
     return moved
 
 
-def view_channels(symmetry: Symmetry, leg: Leg, tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` on which a leg acts, channels first: shape ``[size, repeat, ...]``."""
-    outer = tensor.narrow(*leg.within) if leg.within else tensor
-    block = outer.narrow(leg.axis, leg.offset, symmetry.size * leg.repeat).movedim(leg.axis, 0)
-    return block.reshape(symmetry.size, leg.repeat, *block.shape[1:])
+def view_channels(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0) -> Tensor:
+    """The part of ``tensor`` on which a leg acts, channels first: shape ``[*runs, size, repeat, ...]``.
+
+    Args:
+        symmetry: The site.
+        leg: One of its legs.
+        tensor: The tensor of the leg, ``[*runs, ...]``.
+        run_axes: Number of axes of runs in front of those of the parameter.
+    """
+    outer = tensor
+    if leg.within:
+        axis, start, length = leg.within
+        outer = tensor.narrow(run_axes + axis, start, length)
+    block = outer.narrow(run_axes + leg.axis, leg.offset, symmetry.size * leg.repeat)
+    return block.movedim(run_axes + leg.axis, run_axes).unflatten(run_axes, (symmetry.size, leg.repeat))
 
 
 def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, degree: int) -> Tensor:
@@ -58,6 +68,33 @@ def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, deg
         return result.contiguous()
     moved = tensor.clone()
     view_channels(symmetry, leg, moved).copy_(moved_channels)
+    return moved
+
+
+def move_scaling(symmetry: Symmetry, scales: Tensor, tensors: Mapping[str, Tensor], kind: int) -> dict[str, Tensor]:
+    """:func:`move` for one site of the scaling group, and for many runs at once.
+
+    Args:
+        symmetry: The site.
+        scales: One positive factor per channel, ``[*runs, size]``.
+        tensors: Tensors by name, each ``[*runs, *shape]``; none of the legs' may be missing.
+        kind: +1 or -1, multiplies the degree of every leg.
+    """
+    run_axes = scales.dim() - 1
+    powers = {1: scales, -1: scales.reciprocal()}
+    moved = dict(tensors)
+    for leg in symmetry.legs:
+        tensor, degree = moved[leg.name], kind * leg.degree
+        factors = (powers[degree] if degree in powers else scales.pow(degree)).to(tensor.dtype)
+        axis = run_axes + leg.axis
+        if leg.within is None and tensor.shape[axis] == symmetry.size * leg.repeat:
+            along = factors if leg.repeat == 1 else factors.repeat_interleave(leg.repeat, dim=-1)
+            ones = (1,) * leg.axis
+            moved[leg.name] = tensor * along.reshape(*scales.shape[:-1], *ones, -1, *(1,) * (tensor.dim() - axis - 1))
+        else:
+            moved[leg.name] = tensor.clone()
+            view = view_channels(symmetry, leg, moved[leg.name], run_axes)
+            view.mul_(factors.reshape(*factors.shape, *(1,) * (view.dim() - factors.dim())))
     return moved
 
 

@@ -1,21 +1,21 @@
-"""Embedded data for inner problems: real 8x8 digits from scikit-learn, and procedural regression and classification."""
+"""Real data for inner problems: scikit-learn's digits and tables, and the texts of Python's own documentation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["SPLITS", "digits"]
+from teleport_optim.tasks.splits import DIGIT_ROWS, text_split
 
-SPLITS: dict[str, tuple[int, int]] = {
-    "train": (0, 500),
-    "validation": (500, 700),
-    "demo": (700, 1437),
-    "test": (1437, 1797),
-}
-"""Rows of the digits data set, which lie in the order of its authors' shuffle below, for each use: all disjoint."""
+__all__ = ["ALPHABET", "Table", "digits", "paragraphs", "table", "text"]
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;()[]'\"-_=*/\N{REPLACEMENT CHARACTER}"
+"""The characters of :func:`text`; the last stands for all that are not listed."""
+
+_INSTALL = "it comes with scikit-learn: pip install 'teleport-optim[cli]'"
 
 
 @cache
@@ -23,7 +23,7 @@ def _all_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits data set comes from scikit-learn: pip install 'teleport-optim[cli]'") from error
+        raise ImportError(f"the digits data set is missing; {_INSTALL}") from error
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     inputs = torch.tensor(images, dtype=torch.float32)[order] / 8.0 - 0.6
@@ -34,15 +34,86 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     """Handwritten digits: inputs ``[n, 64]`` of about zero mean and unit variance, and labels ``[n]`` from 0 to 9.
 
     Args:
-        split: One of ``SPLITS``; meta-training sees "train", choosing a checkpoint "validation", the demo trains on
-            "demo" and tests on "test".
+        split: One of ``DIGIT_ROWS``: those of the tasks, and "demo", on which the demo trains.
 
     Raises:
         ValueError: for an unknown split.
         ImportError: if scikit-learn is not installed.
     """
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r} of the digits; there are {sorted(SPLITS)}")
-    start, stop = SPLITS[split]
+    if split not in DIGIT_ROWS:
+        raise ValueError(f"no split {split!r} of the digits; there are {sorted(DIGIT_ROWS)}")
+    start, stop = DIGIT_ROWS[split]
     inputs, labels = _all_digits()
     return inputs[start:stop], labels[start:stop]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tabular data set.
+
+    Attributes:
+        columns: Standardised numbers, ``[n, num_columns]``.
+        labels: Classes ``[n]``, or None where the table has none.
+    """
+
+    columns: Tensor
+    labels: Tensor | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+
+@cache
+def table(name: str) -> Table:
+    """A table of scikit-learn; the target of a regression counts as one more column.
+
+    Args:
+        name: ``"wine"``, ``"iris"``, ``"breast_cancer"`` or ``"diabetes"``.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(f"the data set {name!r} is missing; {_INSTALL}") from error
+    values, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+    columns, targets = torch.tensor(values, dtype=torch.float64), torch.tensor(targets)
+    has_classes = not targets.is_floating_point()
+    if not has_classes:
+        columns = torch.cat([columns, targets[:, None]], dim=1)
+    columns = (columns - columns.mean(dim=0)) / columns.std(dim=0)
+    return Table(columns.float(), targets if has_classes else None)
+
+
+@cache
+def paragraphs(split: str) -> tuple[str, ...]:
+    """The paragraphs of Python's reference (``pydoc_data.topics``) whose topics belong to a split, in lower case.
+
+    Some topics contain others. Every paragraph is kept once, with the alphabetically first topic that has it, and so
+    belongs to one split only. The texts are those of the running Python and differ between its versions.
+
+    Raises:
+        ImportError: if this Python comes without its reference.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ImportError(
+            "the text of the character-level tasks is Python's reference, pydoc_data.topics, which this Python lacks: "
+            "install the complete standard library, or leave out the tasks whose names start with 'char_'"
+        ) from error
+    owners: dict[str, str] = {}
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            owners.setdefault(" ".join(paragraph.lower().split()), text_split(topic))
+    return tuple(paragraph for paragraph, owner in owners.items() if owner == split and paragraph)
+
+
+@cache
+def text(split: str) -> Tensor:
+    """The paragraphs of a split in one row, as positions in ``ALPHABET``: int64 ``[n]``."""
+    positions = {character: index for index, character in enumerate(ALPHABET)}
+    return torch.tensor([positions.get(character, len(ALPHABET) - 1) for character in " ".join(paragraphs(split))])

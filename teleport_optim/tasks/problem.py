@@ -1,20 +1,71 @@
-"""Inner problems: batches of small networks of one architecture, to be trained side by side."""
+"""Inner problems: batches of small networks, or functions, of one architecture, to be trained side by side."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 
-from teleport_optim.layout import Layout
+from teleport_optim.layout import Layout, embedding_names
 from teleport_optim.symmetry import find_symmetries
 
-__all__ = ["InnerProblem", "Task"]
+__all__ = ["WORST", "InnerProblem", "Orbit", "Task", "log_relative"]
+
+WORST = 3.0
+"""The meta-loss of a step at which a run has diverged; no step has a higher one."""
+
+_FLOOR = 1e-4
+_Batch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+
+def log_relative(losses: Tensor, initial: Tensor) -> Tensor:
+    """The usual normaliser: log of the loss relative to the first one, so that the scale of the loss does not matter.
+
+    A small floor keeps perfectly fitted problems from dominating. Losses that are not finite give ``WORST``.
+
+    Args:
+        losses: ``[..., steps]``, positive.
+        initial: ``[..., 1]``, positive.
+
+    Returns:
+        Of the shape of ``losses``, from ``log(1e-4)`` to ``WORST``.
+    """
+    return bounded(torch.log(torch.clamp(losses / initial, 0.0, 1e6) + _FLOOR))
+
+
+def bounded(meta_losses: Tensor) -> Tensor:
+    """``meta_losses`` with ``WORST`` as their upper bound and in place of what is not finite."""
+    return torch.where(torch.isfinite(meta_losses), meta_losses, WORST).clamp(max=WORST)
+
+
+class Orbit(ABC):
+    """How a group moves the variables of a test function along its level sets. One subclass for each action.
+
+    For networks the symmetries of :mod:`teleport_optim.symmetry` play this part; the test functions of arXiv 2504.15399 have
+    actions of their own, which depend on the coefficients of the function.
+    """
+
+    group: ClassVar[str]
+    """Name of the group."""
+    num_coordinates: int
+    """Length of the vector that names a group element: one angle, one log-scale per channel, one score per channel."""
+    is_differentiable: ClassVar[bool] = True
+
+    @abstractmethod
+    def move(self, coordinates: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+        """``x`` moved by the element with these coordinates; zeros are the identity.
+
+        Args:
+            coordinates: ``[..., num_coordinates]``.
+            x: ``[..., dim]``.
+            coefficients: What defines the function, ``[..., num_coefficients]``.
+        """
 
 
 @dataclass(frozen=True)
@@ -28,14 +79,58 @@ class InnerProblem:
         sample_batch: Draws inputs and targets for all problems, each ``[num_problems, batch, ...]``.
         horizon: Number of steps of the training run.
         description: What was drawn, for logs.
+        architecture: Equal for equal architectures; those of different splits are disjoint.
+        normalise: Losses ``[..., steps]`` and first losses ``[..., 1]`` to meta-losses per step that are comparable between
+            tasks, lower being better, at most ``WORST``.
+        orbit: The group action of a test function; the inputs of ``model`` are then its coefficients.
+        optimum: Where the minimum of a test function lies, ``[num_problems, dim]``, if that is known.
+
+    Raises:
+        ValueError: if the model keeps running statistics, which batches of runs cannot update.
     """
 
     model: nn.Module
     params: dict[str, Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
-    sample_batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+    sample_batch: _Batch
     horizon: int
     description: str
+    architecture: str
+    normalise: Callable[[Tensor, Tensor], Tensor] = log_relative
+    orbit: Orbit | None = None
+    optimum: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, module in self.model.named_modules():
+            if getattr(module, "track_running_stats", False):
+                raise ValueError(
+                    f"{name or 'the model'} is a {type(module).__name__} that keeps running statistics, which many runs "
+                    f"at once cannot update: give it track_running_stats=False"
+                )
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[nn.Module],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        sample_batch: _Batch,
+        horizon: int,
+        **details: Any,
+    ) -> InnerProblem:
+        """The problem of training ``models``, which share an architecture, from the values that they have.
+
+        Args:
+            models: One model for each problem.
+            loss: As the attribute.
+            sample_batch: As the attribute; ``num_problems`` is the number of models.
+            horizon: As the attribute.
+            details: Other attributes; ``description`` and ``architecture`` default to the text of the model.
+        """
+        params = {name: value.detach() for name, value in stack_module_state(list(models))[0].items()}
+        text = str(models[0])
+        return cls(
+            models[0], params, loss, sample_batch, horizon, **{"description": text, "architecture": text, **details}
+        )
 
     @property
     def num_problems(self) -> int:
@@ -45,14 +140,60 @@ class InnerProblem:
     @cached_property
     def layout(self) -> Layout:
         """Shapes and symmetries of one problem's parameters."""
-        return Layout.of({name: param[0] for name, param in self.params.items()}, find_symmetries(self.model))
+        tensors = {name: param[0] for name, param in self.params.items()}
+        return Layout.of(tensors, find_symmetries(self.model), embedding_names(self.model))
+
+    def to(self, device: torch.device | str) -> InnerProblem:
+        """The same problem on another device; minibatches are drawn on the CPU, so that they are the same everywhere."""
+        if torch.device(device) == torch.device("cpu"):
+            return self
+
+        def sample_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            inputs, targets = self.sample_batch(generator)
+            return inputs.to(device), targets.to(device)
+
+        return replace(
+            self,
+            model=self.model.to(device),
+            params={name: param.to(device) for name, param in self.params.items()},
+            sample_batch=sample_batch,
+            optimum=None if self.optimum is None else self.optimum.to(device),
+        )
+
+    def losses(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """The minibatch losses ``[runs]`` of many runs at once; every argument has a first axis of runs."""
+
+        def loss_of(run_params: dict[str, Tensor], run_inputs: Tensor, run_targets: Tensor) -> Tensor:
+            return self.loss(functional_call(self.model, run_params, (run_inputs,)), run_targets)
+
+        return vmap(loss_of)(params, inputs, targets)
+
+    def gradients(
+        self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor, *, create_graph: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of many runs at once, and their losses ``[runs]``.
+
+        Args:
+            params: Parameters by name, each ``[runs, ...]``.
+            inputs: ``[runs, batch, ...]``.
+            targets: ``[runs, batch, ...]``.
+            create_graph: Keep the graph, so that the gradients can be differentiated again.
+        """
+        with torch.enable_grad():
+            leaves = {
+                name: param if create_graph and param.requires_grad else param.detach().requires_grad_()
+                for name, param in params.items()
+            }
+            losses = self.losses(leaves, inputs, targets)
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()), create_graph=create_graph)
+        return dict(zip(leaves, grads)), losses if create_graph else losses.detach()
 
 
 class Task(ABC):
     """A family of inner problems with a sampler over its own variety.
 
-    A task is a class without state; everything that it draws comes from the generator it is given. The split
-    ``"train"`` is for meta-training and ``"validation"`` for choosing checkpoints: they draw from disjoint data.
+    A task is a class that is made without arguments and has no state; everything that it draws comes from the generator
+    it is given.
     """
 
     name: ClassVar[str]
@@ -60,5 +201,15 @@ class Task(ABC):
     """How often meta-training draws the task, relative to others."""
 
     @abstractmethod
-    def sample(self, num_problems: int, max_horizon: int, split: str, generator: torch.Generator) -> InnerProblem:
-        """Draw an architecture, ``num_problems`` data sets and initialisations, and a horizon up to ``max_horizon``."""
+    def sample(
+        self, num_problems: int, horizons: tuple[int, int], split: str, generator: torch.Generator
+    ) -> InnerProblem:
+        """Draw an architecture, ``num_problems`` data sets and initialisations, and a horizon.
+
+        Args:
+            num_problems: Problems in the batch.
+            horizons: Shortest and longest horizon.
+            split: ``"train"`` for meta-training, ``"validation"`` for choosing a checkpoint, ``"test"`` for reports. What
+                is drawn for one must have neither data nor architectures in common with what is drawn for another.
+            generator: Draws everything.
+        """

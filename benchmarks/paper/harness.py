@@ -1,0 +1,341 @@
+"""Following rules and baselines over test functions: all runs are kept, and every teleport with where it began and ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.training import PAPER, rule_of, train
+from teleport_optim.meta_training.config import Config
+from teleport_optim.meta_training.rules import Rule
+from teleport_optim.meta_training.unroll import EXPLOSION, advance, begin
+from teleport_optim.streams import stream
+from teleport_optim.tasks import find_task
+from teleport_optim.tasks.problem import InnerProblem, Orbit
+
+__all__ = [
+    "NEVER",
+    "RATES",
+    "Study",
+    "Trajectory",
+    "adam",
+    "comparison",
+    "distance",
+    "follow",
+    "gradient_descent",
+    "gradients",
+    "largest_gradient",
+    "orbit_points",
+    "summary",
+    "teleport_facts",
+]
+
+NEVER = (-1,)
+"""The teleport steps of a rule whose teleports are off."""
+
+RATES: tuple[float, ...] = tuple(10.0 ** (k / 4) for k in range(-16, 3))
+"""What the rate of gradient descent is chosen from: four to a decade, from 1e-4 to 3."""
+
+
+class Trajectory(NamedTuple):
+    """Runs of one rule; the leading axes are those of the runs."""
+
+    points: Tensor
+    """Before the first and after every step, ``[..., steps + 1, dim]``."""
+    losses: Tensor
+    """At the points, ``[..., steps + 1]``; infinite once a run has exploded."""
+    before: Tensor
+    """Where the teleport of a step began, ``[..., steps, dim]``; the point after the step if there was none."""
+
+    @property
+    def final(self) -> Tensor:
+        """The last losses, ``[...]``."""
+        return self.losses[..., -1]
+
+
+class _Watched(Orbit):
+    """An orbit that keeps where its last move began and ended."""
+
+    def __init__(self, orbit: Orbit) -> None:
+        self.orbit, self.num_coordinates = orbit, orbit.num_coordinates
+        self.before = self.after = torch.empty(0)
+
+    def move(self, coordinates: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+        after = self.orbit.move(coordinates, x, coefficients)
+        self.before, self.after = x.detach(), after.detach()
+        return after
+
+
+def follow(rule: Rule, flat: Tensor, problem: InnerProblem, config: Config, num_steps: int) -> Trajectory:
+    """Run a rule with the weights ``flat`` on all functions of a problem.
+
+    Raises:
+        RuntimeError: if the point after a step is not where its teleport ended.
+    """
+    watched = _Watched(problem.orbit) if problem.orbit else None
+    problem = replace(problem, orbit=watched)
+    runs = begin(rule, problem, 1)
+    weights = rule.named(flat.expand(problem.num_problems, -1))
+    points, losses, before = [runs.params["x"]], [_losses(problem, runs.params["x"])], []
+    teleports = "teleport" in config.variant
+    with torch.no_grad():
+        for step in range(num_steps):
+            window = advance(rule, weights, problem, runs, 1, lambda step: torch.Generator())
+            runs = window.runs
+            point = runs.params["x"]
+            is_moved = teleports and (not config.teleport_steps or step in config.teleport_steps)
+            if is_moved and watched is not None:
+                if not torch.equal(watched.after.nan_to_num(), point.nan_to_num()):
+                    raise RuntimeError(f"the teleport of step {step} was not applied")
+                before.append(watched.before)
+            else:
+                before.append(point)
+            points.append(point)
+            losses.append(window.losses[:, 0])
+    return Trajectory(torch.stack(points, dim=1), torch.stack(losses, dim=1), torch.stack(before, dim=1))
+
+
+def _coefficients(problem: InnerProblem) -> tuple[Tensor, Tensor]:
+    return problem.sample_batch(torch.Generator())
+
+
+def _losses(problem: InnerProblem, x: Tensor) -> Tensor:
+    return problem.losses({"x": x}, *_coefficients(problem))
+
+
+def gradients(problem: InnerProblem, x: Tensor) -> Tensor:
+    """Gradients at ``x`` of shape ``[functions, dim]`` or, for several points of every function, ``[functions, ..., dim]``."""
+    inputs, targets = _coefficients(problem)
+    per_function = math.prod(x.shape[1:-1])
+    inputs, targets = inputs.repeat_interleave(per_function, dim=0), targets.repeat_interleave(per_function, dim=0)
+    grads, _ = problem.gradients({"x": x.reshape(-1, x.shape[-1])}, inputs, targets)
+    return grads["x"].reshape(x.shape)
+
+
+def orbit_points(problem: InnerProblem, x: Tensor, num_angles: int = 360) -> Tensor:
+    """Points of the SO(2) orbit through ``x``, at equal angles from 0: ``[functions, num_angles, 2]``."""
+    assert problem.orbit is not None
+    angles = torch.arange(num_angles) * (2.0 * math.pi / num_angles)
+    inputs, _ = _coefficients(problem)
+    return problem.orbit.move(angles[None, :, None], x[:, None], inputs[:, None])
+
+
+def largest_gradient(problem: InnerProblem, x: Tensor) -> Tensor:
+    """The point of the SO(2) orbit through ``x`` with the largest gradient: the teleport that the theory asks for."""
+    orbit = orbit_points(problem, x)
+    norms = gradients(problem, orbit).norm(dim=-1).nan_to_num(nan=-1.0, posinf=-1.0)
+    best = norms.argmax(dim=1)
+    return orbit[torch.arange(len(x)), best]
+
+
+Teleport = Callable[[InnerProblem, Tensor], Tensor]
+"""Where the points ``[functions, dim]`` of a problem go."""
+
+
+def gradient_descent(
+    problem: InnerProblem,
+    rate: float,
+    num_steps: int,
+    teleport_steps: Sequence[int] = NEVER,
+    teleport: Teleport = largest_gradient,
+) -> Trajectory:
+    """Gradient descent that teleports after ``teleport_steps``."""
+
+    def step(x: Tensor, number: int) -> Tensor:
+        return x - rate * gradients(problem, x)
+
+    return _iterate(problem, step, num_steps, teleport_steps, teleport)
+
+
+def adam(problem: InnerProblem, rate: float, num_steps: int) -> Trajectory:
+    """Adam with the usual constants."""
+    first = second = torch.zeros_like(problem.params["x"])
+
+    def step(x: Tensor, number: int) -> Tensor:
+        nonlocal first, second
+        grad = gradients(problem, x)
+        first, second = torch.lerp(grad, first, 0.9), torch.lerp(grad.square(), second, 0.999)
+        corrected = (second / (1.0 - 0.999 ** (number + 1))).sqrt() + 1e-8
+        return x - rate * first / (1.0 - 0.9 ** (number + 1)) / corrected
+
+    return _iterate(problem, step, num_steps, NEVER, largest_gradient)
+
+
+def _iterate(
+    problem: InnerProblem,
+    step: Callable[[Tensor, int], Tensor],
+    num_steps: int,
+    teleport_steps: Sequence[int],
+    teleport: Teleport,
+) -> Trajectory:
+    x = problem.params["x"]
+    points, before, losses = [x], [], [_losses(problem, x)]
+    for number in range(num_steps):
+        x = step(x, number)
+        before.append(x)
+        if number in teleport_steps:
+            x = teleport(problem, x)
+        points.append(x)
+        loss = _losses(problem, x)
+        is_exploded = losses[-1].isinf() | ~(loss <= EXPLOSION * losses[0].abs())
+        losses.append(torch.where(is_exploded, torch.inf, loss))
+    return Trajectory(torch.stack(points, dim=1), torch.stack(losses, dim=1), torch.stack(before, dim=1))
+
+
+@dataclass(frozen=True)
+class Study:
+    """How much is trained and tested.
+
+    Attributes:
+        seeds: Meta-seeds.
+        num_functions: Test functions of a family.
+        num_steps: Length of a test run.
+        base: What every meta-training has in common.
+        cache: Folder of trained weights.
+        out: Folder of figures and results.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    num_functions: int = 200
+    num_steps: int = 12
+    base: Config = PAPER
+    cache: Path = Path("runs/paper")
+    out: Path = Path("docs/paper")
+
+    @property
+    def few(self) -> Study:
+        """The same with three meta-seeds at most."""
+        return replace(self, seeds=self.seeds[:3])
+
+    @classmethod
+    def quick(cls, cache: Path, out: Path) -> Study:
+        """Far too small to mean anything: to see that everything runs."""
+        return cls((0, 1), 8, 12, replace(PAPER, num_outer_steps=10, hidden_size=6), cache, out)
+
+    def config(self, task: str, variant: str, **changes: Any) -> Config:
+        """The configuration of a variant on a family."""
+        if "teleport" not in variant:
+            changes["teleport_steps"] = ()
+        return replace(self.base, tasks=(task,), variant=variant, **changes)
+
+    def problem(self, task: str, split: str = "test") -> InnerProblem:
+        """The functions of a split: the same for every rule."""
+        horizons = (self.num_steps, self.num_steps)
+        return find_task(task).sample(self.num_functions, horizons, split, stream("paper", split, task))
+
+    def weights(self, config: Config) -> Tensor:
+        """The trained weights of all meta-seeds, trained now if they are not in the cache."""
+        return train(config, self.seeds, self.cache)
+
+    def test(self, config: Config, *, teleport: bool = True) -> Trajectory:
+        """The runs of all meta-seeds on all test functions, ``[num_seeds, num_functions]``.
+
+        Args:
+            config: The meta-training.
+            teleport: False for the same weights without any teleport.
+        """
+        problem, weights = self.problem(config.tasks[0]), self.weights(config)
+        if not teleport:
+            config = replace(config, teleport_steps=NEVER)
+        rule = rule_of(config, problem)
+        by_seed = [follow(rule, flat, problem, config, self.num_steps) for flat in weights]
+        return Trajectory(*(torch.stack(parts) for parts in zip(*by_seed)))
+
+    def best_rate(
+        self, task: str, teleport_steps: Sequence[int] = NEVER, teleport: Teleport = largest_gradient
+    ) -> float:
+        """The rate of gradient descent with the lowest median of final losses on validation functions."""
+        problem = self.problem(task, "validation")
+        medians = {
+            rate: float(gradient_descent(problem, rate, self.num_steps, teleport_steps, teleport).final.median())
+            for rate in RATES
+        }
+        return min(medians, key=lambda rate: medians[rate])
+
+
+def summary(final: Tensor) -> dict[str, Any]:
+    """Of final losses ``[num_seeds, num_functions]`` (or ``[num_functions]``), every run counted.
+
+    Returns:
+        ``median``, ``lowest`` and ``highest``: of the medians of the meta-seeds, which are in ``medians``; ``quarter`` and
+        ``three_quarters``: quantiles of all runs; ``runs`` and how many of them ``exploded``.
+    """
+    final = final.reshape(-1, final.shape[-1])
+    medians = final.median(dim=1).values
+    ordered = final.flatten().sort().values
+    return {
+        "median": float(medians.median()),
+        "lowest": float(medians.min()),
+        "highest": float(medians.max()),
+        "quarter": float(ordered[len(ordered) // 4]),
+        "three_quarters": float(ordered[(3 * len(ordered)) // 4]),
+        "medians": medians.tolist(),
+        "runs": final.numel(),
+        "exploded": int((~torch.isfinite(final)).sum()),
+    }
+
+
+def comparison(mine: Tensor, other: Tensor, *, is_paired: bool) -> dict[str, Any]:
+    """How final losses ``mine`` compare with ``other``, both ``[num_seeds, num_functions]``.
+
+    Returns:
+        ``ratio``: median of ``other`` over median of ``mine``, above 1 where ``mine`` is better, the median over pairs of
+        meta-seeds, with ``lowest`` and ``highest``; ``wins``: of how many ``pairs`` of meta-seeds ``mine`` has the lower
+        median. Paired runs have the same weights: then only equal meta-seeds are pairs, and ``functions`` is the share of
+        functions on which ``mine`` ends lower.
+    """
+    a, b = (final.median(dim=1).values for final in (mine, other))
+    ratios = b / a if is_paired else (b[None, :] / a[:, None]).flatten()
+    result = {
+        "ratio": float(ratios.median()),
+        "lowest": float(ratios.min()),
+        "highest": float(ratios.max()),
+        "wins": int((ratios > 1.0).sum()),
+        "pairs": len(ratios),
+    }
+    if is_paired:
+        result["functions"] = float((mine < other).double().mean())
+    return result
+
+
+def teleport_facts(problem: InnerProblem, trajectory: Trajectory, steps: Sequence[int]) -> dict[str, float]:
+    """What the teleports after ``steps`` did, over all runs ``[num_seeds, num_functions]`` where they are finite.
+
+    Returns:
+        ``teleports`` in the runs and how many are ``finite``; the share that ``raised`` the gradient's norm, its median
+        ``gradient_ratio``, and the median ``length``, relative to the distance to the optimum; the share that went ``away``
+        from the optimum and the median ``distance_ratio``. Without a known optimum lengths are relative to the norm of the
+        point, and nothing is said about distances.
+    """
+    before, after = trajectory.before[:, :, steps], trajectory.points[:, :, 1:][:, :, steps]
+    norms = [torch.stack([gradients(problem, each) for each in points]).norm(dim=-1) for points in (before, after)]
+    optimum = torch.zeros_like(before[0, :, 0]) if problem.optimum is None else problem.optimum
+    distances = [(points - optimum[:, None]).norm(dim=-1) for points in (before, after)]
+    length = (after - before).norm(dim=-1) / distances[0]
+    gradient_ratio, distance_ratio = norms[1] / norms[0], distances[1] / distances[0]
+    is_finite = torch.isfinite(gradient_ratio + distance_ratio + length)
+    gradient_ratio, distance_ratio, length = gradient_ratio[is_finite], distance_ratio[is_finite], length[is_finite]
+    facts = {
+        "teleports": float(is_finite.numel()),
+        "finite": float(is_finite.sum()),
+        "raised": float((gradient_ratio > 1.0).double().mean()),
+        "gradient_ratio": float(gradient_ratio.median()),
+        "length": float(length.median()),
+    }
+    if problem.optimum is not None:
+        facts["away"] = float((distance_ratio > 1.0).double().mean())
+        facts["distance_ratio"] = float(distance_ratio.median())
+    return facts
+
+
+def distance(problem: InnerProblem, trajectory: Trajectory) -> Tensor:
+    """Of the last points to the optimum, ``[...]``; infinite where they are not finite."""
+    assert problem.optimum is not None
+    distances: Tensor = (trajectory.points[..., -1, :] - problem.optimum).norm(dim=-1)
+    return distances.nan_to_num(nan=math.inf)

@@ -1,0 +1,233 @@
+"""The configuration of a meta-training run: its keys, its presets, and reading it from files and settings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from teleport_optim.meta_training.rules import VARIANTS
+from teleport_optim.tasks import NETWORK_TASKS, find_task
+
+__all__ = ["ESTIMATOR_NAMES", "OBJECTIVES", "PRESETS", "Config", "config_of_run", "read_config"]
+
+ESTIMATOR_NAMES = ("es", "pes", "pes+tbptt", "tbptt", "tbptt_first_order")
+OBJECTIVES = ("normalised", "plain")
+
+_PLACES = ("run_dir", "device")
+"""Where a run is and on what it runs: keys that may differ when it is resumed."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a meta-training run; two runs with equal configurations agree bit for bit on CPU.
+
+    Raises:
+        ValueError: if a value is out of its range, or a task, estimator or variant is unknown; the nearest valid name is given.
+
+    Example:
+        >>> Config(estimator="pse")
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown estimator 'pse': did you mean 'pes'? There are es, pes, pes+tbptt, tbptt, tbptt_first_order
+    """
+
+    run_dir: str = ""
+    """Folder of the run."""
+    device: str = "cpu"
+    """Where networks are trained; minibatches and perturbations are always drawn on the CPU."""
+    seed: int = 0
+    variant: str = "controller"
+    """One of ``VARIANTS``."""
+    estimator: str = "es"
+    """One of ``ESTIMATOR_NAMES``."""
+    objective: str = "normalised"
+    """``"normalised"``: log of relative losses, mostly of the last tenth of a run; ``"plain"``: sum of all losses."""
+    distance_weight: float = 0.0
+    """Weight of the distance to the optimum in the meta-loss of every step, for functions that know theirs."""
+    tasks: tuple[str, ...] = NETWORK_TASKS
+    num_outer_steps: int = 600
+    num_tasks: int = 4
+    """Problem batches per outer step, each of one family and architecture."""
+    num_problems: int = 2
+    """Problems in a batch, which differ in data and initial values."""
+    num_pairs: int = 12
+    """Antithetic perturbation pairs per batch."""
+    min_horizon: int = 40
+    max_horizon: int = 300
+    curriculum: float = 0.5
+    """Share of the outer steps over which the longest horizon grows, geometrically, from ``min_horizon``."""
+    truncation: int = 20
+    """Steps of a training run between two meta-gradients; ``es`` always takes the whole run."""
+    mix: float = 0.5
+    """Weight of the part of truncated backpropagation in ``pes+tbptt``."""
+    sigma: float = 0.02
+    """Standard deviation of the perturbations."""
+    learning_rate: float = 4e-3
+    decay_to: float = 0.1
+    """Share of the learning rate at the end, reached along a cosine; 1 keeps it constant."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of a meta-gradient; 0 for none."""
+    averaging: float = 0.98
+    """Decay of the average of the weights, which is what is validated and kept."""
+    hidden_size: int = 12
+    theta_gradient: bool = False
+    """Give the paper's variants the derivative of the squared gradient norm along the orbit as an input."""
+    teleport_steps: tuple[int, ...] = ()
+    """The set Z of steps after which the paper's variants teleport; empty for every step."""
+    frozen: tuple[str, ...] = ()
+    """Patterns, as of file names, of meta-parameters that keep their initial values, such as ``*.balance``."""
+    validate_every: int = 20
+    """Outer steps between validations; 0 for none."""
+    num_validation: int = 3
+    """Problem batches of every task in a validation."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_outer_steps",
+            "num_tasks",
+            "num_problems",
+            "num_pairs",
+            "min_horizon",
+            "truncation",
+            "hidden_size",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("sigma", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("distance_weight", "weight_decay", "clip", "validate_every", "num_validation"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("curriculum", "mix", "decay_to"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging must lie in [0, 1), got {self.averaging}")
+        if self.max_horizon < self.min_horizon:
+            raise ValueError(f"max_horizon must be at least min_horizon, got {self.max_horizon} < {self.min_horizon}")
+        choices = {"variant": tuple(VARIANTS), "estimator": ESTIMATOR_NAMES, "objective": OBJECTIVES}
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: {_nearest(getattr(self, name), valid)}")
+        if not self.tasks:
+            raise ValueError("tasks must name at least one task")
+        for task in self.tasks:
+            find_task(task)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to be one: everything but where they are, as plain JSON."""
+        values = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in values.items() if key not in _PLACES}
+
+    def longest_horizon(self, outer_step: int) -> int:
+        """The longest horizon of a training run that begins at ``outer_step``."""
+        progress = min(1.0, outer_step / max(self.curriculum * self.num_outer_steps, 1.0))
+        growth: float = (self.max_horizon / self.min_horizon) ** progress
+        return round(self.min_horizon * growth)
+
+    def with_settings(self, settings: Iterable[str]) -> Config:
+        """This configuration with ``key=value`` settings applied; the entries of a tuple are separated by commas.
+
+        Raises:
+            ValueError: for an unknown key or a value that cannot be read.
+
+        Example:
+            >>> Config().with_settings(["sigma=0.1", "tasks=digits_mlp,digits_cnn"]).tasks
+            ('digits_mlp', 'digits_cnn')
+        """
+        values: dict[str, Any] = {}
+        for setting in settings:
+            key, separator, text = setting.partition("=")
+            if not separator:
+                raise ValueError(f"cannot read the setting {setting!r}: write key=value")
+            key = _known_key(key)
+            values[key] = _read(key, text)
+        return replace(self, **values)
+
+
+_KINDS: dict[str, type] = {entry.name: type(entry.default) for entry in fields(Config)}
+
+
+def _known_key(key: str) -> str:
+    if key not in _KINDS:
+        raise ValueError(f"unknown key {key!r}: {_nearest(key, tuple(sorted(_KINDS)))}")
+    return key
+
+
+def _read(key: str, text: str) -> Any:
+    kind = _KINDS[key]
+    try:
+        if kind is tuple:
+            entries = [entry for entry in text.split(",") if entry]
+            return tuple(int(entry) for entry in entries) if key == "teleport_steps" else tuple(entries)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"cannot read {text!r} as the {kind.__name__} that {key} is") from error
+
+
+def _nearest(name: str, valid: tuple[str, ...]) -> str:
+    matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {matches[0]!r}? " if matches else ""
+    return f"{hint}There are {', '.join(valid)}"
+
+
+PRESETS: dict[str, Config] = {
+    "quick": Config(),
+    "standard": Config(),
+    "large": Config(),
+}
+"""``quick``: a quarter of an hour on one core; ``standard``: some hours; ``large``: for many machines."""
+
+
+def read_config(name: str) -> Config:
+    """The preset ``name``, or the configuration in the TOML file ``name``: flat, its keys the fields of ``Config``.
+
+    Raises:
+        ValueError: if there is no such preset or file, or the file is not such a configuration.
+
+    Example:
+        >>> read_config("standard") == PRESETS["standard"]
+        True
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise ValueError(f"no configuration {name!r}: {_nearest(name, tuple(PRESETS))}, or a .toml file")
+    try:
+        return _config(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"cannot read {name}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def config_of_run(run_dir: str | Path) -> Config:
+    """The configuration with which the meta-training run in ``run_dir`` was started; the run is where it was found.
+
+    Raises:
+        ValueError: if there is no run in ``run_dir``, or its configuration cannot be read.
+    """
+    path = Path(run_dir) / "config.json"
+    try:
+        return replace(_config(json.loads(path.read_text())), run_dir=str(run_dir))
+    except OSError as error:
+        raise ValueError(f"there is no meta-training run in {run_dir}: cannot read {path.name}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _config(values: Mapping[str, object]) -> Config:
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in values.items()}
+    return Config().with_settings(f"{key}={text}" for key, text in texts.items())

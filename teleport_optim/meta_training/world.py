@@ -1,0 +1,87 @@
+"""The processes of a meta-training run: one, or those that torchrun starts."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["WorkerLostError", "World", "join"]
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class WorkerLostError(RuntimeError):
+    """Another process of the run has ended or cannot be reached."""
+
+
+class World:
+    """Which of how many processes this is, and the sum over all of them; alone by default."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def share(self, num_units: int) -> range:
+        """The units of work that fall to this process: ranges of all processes are disjoint and nearly equal."""
+        return range(num_units * self.rank // self.size, num_units * (self.rank + 1) // self.size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over all processes, the same to the bit in each.
+
+        Raises:
+            WorkerLostError: if a process cannot be reached.
+        """
+        if self.size > 1:
+            x = x.clone()
+            with _lost_worker():
+                dist.all_reduce(x)
+        return x
+
+    def wait(self) -> None:
+        """Return once all processes have come here.
+
+        Raises:
+            WorkerLostError: if a process cannot be reached.
+        """
+        if self.size > 1:
+            with _lost_worker():
+                dist.barrier()
+
+
+@contextmanager
+def _lost_worker() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkerLostError("a process of this run has ended or cannot be reached") from error
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """The world of this process: that of torchrun's environment variables if they are set, or a single process.
+
+    Args:
+        device: Where the processes compute; with CUDA each takes the one of its local rank, in turn. What travels is on the
+            CPU always, so that a lost process is noticed in the same way everywhere.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

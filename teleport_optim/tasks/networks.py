@@ -1,0 +1,164 @@
+"""What all families of networks share: initial values, minibatches, noise, the scale of the loss and the horizon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from teleport_optim.action import act
+from teleport_optim.groups import GROUPS
+from teleport_optim.symmetry import find_symmetries
+from teleport_optim.tasks.draws import Draw
+from teleport_optim.tasks.problem import InnerProblem
+
+__all__ = [
+    "ACTIVATIONS",
+    "Loss",
+    "SampleBatch",
+    "draw_activation",
+    "draw_rows",
+    "initial_params",
+    "network_problem",
+    "rescale_units",
+    "with_label_noise",
+]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+SampleBatch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "relu": (nn.ReLU, 0.5),
+    "leaky_relu": (lambda: nn.LeakyReLU(0.1), 0.15),
+    "tanh": (nn.Tanh, 0.2),
+    "gelu": (nn.GELU, 0.15),
+}
+"""Activations and how often they are drawn."""
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+
+def draw_activation(draw: Draw) -> tuple[str, Callable[[], nn.Module]]:
+    """The name of an activation and what makes it."""
+    name = draw.choice(tuple(ACTIVATIONS), [weight for _, weight in ACTIVATIONS.values()])
+    return name, ACTIVATIONS[name][0]
+
+
+def initial_params(
+    model: nn.Module, num_problems: int, draw: Draw, *, gain: float = 1.0, embedding_scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Random initial values of torch's kind for ``num_problems`` networks.
+
+    Args:
+        model: The architecture: a module whose parameters all belong to Linear, convolution, Embedding and norm layers.
+        num_problems: Number of networks.
+        draw: Draws the values.
+        gain: Multiplies matrices and kernels.
+        embedding_scale: Standard deviation of embeddings.
+
+    Raises:
+        TypeError: if a parameter belongs to a layer of another kind.
+    """
+    params = {}
+    for prefix, layer in model.named_modules():
+        for name, param in layer.named_parameters(prefix, recurse=False):
+            shape = (num_problems, *param.shape)
+            if isinstance(layer, _NORMS):
+                params[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+            elif isinstance(layer, nn.Embedding):
+                params[name] = embedding_scale * draw.normal(*shape)
+            elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+                scale = 1.0 if param.dim() == 1 else gain
+                params[name] = scale / math.sqrt(layer.weight[0].numel()) * draw.uniforms(*shape)
+            else:
+                raise TypeError(
+                    f"no initial values are known for {name!r}, a parameter of {type(layer).__name__}: build the model "
+                    f"from Linear, Conv2d, Embedding and norm layers"
+                )
+    return params
+
+
+def rescale_units(model: nn.Module, params: dict[str, Tensor], sigma: float, draw: Draw) -> dict[str, Tensor]:
+    """The same functions with every hidden unit that can be scaled multiplied by ``exp(sigma N(0, 1))``."""
+    spec = find_symmetries(model).of_group("scaling")
+    scaling = GROUPS["scaling"]
+    moved = []
+    for problem in range(next(iter(params.values())).shape[0]):
+        element = {site.id: scaling.exp(sigma * draw.normal(site.size).double()) for site in spec}
+        moved.append(act(spec, element, {name: param[problem] for name, param in params.items()}))
+    return {name: torch.stack([one[name] for one in moved]) for name in params}
+
+
+def with_label_noise(labels: Tensor, num_classes: int, draw: Draw) -> Tensor:
+    """The labels, sometimes with a share of them replaced at random."""
+    share = draw.uniform(0.0, 0.3) if draw.chance(0.4) else 0.0
+    is_wrong = torch.rand(labels.shape, generator=draw.generator) < share
+    return torch.where(is_wrong, draw.integers(num_classes, *labels.shape), labels)
+
+
+def draw_rows(inputs: Tensor, targets: Tensor, draw: Draw, *, largest_batch: int = 90) -> tuple[SampleBatch, str]:
+    """Minibatches of random rows, of a random size and sometimes with noise on the inputs; and a description.
+
+    Args:
+        inputs: ``[num_problems, num_examples, ...]``.
+        targets: ``[num_problems, num_examples, ...]``.
+        draw: Draws the size and the noise.
+        largest_batch: Bound on the size; the smallest is 16.
+    """
+    num_problems, num_examples = inputs.shape[:2]
+    batch_size = min(int(draw.log_uniform(16, largest_batch + 1)), num_examples)
+    noise = draw.uniform(0.0, 1.0) if draw.chance(0.5) else 0.0
+    problems = torch.arange(num_problems)[:, None]
+
+    def sample_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(num_examples, (num_problems, batch_size), generator=generator)
+        batch = inputs[problems, rows]
+        if noise:
+            batch = batch + noise * torch.randn(batch.shape, generator=generator)
+        return batch, targets[problems, rows]
+
+    return sample_batch, f"batch={batch_size} noise={noise:.1f}"
+
+
+def network_problem(
+    model: nn.Module,
+    architecture: str,
+    num_problems: int,
+    batches: tuple[SampleBatch, str],
+    loss: Loss,
+    horizons: tuple[int, int],
+    draw: Draw,
+) -> InnerProblem:
+    """Draw what is left of a problem: initial values, the scale of the loss and the horizon.
+
+    In one of three the initial matrices have another size; in one of three the hidden units are rescaled along their
+    orbit, where there is one.
+
+    Args:
+        model: The architecture.
+        architecture: Its name, equal for equal ones.
+        num_problems: Networks in the batch.
+        batches: Minibatches and their description.
+        loss: Output and target of a minibatch to a positive loss.
+        horizons: Shortest and longest horizon.
+        draw: Draws everything.
+    """
+    gain = draw.log_uniform(0.5, 2.0) if draw.chance(0.3) else 1.0
+    has_scalings = len(find_symmetries(model).of_group("scaling")) > 0
+    sigma = draw.uniform(0.5, 2.5) if has_scalings and draw.chance(0.35) else 0.0
+    embedding_scale = draw.log_uniform(0.02, 1.0)
+    params = initial_params(model, num_problems, draw, gain=gain, embedding_scale=embedding_scale)
+    if sigma:
+        params = rescale_units(model, params, sigma, draw)
+    loss_scale = 10.0 ** draw.uniform(-3, 3)
+    horizon = draw.horizon(*horizons)
+    sample_batch, batch_text = batches
+
+    def scaled_loss(output: Tensor, target: Tensor) -> Tensor:
+        scaled: Tensor = loss_scale * loss(output, target)
+        return scaled
+
+    description = f"{architecture} gain={gain:.1f} sigma={sigma:.1f} {batch_text} steps={horizon}"
+    return InnerProblem(model, params, scaled_loss, sample_batch, horizon, description, architecture)

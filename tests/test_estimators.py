@@ -1,0 +1,211 @@
+"""Meta-gradient estimators against the exact meta-gradient of a small problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from teleport_optim.meta_training.config import ESTIMATOR_NAMES, Config
+from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, Estimator, meta_loss, step_weights
+from teleport_optim.meta_training.rules import VARIANTS, Rule, RuleOptions, make_rule
+from teleport_optim.meta_training.unroll import advance, begin
+from teleport_optim.meta_training.world import World
+from teleport_optim.streams import stream
+from teleport_optim.tasks import InnerProblem, find_task
+
+HORIZON = 6
+CONFIG = Config(
+    variant="lr+teleport+momentum",
+    tasks=("ellipse",),
+    num_tasks=1,
+    num_problems=2,
+    num_pairs=40,
+    sigma=0.01,
+    truncation=2,
+    hidden_size=2,
+    theta_gradient=True,
+)
+
+
+def in_float64(problem: InnerProblem) -> InnerProblem:
+    """The same problem with double parameters and data."""
+
+    def sample_batch(source: torch.Generator) -> tuple[Tensor, Tensor]:
+        inputs, targets = problem.sample_batch(source)
+        return inputs.double(), targets.double() if targets.is_floating_point() else targets
+
+    params = {name: value.double() for name, value in problem.params.items()}
+    return dataclasses.replace(problem, model=problem.model.double(), params=params, sample_batch=sample_batch)
+
+
+@cache
+def draw(task: str) -> InnerProblem:
+    problem = find_task(task).sample(2, (HORIZON, HORIZON), "train", stream("test", 3))
+    return in_float64(problem)
+
+
+def setting(config: Config) -> tuple[Rule, Tensor]:
+    """A rule in double precision and weights at which it does something."""
+    options = RuleOptions(config.hidden_size, config.theta_gradient, config.teleport_steps)
+    rule = make_rule(config.variant, options, stream("weights", 0), draw(config.tasks[0]))
+    if config.variant != "controller":  # Its inputs are single precision.
+        rule.network.double()
+    flat = rule.flat()
+    return rule, flat + 0.2 * torch.randn(flat.shape, generator=stream("theta")).to(flat)
+
+
+def new_episode(config: Config) -> Episode:
+    return Episode(0, 0, HORIZON, partial(draw, config.tasks[0]), partial(stream, "batch"))
+
+
+def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
+    """Slopes of the mean meta-loss along rows of ``directions``, from central differences of whole training runs."""
+    problem, size = draw(config.tasks[0]), 1e-4 if theta.dtype == torch.float32 else 1e-7
+    candidates = torch.cat([theta + size * directions, theta - size * directions])
+    with torch.no_grad():
+        runs = begin(rule, problem, len(candidates))
+        weights = rule.named(candidates.repeat_interleave(problem.num_problems, dim=0))
+        window = advance(rule, weights, problem, runs, HORIZON, partial(stream, "batch"))
+    losses = meta_loss(problem, window, config).reshape(2, len(directions), -1).mean(dim=-1)
+    return (losses[0] - losses[1]) / (2 * size)
+
+
+def whole_run(estimator: Estimator, config: Config, theta: Tensor, sample: int) -> Tensor:
+    """The sum of the estimates of all windows of one episode, at the same weights."""
+    episode, total, window = new_episode(config), torch.zeros_like(theta), 0
+    while episode.step < episode.horizon:
+        total += estimator.estimate(theta, [episode], 1000 * sample + window).gradient
+        episode.step += estimator.window(episode)
+        window += 1
+    return total
+
+
+@pytest.mark.parametrize("objective", ["plain", "normalised"])
+@pytest.mark.parametrize(
+    ("variant", "task"),
+    [(variant, "ellipse") for variant in VARIANTS if variant != "controller"]
+    + [("lr+teleport", "scaled_products"), ("controller", "teacher_regression")],
+)
+def test_full_length_backpropagation_equals_finite_differences(variant: str, task: str, objective: str) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        variant=variant,
+        tasks=(task,),
+        objective=objective,
+        truncation=HORIZON,
+        theta_gradient=variant != "controller" and "teleport" in variant,
+    )
+    rule, theta = setting(config)
+    gradient = whole_run(ESTIMATORS["tbptt"](rule, config, World()), config, theta, 0)
+    directions = torch.randn(8, len(theta), generator=stream("directions"), dtype=theta.dtype)
+    exact = exact_gradient(config, rule, theta, directions)
+    assert exact.abs().max() > 1e-4
+    tolerance = 2e-2 if variant == "controller" else 1e-4
+    torch.testing.assert_close(
+        (directions @ gradient).to(exact), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max())
+    )
+    first_order = whole_run(ESTIMATORS["tbptt_first_order"](rule, config, World()), config, theta, 0)
+    assert not torch.allclose((directions @ first_order).to(exact), exact, rtol=tolerance)
+
+
+def z_scores(estimates: Tensor, exact: Tensor) -> Tensor:
+    return (estimates.mean(dim=0) - exact) / (estimates.std(dim=0) / len(estimates) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["es", "pes"])
+def test_evolution_strategies_are_unbiased_and_truncated_backpropagation_is_not(name: str) -> None:
+    rule, theta = setting(CONFIG)
+    exact = exact_gradient(CONFIG, rule, theta, torch.eye(len(theta), dtype=torch.float64))
+    estimator = ESTIMATORS[name](rule, CONFIG, World())
+    estimates = torch.stack([whole_run(estimator, CONFIG, theta, sample) for sample in range(60)])
+    assert z_scores(estimates, exact).abs().max() < 4.0
+    truncated = whole_run(ESTIMATORS["tbptt"](rule, CONFIG, World()), CONFIG, theta, 0)
+    assert z_scores(estimates - exact + truncated, exact).abs().max() > 8.0
+
+
+def test_persistence_is_what_makes_truncation_unbiased() -> None:
+    """Without the sum of perturbations, evolution strategies over windows fail the test that PES passes."""
+    rule, theta = setting(CONFIG)
+    exact = exact_gradient(CONFIG, rule, theta, torch.eye(len(theta), dtype=torch.float64))
+    estimator = ESTIMATORS["pes"](rule, CONFIG, World())
+
+    def forgetful(sample: int) -> Tensor:
+        episode, total, window = new_episode(CONFIG), torch.zeros_like(theta), 0
+        while episode.step < episode.horizon:
+            episode.displacement = None
+            total += estimator.estimate(theta, [episode], 1000 * sample + window).gradient
+            episode.step += estimator.window(episode)
+            window += 1
+        return total
+
+    assert z_scores(torch.stack([forgetful(sample) for sample in range(60)]), exact).abs().max() > 8.0
+
+
+def test_the_mixture_is_the_weighted_mean_of_its_parts() -> None:
+    rule, theta = setting(CONFIG)
+    parts = [whole_run(ESTIMATORS[name](rule, CONFIG, World()), CONFIG, theta, 0) for name in ("pes", "tbptt")]
+    config = dataclasses.replace(CONFIG, mix=0.25)
+    mixed = whole_run(ESTIMATORS["pes+tbptt"](rule, config, World()), config, theta, 0)
+    torch.testing.assert_close(mixed, 0.75 * parts[0] + 0.25 * parts[1])
+
+
+@pytest.mark.parametrize("name", ESTIMATOR_NAMES)
+def test_frozen_entries_have_no_gradient(name: str) -> None:
+    config = dataclasses.replace(CONFIG, frozen=("first_*", "readout_bias"))
+    rule, theta = setting(config)
+    is_frozen = torch.tensor([label.startswith("first_") or label == "readout_bias" for label in rule.labels()])
+    gradient = whole_run(ESTIMATORS[name](rule, config, World()), config, theta, 0)
+    assert (gradient[is_frozen] == 0).all()
+    assert (gradient[~is_frozen] != 0).any()
+
+
+def test_a_control_can_be_frozen_by_name() -> None:
+    rule, _ = setting(dataclasses.replace(CONFIG, variant="controller", tasks=("teacher_regression",)))
+    is_trained = rule.is_trained(["*.balance"])
+    frozen = {label for label, trained in zip(rule.labels(), is_trained) if not trained}
+    assert frozen == {"readout_weight.balance", "skip_weight.balance", "readout_bias.balance"}
+    with pytest.raises(ValueError, match=r"frozen='\*\.balanse' matches no meta-parameter"):
+        rule.is_trained(["*.balanse"])
+
+
+@pytest.mark.parametrize("horizon", [1, 7, 100])
+def test_the_windows_of_a_run_share_its_weights(horizon: int) -> None:
+    weights = step_weights("normalised", horizon)
+    assert weights.sum() == pytest.approx(1.2, rel=1e-5)
+    assert weights.min() > 0
+    assert step_weights("plain", horizon).tolist() == [1.0] * horizon
+
+
+def test_runs_that_explode_are_counted_and_leave_the_gradient_finite() -> None:
+    """At weights that send every run away all estimators say so; for the plain objective nothing is left to follow."""
+    config = dataclasses.replace(CONFIG, variant="update", theta_gradient=False, objective="normalised", truncation=6)
+    rule, theta = setting(config)
+    theta[[label == "readout_bias" for label in rule.labels()]] = 1e30
+    for name in ESTIMATOR_NAMES:
+        estimate = ESTIMATORS[name](rule, config, World()).estimate(theta, [new_episode(config)], 0)
+        assert estimate.exploded == 1.0
+        assert torch.isfinite(estimate.gradient).all()
+        assert estimate.objective == pytest.approx(3.0)
+
+
+def test_the_meta_loss_of_windows_adds_up() -> None:
+    rule, theta = setting(CONFIG)
+    problem = draw("ellipse")
+    config = dataclasses.replace(CONFIG, distance_weight=0.3)
+
+    def total(lengths: Sequence[int]) -> Tensor:
+        runs = begin(rule, problem, 1)
+        weights = rule.named(theta.expand(2, -1))
+        losses = torch.zeros(2, dtype=torch.float64)
+        for length in lengths:
+            window = advance(rule, weights, problem, runs, length, partial(stream, "batch"))
+            runs, losses = window.runs, losses + meta_loss(problem, window, config)
+        return losses
+
+    torch.testing.assert_close(total([HORIZON]), total([1, 2, 3]))
+    assert not torch.allclose(total([HORIZON]), total([1, 2]))

@@ -1,0 +1,140 @@
+"""The unroll against the optimizer class, and what it reports of runs that are lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
+from teleport_optim.meta_training.unroll import Window, advance, begin
+from teleport_optim.streams import stream
+from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
+from teleport_optim.tasks.problem import WORST, log_relative
+
+BATCHES = partial(stream, "batch")
+
+
+def in_float64(problem: InnerProblem) -> InnerProblem:
+    """The same problem with double parameters and data, so that rounding does not grow over the steps."""
+
+    def double(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
+
+    def sample_batch(source: torch.Generator) -> tuple[Tensor, Tensor]:
+        inputs, targets = problem.sample_batch(source)
+        return double(inputs), double(targets)
+
+    params = {name: value.double() for name, value in problem.params.items()}
+    return dataclasses.replace(problem, model=problem.model.double(), params=params, sample_batch=sample_batch)
+
+
+def new_rule(num_candidates: int) -> tuple[ControllerRule, Tensor]:
+    rule = ControllerRule(RuleOptions(hidden_size=3), stream("weights"))
+    return rule, 0.2 * torch.randn(num_candidates, len(rule.flat()), generator=stream("candidates"))
+
+
+def train(rule: ControllerRule, candidates: Tensor, problem: InnerProblem, *lengths: int) -> Window:
+    runs = begin(rule, problem, len(candidates))
+    weights = rule.named(candidates.repeat_interleave(problem.num_problems, dim=0))
+    losses = []
+    with torch.no_grad():
+        for length in lengths:
+            window = advance(rule, weights, problem, runs, length, BATCHES)
+            runs = window.runs
+            losses.append(window.losses)
+    return window._replace(losses=torch.cat(losses, dim=-1))
+
+
+@pytest.mark.parametrize("name", NETWORK_TASKS)
+def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
+    problem = in_float64(find_task(name).sample(2, (12, 12), "train", stream("problem", 3)))
+    rule, candidates = new_rule(2)
+    window = train(rule, candidates, problem, 12)
+    assert window.losses.shape == (4, 12)
+    for run in range(4):
+        rule.network.load_state_dict(rule.named(candidates[run // 2]))
+        problem.model.load_state_dict({key: value[run % 2] for key, value in problem.params.items()})
+        optimizer = LearnedTeleportOptimizer.for_model(problem.model, total_steps=12, checkpoint=rule.network)
+        for step in range(12):
+            inputs, targets = (x[run % 2] for x in problem.sample_batch(BATCHES(step)))
+            optimizer.zero_grad()
+            problem.loss(problem.model(inputs), targets).backward()
+            optimizer.step()
+        for key, param in problem.model.named_parameters():
+            torch.testing.assert_close(param, window.runs.params[key][run], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_batchnorm_cnn", "char_recurrent"])
+def test_windows_go_on_where_the_last_one_ended(name: str) -> None:
+    problem = find_task(name).sample(2, (9, 9), "train", stream("problem", 1))
+    rule, candidates = new_rule(2)
+    whole, parts = train(rule, candidates, problem, 9), train(rule, candidates, problem, 2, 6, 1)
+    torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-4, atol=1e-5)
+    assert parts.runs.step == whole.runs.step == 9
+
+
+def exploding(problem: InnerProblem, is_lost: Tensor) -> InnerProblem:
+    """The same problem, with infinite losses from the fourth minibatch on in the problems that are lost."""
+    count = 0
+
+    def sample_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        nonlocal count
+        inputs, targets = problem.sample_batch(generator)
+        count += 1
+        bad = (is_lost & (count > 3)).reshape(-1, *[1] * (inputs.dim() - 1))
+        return torch.where(bad, torch.inf, inputs), targets
+
+    return dataclasses.replace(problem, sample_batch=sample_batch)
+
+
+def test_a_run_that_explodes_stays_exploded_and_leaves_the_others_alone() -> None:
+    problem = find_task("digits_mlp").sample(2, (9, 9), "train", stream("problem", 1))
+    rule, candidates = new_rule(2)
+    sound = train(rule, candidates, problem, 9)
+    window = train(rule, candidates, exploding(problem, torch.tensor([True, False])), 9)
+    assert window.runs.is_exploded.tolist() == [True, False, True, False]
+    assert torch.equal(window.losses[1::2], sound.losses[1::2])
+    assert torch.isinf(window.losses[::2, 3:]).all()
+    assert torch.isfinite(window.losses[::2, :2]).all()
+    assert (log_relative(window.losses, window.runs.initial[:, None])[::2, 3:] == WORST).all()
+
+
+def test_runs_end_early_once_all_have_exploded() -> None:
+    problem = find_task("digits_mlp").sample(1, (200, 200), "train", stream("problem", 1))
+    steps = []
+
+    def batches(step: int) -> torch.Generator:
+        steps.append(step)
+        return BATCHES(step)
+
+    rule, candidates = new_rule(1)
+    lost = exploding(problem, torch.tensor([True]))
+    with torch.no_grad():
+        window = advance(rule, rule.named(candidates), lost, begin(rule, lost, 1), 200, batches)
+    assert window.losses.shape == (1, 200)
+    assert torch.isinf(window.losses[:, 3:]).all()
+    assert len(steps) < 20
+
+
+def test_memory_does_not_grow_with_the_horizon() -> None:
+    """Nothing but the losses is kept of past steps."""
+    problem = find_task("digits_mlp").sample(1, (40, 40), "train", stream("problem", 1))
+    rule, candidates = new_rule(2)
+
+    def num_kept(length: int) -> int:
+        window = train(rule, candidates, problem, length)
+        state = window.runs.state
+        return sum(x.untyped_storage().nbytes() for x in [*window.runs.params.values(), *state.momenta.values()])
+
+    assert num_kept(40) == num_kept(5)
+
+
+def test_running_statistics_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match="1 is a BatchNorm1d that keeps running statistics"):
+        InnerProblem.of([model], nn.functional.mse_loss, lambda generator: (torch.zeros(1, 4, 2),) * 2, 10)
