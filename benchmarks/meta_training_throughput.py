@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -26,6 +25,7 @@ from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.streams import stream
 from teleport_optim.tasks import InnerProblem
+from teleport_optim.tasks.networks import cross_entropy
 
 __all__ = ["main"]
 
@@ -46,7 +46,7 @@ def perceptron() -> InnerProblem:
     models = [
         nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2)
     ]
-    return InnerProblem.of(models, F.cross_entropy, sample_batch, 40)
+    return InnerProblem.of(models, cross_entropy, sample_batch, 40)
 
 
 def bare_by_hand(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
@@ -56,8 +56,7 @@ def bare_by_hand(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> 
     for layer in ("0", "2", "4"):
         hidden = torch.baddbmm(leaves[f"{layer}.bias"][:, None], hidden, leaves[f"{layer}.weight"].mT)
         hidden = hidden.relu() if layer != "4" else hidden
-    loss = F.cross_entropy(hidden.flatten(0, 1), targets.flatten(), reduction="sum") / BATCH_SIZE
-    torch.autograd.grad(loss, list(leaves.values()))
+    torch.autograd.grad(len(inputs) * cross_entropy(hidden, targets), list(leaves.values()))
 
 
 def bare_vmap(problem: InnerProblem, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:

@@ -9,7 +9,7 @@ prior it is a rule without anything learned in it ("rule H"):
     vectors:    p <- p - a u / (4 RMS(u))
     a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)          w so that the decay of a whole run is about 1 / sqrt(layers)
 
-Orthogonalised momentum is from Muon (Jordan et al., 2024), the quintic iteration's coefficients too.
+Orthogonalised momentum is from Muon (Jordan et al., 2024).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ def orthogonalise(x: Tensor) -> Tensor:
     multiplied so.
 
     Args:
-        x: ``[..., rows, columns]``.
+        x: ``[..., rows, columns]``, float32 or float64.
 
     Cost, in products of n x n with n x m, n the shorter and m the longer side: 6 and 3 of n x n; where m is more than twice
     n, 2 and 9 of n x n, or in bfloat16 4 and 6.
@@ -142,13 +142,13 @@ def orthogonalise(x: Tensor) -> Tensor:
         iterations = _ITERATIONS[start : start + length]
         gram = torch.bmm(y.mT, y) if is_tall else torch.bmm(y, y.mT)
         if start == 0:
-            # First by the largest entry, so that squares of small ones do not vanish, then by the norm of the Gram matrix,
-            # whose root is at least the largest singular value and less than the norm of x.
-            peak = torch.linalg.vector_norm(gram, math.inf, dim=(-2, -1), keepdim=True)
-            peak = F.threshold(peak, _TINY**2, math.inf)
-            gram = gram / peak
+            # First by the trace, so that squares of small entries do not vanish, then by the norm of the Gram matrix, whose
+            # root is at least the largest singular value and less than the norm of x.
+            trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, keepdim=True).unsqueeze(-1)
+            trace = F.threshold(trace, _TINY**2, math.inf)
+            gram = gram / trace
             norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
-            factor = _composed(iterations, gram / norm) * (peak * norm).rsqrt()
+            factor = _composed(iterations, gram / norm) * (trace.rsqrt() * norm.rsqrt())
         else:
             factor = _composed(iterations, gram)
         y = torch.bmm(y, factor) if is_tall else torch.bmm(factor, y)
@@ -158,28 +158,33 @@ def orthogonalise(x: Tensor) -> Tensor:
 
 def _composed(iterations: Sequence[tuple[float, float, float]], gram: Tensor) -> Tensor:
     """What the iterations together multiply x by: each iterate is a polynomial of the Gram matrix times x."""
-    product: Tensor | None = None
-    for a, b, c in iterations:
-        if product is not None:
-            gram = torch.bmm(torch.bmm(factor, gram), factor)
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else torch.bmm(factor, product)
-    assert product is not None
+    factor = product = _factor(iterations[0], gram)
+    for coefficients in iterations[1:]:
+        gram = torch.bmm(torch.bmm(factor, gram), factor)
+        factor = _factor(coefficients, gram)
+        product = torch.bmm(factor, product)
     return product
 
 
+def _factor(coefficients: tuple[float, float, float], gram: Tensor) -> Tensor:
+    a, b, c = coefficients
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which to multiply matrices ``x``; float16 has too few exponents for squares."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and math.prod(x.shape[-2:]) >= _LARGE and _has_bfloat16():
+    """The dtype in which to multiply matrices ``x``."""
+    is_large = math.prod(x.shape[-2:]) >= _LARGE
+    if x.dtype == torch.float32 and x.device.type == "cpu" and is_large and _has_bfloat16():
         return torch.bfloat16
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return x.dtype
 
 
 @functools.cache
 def _has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 natively, as far as torch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -299,18 +304,18 @@ def descend(
             u = (o * _inverse_norm(o, -1)).addcmul_(u, row_weight * _inverse_norm(u, -1))
         p = (p * shrink).addcmul_(u, length * _inverse_norm(u, tuple(range(-len(entries), 0))), value=-1.0)
         for name, new_param, new_momentum in zip(names, p.unbind(len(runs)), m.unbind(len(runs))):
-            new_params[name] = new_param.reshape(params[name].shape)
-            new_momenta[name] = new_momentum.reshape(params[name].shape)
+            new_params[name] = new_param.reshape(params[name].shape).to(params[name].dtype)
+            new_momenta[name] = new_momentum.reshape(params[name].shape).to(momenta[name].dtype)
     return {name: new_params[name] for name in layout.names}, {name: new_momenta[name] for name in layout.names}
 
 
-def _gather(
-    tensors: Mapping[str, Tensor], names: Sequence[str], runs: torch.Size, entries: tuple[int, ...]
-) -> Tensor:
-    """The tensors of one group as one, ``[*runs, len(names), *entries]``."""
+def _gather(tensors: Mapping[str, Tensor], names: Sequence[str], runs: torch.Size, entries: tuple[int, ...]) -> Tensor:
+    """The tensors of one group as one, ``[*runs, len(names), *entries]``; 16-bit ones are reckoned with in 32 bits."""
     if len(names) == 1:
-        return tensors[names[0]].reshape(*runs, 1, *entries)
-    return torch.stack([tensors[name].reshape(*runs, *entries) for name in names], dim=len(runs))
+        group = tensors[names[0]].reshape(*runs, 1, *entries)
+    else:
+        group = torch.stack([tensors[name].reshape(*runs, *entries) for name in names], dim=len(runs))
+    return group if group.dtype in (torch.float32, torch.float64) else group.float()
 
 
 def _inverse_norm(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:

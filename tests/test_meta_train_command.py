@@ -330,7 +330,7 @@ def test_the_documented_task_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 WRONG = {
-    "cannot be imported": ("", "", "wave:Waves"),
+    "cannot be imported": ("", "", "wawes:Waves"),
     "does not exist": ("", "", "waves:Wave"),
     "there is no task": ("", "", "digits_mpl"),
     "is not a task family": ("", "", "waves:WIDTHS"),

@@ -52,21 +52,22 @@ def train(rule: ControllerRule, candidates: Tensor, problem: InnerProblem, *leng
 
 @pytest.mark.parametrize("name", NETWORK_TASKS)
 def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
-    problem = in_float64(find_task(name).sample(2, (12, 12), "train", stream("problem", 3)))
+    """Through two control steps; the features are single precision, and their rounding grows over the steps."""
+    problem = in_float64(find_task(name).sample(2, (7, 7), "train", stream("problem", 3)))
     rule, candidates = new_rule(2)
-    window = train(rule, candidates, problem, 12)
-    assert window.losses.shape == (4, 12)
+    window = train(rule, candidates, problem, 7)
+    assert window.losses.shape == (4, 7)
     for run in range(4):
         rule.network.load_state_dict(rule.named(candidates[run // 2]))
         problem.model.load_state_dict({key: value[run % 2] for key, value in problem.params.items()})
-        optimizer = LearnedTeleportOptimizer.for_model(problem.model, total_steps=12, checkpoint=rule.network)
-        for step in range(12):
+        optimizer = LearnedTeleportOptimizer.for_model(problem.model, total_steps=7, checkpoint=rule.network)
+        for step in range(7):
             inputs, targets = (x[run % 2] for x in problem.sample_batch(BATCHES(step)))
             optimizer.zero_grad()
             problem.loss(problem.model(inputs), targets).backward()
             optimizer.step()
         for key, param in problem.model.named_parameters():
-            torch.testing.assert_close(param, window.runs.params[key][run], rtol=1e-3, atol=1e-2)
+            torch.testing.assert_close(param, window.runs.params[key][run], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_batchnorm_cnn", "char_recurrent"])

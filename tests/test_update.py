@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +16,24 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
 from teleport_optim.features import NUM_FEATURES, compute_features, site_log_ratios
 from teleport_optim.layout import Layout, matrix_shape
 from teleport_optim.meta_optimizer import Controls
-from teleport_optim.update import Hyper, UpdateState, descend, orthogonalise, prior_rate, teleport, update
+from teleport_optim.symmetry.moves import move, move_scaling
+from teleport_optim.symmetry.spec import SymmetrySpec
+from teleport_optim.update import (
+    Controller,
+    Hyper,
+    UpdateState,
+    descend,
+    orthogonalise,
+    prior_rate,
+    teleport,
+    update,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -33,6 +49,10 @@ def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
         return nn.Sequential(*layers[:-1]).double()
 
 
+def perceptron_of(widths: tuple[int, ...], seed: int) -> nn.Sequential:
+    return perceptron(*widths, seed=seed)
+
+
 def trained_meta_optimizer(seed: int = 0) -> MetaOptimizer:
     """Random weights everywhere, so that every control moves."""
     meta_optimizer = MetaOptimizer(6)
@@ -43,7 +63,7 @@ def trained_meta_optimizer(seed: int = 0) -> MetaOptimizer:
 
 
 def constant_controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros(len(features), len(Controls._fields), dtype=torch.float64), hidden
+    return torch.zeros(*features.shape[:-1], len(Controls._fields), dtype=torch.float64), hidden
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
@@ -72,10 +92,10 @@ def rule_h(
             p -= 0.25 * a * u / u.square().mean().sqrt()
             continue
         rows = u.reshape(len(u), -1)
-        o = rows / rows.norm()
-        for _ in range(5):
+        o = rows / torch.linalg.svdvals(rows).pow(4).sum().pow(0.25)
+        for b1, b3, b5 in ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194)):
             gram = o @ o.T
-            o = 3.4445 * o - 4.7750 * gram @ o + 2.0315 * gram @ gram @ o
+            o = b1 * o + b3 * gram @ o + b5 * gram @ gram @ o
         o = o / o.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-30)  # rows of dead units are zero
         o = o / o.square().mean().sqrt()
         p *= 1 - a * w
@@ -96,7 +116,7 @@ def test_constant_controls_give_the_prior_over_fifty_steps() -> None:
         _, grads = loss_and_grads(model, reference, x, y)
         rule_h(reference, grads, buffers, step, 50)
     for name, param in reference.items():
-        torch.testing.assert_close(ours[name], param, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours[name], param, rtol=0, atol=1e-5)  # Rounding of 1e-15 grows by half every step.
         assert not torch.allclose(param, named(model)[name], atol=1e-2)
 
 
@@ -141,8 +161,7 @@ def test_matrices_move_like_muon_of_torch_with_rows_normalised() -> None:
             params, {"w": grad}, momenta, Controls.prior(1), step=step, hyper=hyper, layout=layout
         )
         move = params["w"] - old
-        move = move / move.square().mean(dim=1, keepdim=True).sqrt()
-        assert (move - expected).abs().max() < 0.15  # Muon iterates in bfloat16.
+        assert F.cosine_similarity(move.flatten(), expected.flatten(), dim=0) > 0.9  # Muon has other polynomials.
 
 
 @pytest.mark.parametrize("teleports", [True, False])
@@ -218,7 +237,7 @@ def test_steps_are_equivariant_under_permutation_of_hidden_units() -> None:
     for params in (named(model), act(spec, element, named(model))):
         state = UpdateState.initial(params, meta_optimizer.initial_hidden(len(params)))
         layout, hyper = Layout.of(params, scalings), Hyper.default(len(params), 20)
-        for step in range(20):
+        for step in range(12):
             _, grads = loss_and_grads(model, params, x, y)
             with torch.no_grad():
                 params, state = update(meta_optimizer, params, grads, state, step=step, hyper=hyper, layout=layout)
@@ -254,9 +273,27 @@ def test_orthogonalise_moves_singular_values_towards_one(rows: int, columns: int
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     result = u.T @ orthogonalise(x) @ v.T
     assert (result - torch.diag(torch.diagonal(result))).abs().max() < 1e-9
-    large = s > 0.05 * x.norm()
-    assert ((torch.diagonal(result)[large] > 0.5) & (torch.diagonal(result)[large] < 1.3)).all()
-    assert not orthogonalise(torch.zeros(rows, columns)).any()
+    large = s > 0.01 * s.pow(4).sum().pow(0.25)
+    assert ((torch.diagonal(result)[large] > 0.7) & (torch.diagonal(result)[large] < 1.3)).all()
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (40, 900), (900, 40), (256, 300)])
+@pytest.mark.parametrize("rank", [1, 5, 1000])
+def test_orthogonalise_of_large_matrices_is_near_the_float64_one(shape: tuple[int, int], rank: int) -> None:
+    """Also in bfloat16, on CPUs that have it, and for matrices of one singular value, where rounding passes the interval."""
+    factors = [torch.randn(size, min(rank, *shape), generator=generator(size)) for size in shape]
+    x = factors[0] @ factors[1].T
+    result, exact = orthogonalise(x), orthogonalise(x.double())
+    assert torch.linalg.matrix_norm(result, 2) < 1.35
+    assert F.cosine_similarity(result.flatten().double(), exact.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 13), (13, 4)])
+def test_orthogonalise_sees_no_scale_and_no_neighbour(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=generator())
+    factors = torch.tensor([1.0, 1e-14, 0.0, 1e14])
+    for factor, result in zip(factors, orthogonalise(factors[:, None, None] * x)):
+        torch.testing.assert_close(result, orthogonalise(x) if factor > 0 else torch.zeros(shape), rtol=0, atol=1e-3)
 
 
 @given(st.lists(st.integers(1, 5), max_size=4))
@@ -312,3 +349,129 @@ def test_teleported_momentum_is_the_dual_not_the_vector() -> None:
     element = spec.random_element(generator())
     params = named(model)
     assert not torch.allclose(act(spec, element, params)["0.weight"], act_dual(spec, element, params)["0.weight"])
+
+
+def stacked_runs(
+    make: Callable[[int], nn.Module], num_runs: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Layout]:
+    """Parameters and made-up gradients of several networks of one architecture, and its layout."""
+    models = [make(seed + run) for run in range(num_runs)]
+    params = {name: value.detach() for name, value in stack_module_state(models)[0].items()}
+    grads = {name: torch.randn(v.shape, generator=generator(seed), dtype=v.dtype) for name, v in params.items()}
+    return params, grads, Layout.of(named(models[0]), find_symmetries(models[0]))
+
+
+def convolutional(seed: int) -> nn.Sequential:
+    """Legs of every kind: repeated neighbours after the flatten, and slices of a grouped convolution."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+        ).double()
+
+
+def one_run(x: Any, run: tuple[int, ...]) -> Any:
+    if isinstance(x, Tensor):
+        return x[run]
+    if isinstance(x, UpdateState):
+        return UpdateState(*(one_run(value, run) for value in x))
+    return {name: value[run] for name, value in x.items()}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(["perceptron", "convolutional"]), st.sampled_from([(1,), (4,), (2, 3)]), st.integers(0, 10**6))
+def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, ...], seed: int) -> None:
+    """With weights, controls and teleports of their own; float64, up to features and log-scales, which are float32."""
+    make = convolutional if architecture == "convolutional" else partial(perceptron_of, (4, 7, 6, 6, 2))
+    params, grads, layout = stacked_runs(make, math.prod(runs), seed)
+    assert len(layout.spec) >= 2
+    unflatten = lambda tensors: {name: x.unflatten(0, runs) for name, x in tensors.items()}  # noqa: E731
+    params, grads = unflatten(params), unflatten(grads)
+    meta_optimizer = MetaOptimizer(6)
+    weights = {
+        name: 0.3 * torch.randn(*runs, *param.shape, generator=generator(seed))
+        for name, param in meta_optimizer.named_parameters()
+    }
+
+    def controller(own_weights: dict[str, Tensor]) -> Controller:
+        return lambda features, hidden: functional_call(meta_optimizer, own_weights, (features, hidden))
+
+    hyper = Hyper.default(len(params), 20)
+    hidden = meta_optimizer.initial_hidden(len(params)).detach().expand(*runs, -1, -1)
+    state = UpdateState.initial(params, hidden)
+    for step in (0, 1, 5, 10):
+        new_params, new_state = update(controller(weights), params, grads, state, step=step, hyper=hyper, layout=layout)
+        assert (new_state.teleport_size > 0).all() == (step % 10 == 0)
+        for run in itertools.product(*map(range, runs)):
+            expected = update(
+                controller(one_run(weights, run)),
+                *(one_run(x, run) for x in (params, grads, state)),
+                step=step,
+                hyper=hyper,
+                layout=layout,
+            )
+            actual = one_run(new_params, run), one_run(new_state, run)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        params, state = new_params, new_state
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(["perceptron", "convolutional"]), st.integers(0, 10**6))
+def test_momentum_steps_of_many_runs_equal_those_of_each(architecture: str, seed: int) -> None:
+    make = convolutional if architecture == "convolutional" else partial(perceptron_of, (4, 7, 6, 6, 2))
+    params, grads, layout = stacked_runs(make, 3, seed)
+    momenta = {name: torch.randn(x.shape, generator=generator(seed + 1)).double() for name, x in params.items()}
+    outputs = torch.randn(3, len(params), len(Controls._fields), generator=generator(seed)).double()
+    step = partial(descend, step=3, hyper=Hyper.default(len(params), 20), layout=layout)
+    together = step(params, grads, momenta, Controls.from_outputs(outputs))
+    for run in range(3):
+        alone = step(
+            *(one_run(tensors, (run,)) for tensors in (params, grads, momenta)), Controls.from_outputs(outputs[run])
+        )
+        actual = tuple(one_run(tensors, (run,)) for tensors in together)
+        torch.testing.assert_close(actual, alone, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, -1]))
+def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> None:
+    params, _, layout = stacked_runs(convolutional, 3, seed)
+    assert any(leg.within for symmetry in layout.spec for leg in symmetry.legs)
+    assert any(leg.repeat > 1 for symmetry in layout.spec for leg in symmetry.legs)
+    for symmetry in layout.spec:
+        scales = torch.rand(3, symmetry.size, generator=generator(seed), dtype=torch.float64) + 0.5
+        moved = move_scaling(symmetry, scales, params, kind)
+        for run in range(3):
+            alone = move(SymmetrySpec((symmetry,)), {symmetry.id: scales[run]}, one_run(params, (run,)), kind)
+            torch.testing.assert_close(one_run(moved, (run,)), alone, rtol=1e-15, atol=0)
+
+
+def test_training_can_be_differentiated_where_gradients_vanish() -> None:
+    """Two steps, differentiated in the controls, through the gradients too; those of one run are zero in places."""
+    params, _, layout = stacked_runs(partial(perceptron_of, (4, 6, 5, 2)), 3, 0)
+    params["0.bias"] = params["0.bias"] - torch.tensor([0.0, 0.0, 100.0]).double()[:, None]  # The last run is dead.
+    outputs = (0.1 * torch.randn(3, len(params), len(Controls._fields), generator=generator())).double()
+    outputs.requires_grad_()
+    model, hyper = perceptron(4, 6, 5, 2), Hyper.default(len(params), 20)
+    x = torch.randn(9, 4, generator=generator()).double()
+    state = UpdateState.initial(params, torch.zeros(3, len(params), 1))
+    loss = torch.zeros(())
+    for step in (0, 1):
+        leaves = {name: param if step else param.requires_grad_() for name, param in params.items()}
+        losses = torch.vmap(lambda own: functional_call(model, own, (x,)).square().mean())(leaves)
+        grads = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values()), create_graph=True)))
+        assert not grads["0.weight"][-1].any()
+        params, state = update(
+            lambda features, hidden: (outputs + 0.01 * features.sum(-1, keepdim=True), hidden),
+            leaves,
+            grads,
+            state,
+            step=step,
+            hyper=hyper,
+            layout=layout,
+        )
+        loss = losses.sum() + sum(param.square().sum() for param in params.values())
+    (slope,) = torch.autograd.grad(loss, outputs)
+    assert torch.isfinite(slope).all()
+    assert slope[0].any()
+    assert slope.abs().max() < 1e6

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.paper.families import label, tested_schedule
+from benchmarks.paper.families import tested_schedule
 from benchmarks.paper.harness import Study, comparison, distance, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
 
 __all__ = ["run", "tables"]
 
 _FAMILIES = ("ellipse", "rosenbrock")
-_VARIANTS = (
-    ("update", False, (0.0, 1.0)),
-    ("update+teleport", False, (0.0, 1.0)),
-    ("update+teleport", True, (0.0, 1.0)),
-)
-"""What the LSTM emits, whether it reads the theta gradient, and the weights of the distance."""
+_VARIANTS = ("update", "update+teleport", "lr+teleport")
+_WEIGHTS = (0.0, 1.0)
+"""Of the distance."""
 
 
 def run(study: Study) -> dict[str, Any]:
@@ -27,19 +24,19 @@ def run(study: Study) -> dict[str, Any]:
         problem, schedule = study.problem(task), tested_schedule(study)
         vanilla = study.test(study.config(task, "update"))
         results[task] = []
-        for variant, theta, weights in _VARIANTS:
-            for weight in weights:
-                config = study.config(task, variant, theta_gradient=theta, distance_weight=weight)
+        for variant in _VARIANTS:
+            for weight in _WEIGHTS:
+                config = study.config(task, variant, distance_weight=weight)
                 on = study.test(config)
                 entry: dict[str, Any] = {
-                    "variant": label(variant, theta),
+                    "variant": variant,
                     "weight": weight,
                     "on": summary(on.final),
                     "distance": summary(distance(problem, on)),
                     "against_vanilla": comparison(on.final, vanilla.final, is_paired=False),
                 }
                 if "teleport" in variant:
-                    off = study.test(config, teleport=False)
+                    off = study.test(config, "off")
                     entry["off"] = summary(off.final)
                     entry["distance_off"] = summary(distance(problem, off))
                     entry["effect_of_teleport"] = comparison(on.final, off.final, is_paired=True)

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from benchmarks.paper.families import label, tested_schedule
 from benchmarks.paper.figures import line_figure
-from benchmarks.paper.harness import Study, gradient_descent, gradients, largest_gradient, orbit_points
+from benchmarks.paper.harness import Study, gradients, largest_gradient, orbit_points
 from benchmarks.paper.tables import markdown, number, percent
 from teleport_optim.tasks.problem import InnerProblem
 
-__all__ = ["run", "short_axis", "tables"]
+__all__ = ["alignment", "run", "short_axis", "tables"]
 
 _FAMILIES = ("ellipse_fixed", "ellipse")
-_VARIANTS = (("update+teleport", False), ("update+teleport", True))
+_VARIANTS = (("update+teleport", False), ("update+teleport", True), ("lr+teleport", False))
 _SMALLEST_MOVE = 1e-3
+_NUM_RANDOM = 16
 
 
 def short_axis(problem: InnerProblem) -> Tensor:
@@ -35,60 +36,56 @@ def alignment(vectors: Tensor, axis: Tensor) -> Tensor:
 
 
 def run(study: Study) -> dict[str, Any]:
-    """The directions of learned, random and exact teleports, from the same kind of points."""
+    """The directions of learned teleports, and of random and exact ones from the same points."""
     results: dict[str, Any] = {}
-    histograms = {}
+    cosines: dict[str, Any] = {}
     for task in _FAMILIES:
         problem, steps = study.problem(task), tested_schedule(study)
-        axis = short_axis(problem)
-        entries, cosines = {}, {}
         for variant, theta in _VARIANTS:
-            path = study.test(study.config(task, variant, theta_gradient=theta))
-            before, after = path.before[:, :, steps], path.points[:, :, 1:][:, :, steps]
-            scale = (before - problem.optimum[:, None]).norm(dim=-1) if problem.optimum is not None else 1.0
-            measured, directions = _measure(problem, before, after, axis, scale)
-            entries[label(variant, theta)], cosines[label(variant, theta)] = measured, directions
-        path = gradient_descent(problem, study.best_rate(task), study.num_steps)
-        points = path.points[:, steps]
-        origin = problem.optimum[:, None] if problem.optimum is not None else 0.0
-        scale = (points - origin).norm(dim=-1)
-        exact = torch.stack([largest_gradient(problem, x) for x in points.unbind(1)], dim=1)
-        entries["exact"], _ = _measure(problem, points[None], exact[None], axis, scale[None])
-        random = torch.stack([orbit_points(problem, x, 24)[:, 1:] for x in points.unbind(1)], dim=1).flatten(1, 2)
-        repeated = points.repeat_interleave(23, dim=1)
-        entries["random"], cosines["random angle"] = _measure(
-            problem, repeated[None], random[None], axis, scale.repeat_interleave(23, dim=1)[None]
-        )
-        results[task] = entries
-        shares = torch.linspace(0.0, 1.0, 101)
-        histograms[task] = {
-            name: (torch.quantile(values, shares), shares) for name, values in cosines.items() if len(values)
-        }
-    line_figure(
-        study.out / "ellipse_directions.png", "|cos| with the short axis", "share of teleports below", histograms
-    )
+            path = study.few.test(study.config(task, variant, theta_gradient=theta))
+            # All meta-seeds and steps of a function side by side: [functions, points, 2].
+            before, learned = (
+                part[:, :, steps].transpose(0, 1).flatten(1, 2) for part in (path.before, path.points[:, :, 1:])
+            )
+            exact = torch.stack([largest_gradient(problem, x) for x in before.unbind(1)], dim=1)
+            random = torch.cat([orbit_points(problem, x, _NUM_RANDOM + 1)[:, 1:] for x in before.unbind(1)], dim=1)
+            repeated = before.repeat_interleave(_NUM_RANDOM, dim=1)
+            name = f"{task}: {label(variant, theta)}"
+            results[name], cosines[name] = {}, {}
+            for kind, start, end in (
+                ("learned", before, learned),
+                ("exact", before, exact),
+                ("random angle", repeated, random),
+            ):
+                results[name][kind], cosines[name][kind] = _measure(problem, start, end)
+    shares = torch.linspace(0.0, 1.0, 101)
+    lines = {
+        name: {kind: (torch.quantile(values, shares), shares) for kind, values in kinds.items() if len(values)}
+        for name, kinds in cosines.items()
+    }
+    line_figure(study.out / "ellipse_directions.png", "|cos| with the short axis", "share of teleports below", lines)
     return results
 
 
-def _measure(
-    problem: InnerProblem, before: Tensor, after: Tensor, axis: Tensor, scale: Tensor | float
-) -> tuple[dict[str, float], Tensor]:
-    """Of teleports ``[seeds, functions, teleports, 2]``: medians, and the alignments of those that moved."""
-    axis = axis[:, None]
-    length = (after - before).norm(dim=-1) / scale
+def _measure(problem: InnerProblem, before: Tensor, after: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Of teleports ``[functions, points, 2]``: medians, and the alignments of those that moved, at most 100000."""
+    assert problem.optimum is not None
+    axis = short_axis(problem)[:, None]
+    length = (after - before).norm(dim=-1) / (before - problem.optimum[:, None]).norm(dim=-1)
+    grads = [gradients(problem, points) for points in (before, after)]
     moved = torch.isfinite(length) & (length > _SMALLEST_MOVE)
     directions = alignment(after - before, axis)[moved]
-    tangents = torch.stack([gradients(problem, x) for x in before]).flip(-1) * torch.tensor([1.0, -1.0])
-    gradient_before = alignment(torch.stack([gradients(problem, x) for x in before]), axis)
-    gradient_after = alignment(torch.stack([gradients(problem, x) for x in after]), axis)
+    tangent = grads[0].flip(-1) * torch.tensor([1.0, -1.0])
     return {
+        "teleports": float(moved.numel()),
         "moved": float(moved.double().mean()),
-        "length": _median(length[torch.isfinite(length)]),
+        "length": _median(length),
         "direction": _median(directions),
-        "tangent": _median(alignment(tangents, axis)[moved]),
-        "gradient_before": _median(gradient_before[moved]),
-        "gradient_after": _median(gradient_after[moved]),
-    }, directions
+        "tangent": _median(alignment(tangent, axis)[moved]),
+        "gradient_before": _median(alignment(grads[0], axis)[moved]),
+        "gradient_after": _median(alignment(grads[1], axis)[moved]),
+        "raised": float((grads[1].norm(dim=-1) > grads[0].norm(dim=-1))[moved].double().mean()),
+    }, directions[:100_000]
 
 
 def _median(x: Tensor) -> float:
@@ -100,17 +97,19 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     """The table of the report."""
     rows = [
         [
-            task,
             name,
+            kind,
             percent(entry["moved"]),
             number(entry["length"]),
             number(entry["direction"]),
             number(entry["tangent"]),
             number(entry["gradient_before"]),
             number(entry["gradient_after"]),
+            percent(entry["raised"]),
         ]
-        for task, entries in results.items()
-        for name, entry in entries.items()
+        for name, kinds in results.items()
+        for kind, entry in kinds.items()
     ]
-    columns = ["family", "teleport", "moved", "length", "direction", "tangent", "gradient before", "gradient after"]
+    columns = ["family: LSTM emits", "teleport", "moved", "length", "direction", "tangent"]
+    columns += ["gradient before", "gradient after", "raised the gradient"]
     return {"ellipse_directions": markdown(columns, rows)}

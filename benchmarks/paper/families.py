@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.paper.figures import draw_curves, draw_trajectories
 from benchmarks.paper.harness import (
     Study,
+    Teleports,
     Trajectory,
     adam,
     comparison,
     gradient_descent,
+    random_angle,
     summary,
     teleport_facts,
 )
 from benchmarks.paper.tables import centre, markdown, number, percent, times
 from benchmarks.paper.training import SCHEDULE
+from teleport_optim.streams import stream
 
 __all__ = ["FAMILIES", "VARIANTS", "run", "tables", "tested_schedule"]
 
@@ -27,7 +32,6 @@ _THETA: dict[str, tuple[str, ...]] = {
     "update": ("ellipse", "rosenbrock"),
     "update+teleport": FAMILIES,
     "lr+teleport": ("ellipse", "rosenbrock"),
-    "lr+teleport+momentum": ("ellipse", "rosenbrock"),
 }
 """The families on which a variant is also trained with the theta gradient as an input."""
 
@@ -60,69 +64,82 @@ def run(study: Study) -> dict[str, Any]:
     for task in FAMILIES:
         problem = study.problem(task)
         tests = _tests(study, task)
-        results[task] = _entry(study, task, tests)
         baselines = _baselines(study, task)
-        shown = {
-            "vanilla": tests["update", False, True],
-            "teleport": tests["update+teleport", False, True],
-            "teleport, switched off": tests["update+teleport", False, False],
-            "teleport + θ gradient": tests["update+teleport", True, True],
-            "teleport + θ gradient, switched off": tests["update+teleport", True, False],
+        results[task] = _entry(study, task, tests, baselines)
+        curves[task] = _curves(tests) | {
+            "gradient descent, swept": baselines["gradient_descent"][1].losses,
+            "Adam, 0.3": baselines["adam"][1].losses,
         }
-        curves[task] = {name: path.losses for name, path in shown.items()} | {
-            "gradient descent, swept": baselines["gradient_descent"].losses,
-            "Adam, 0.3": baselines["adam"].losses,
+        first = {
+            variant: Trajectory(*(part[0] for part in tests[variant, False, "learned"]))
+            for variant in ("update", "update+teleport", "lr+teleport")
         }
-        first = {name: Trajectory(*(part[0] for part in shown[name])) for name in list(shown)[:2]}
-        first["teleport + θ gradient"] = Trajectory(*(part[0] for part in shown["teleport + θ gradient"]))
-        first["gradient descent + exact teleport"] = baselines["exact"]
+        first["gradient descent + exact teleport"] = baselines["exact"][1]
         paths[f"{task}, test function 0, meta-seed {study.seeds[0]}"] = (problem, 0, first)
     draw_curves(study.out / "families_curves.png", curves)
     draw_trajectories(study.out / "families_paths.png", paths)
     return results
 
 
-def _tests(study: Study, task: str) -> dict[tuple[str, bool, bool], Trajectory]:
-    """By variant, theta gradient, and whether teleports were on."""
-    tests = {}
+def _curves(tests: dict[tuple[str, bool, Teleports], Trajectory]) -> dict[str, Tensor]:
+    """The losses of the variants without the theta gradient, teleports on and off."""
+    curves = {}
+    for (variant, theta, mode), path in tests.items():
+        if not theta and mode != "random":
+            curves[variant if mode == "learned" else f"{variant}, off"] = path.losses
+    return curves
+
+
+def _tests(study: Study, task: str) -> dict[tuple[str, bool, Teleports], Trajectory]:
+    """By variant, theta gradient, and what was done with teleports."""
+    tests: dict[tuple[str, bool, Teleports], Trajectory] = {}
     for variant, theta in _variants(task):
         config, chosen = study.config(task, variant, theta_gradient=theta), _study(study, variant)
-        tests[variant, theta, True] = chosen.test(config)
-        if "teleport" in variant:
-            tests[variant, theta, False] = chosen.test(config, teleport=False)
+        modes: tuple[Teleports, ...] = ("learned", "off", "random") if "teleport" in variant else ("learned",)
+        for mode in modes:
+            tests[variant, theta, mode] = chosen.test(config, mode)
     return tests
 
 
-def _baselines(study: Study, task: str) -> dict[str, Trajectory]:
+def _baselines(study: Study, task: str) -> dict[str, tuple[float, Trajectory]]:
+    """By name, with the rate."""
     problem, schedule = study.problem(task), tested_schedule(study)
     plain, exact = study.best_rate(task), study.best_rate(task, schedule)
+    random = study.best_rate(task, schedule, random_angle(stream("paper", "angles", "sweep", task)))
+    teleport = random_angle(stream("paper", "angles", "baseline", task))
     return {
-        "gradient_descent": gradient_descent(problem, plain, study.num_steps),
-        "exact": gradient_descent(problem, exact, study.num_steps, schedule),
-        "adam": adam(problem, _ADAM_RATE, study.num_steps),
+        "gradient_descent": (plain, gradient_descent(problem, plain, study.num_steps)),
+        "exact": (exact, gradient_descent(problem, exact, study.num_steps, schedule)),
+        "random": (random, gradient_descent(problem, random, study.num_steps, schedule, teleport)),
+        "adam": (_ADAM_RATE, adam(problem, _ADAM_RATE, study.num_steps)),
     }
 
 
-def _entry(study: Study, task: str, tests: dict[tuple[str, bool, bool], Trajectory]) -> dict[str, Any]:
+def _entry(
+    study: Study,
+    task: str,
+    tests: dict[tuple[str, bool, Teleports], Trajectory],
+    baselines: dict[str, tuple[float, Trajectory]],
+) -> dict[str, Any]:
     problem, schedule = study.problem(task), tested_schedule(study)
-    baselines = {name: summary(path.final) for name, path in _baselines(study, task).items()}
-    baselines["gradient_descent"]["rate"] = study.best_rate(task)
-    baselines["exact"]["rate"] = study.best_rate(task, schedule)
     variants = {}
     for variant, theta in _variants(task):
-        on = tests[variant, theta, True]
-        vanilla = tests["update" if variant.startswith("update") else "lr", False, True]
+        on = tests[variant, theta, "learned"]
+        vanilla = tests["update" if variant.startswith("update") else "lr", False, "learned"]
         entry: dict[str, Any] = {"on": summary(on.final)}
         if "teleport" in variant:
-            off = tests[variant, theta, False]
+            off = tests[variant, theta, "off"]
             entry["off"] = summary(off.final)
+            entry["random"] = summary(tests[variant, theta, "random"].final)
             entry["effect_of_teleport"] = comparison(on.final, off.final, is_paired=True)
             entry["effect_of_meta_training"] = comparison(off.final, vanilla.final, is_paired=False)
             entry["teleports"] = teleport_facts(problem, on, schedule)
         entry["against_vanilla"] = comparison(on.final, vanilla.final, is_paired=False)
+        entry["against_update"] = comparison(on.final, tests["update", False, "learned"].final, is_paired=False)
         variants[label(variant, theta)] = entry
-    start = tests["update", False, True].losses[0, :, 0]
-    return {"start": float(start.median()), "baselines": baselines, "variants": variants}
+    start = tests["update", False, "learned"].losses[0, :, 0]
+    of_baselines = {name: {"rate": rate, **summary(path.final)} for name, (rate, path) in baselines.items()}
+    return {"start": float(start.median()), "baselines": of_baselines, "variants": variants}
 
 
 def _with_rate(entry: dict[str, Any]) -> str:
@@ -137,6 +154,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
             number(entry["start"]),
             number(entry["baselines"]["adam"]["median"]),
             _with_rate(entry["baselines"]["gradient_descent"]),
+            _with_rate(entry["baselines"]["random"]),
             _with_rate(entry["baselines"]["exact"]),
             centre(entry["variants"]["update"]["on"]),
             centre(entry["variants"]["lr"]["on"]),
@@ -155,10 +173,12 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
                     name,
                     centre(variant["on"]) + (f", {exploded} of {runs} exploded" if exploded else ""),
                     centre(variant["off"]),
+                    centre(variant["random"]),
                     times(variant["effect_of_teleport"]),
                     percent(variant["effect_of_teleport"]["functions"]),
                     times(variant["effect_of_meta_training"]),
                     times(variant["against_vanilla"]),
+                    times(variant["against_update"]),
                 ]
             )
             did = variant["teleports"]
@@ -190,7 +210,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
                 "start",
                 "Adam, 0.3",
                 "gradient descent, swept (rate)",
-                "the same + exact teleport (rate)",
+                "with random angles (rate)",
+                "with exact teleports (rate)",
                 "LSTM(update)",
                 "LSTM(lr)",
             ],
@@ -202,10 +223,12 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
                 "LSTM emits",
                 "on",
                 "same weights, off",
+                "same weights, random angles",
                 "off / on",
                 "functions better on",
                 "vanilla / off",
                 "vanilla / on",
+                "LSTM(update) / on",
             ],
             effects,
         ),

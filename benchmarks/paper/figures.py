@@ -19,19 +19,26 @@ _LOWEST = 1e-12
 
 
 def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Medians of losses ``[..., steps + 1]`` over all runs, with the middle half shaded; one panel for each family."""
+    """Medians of losses ``[..., steps + 1]`` over all runs, with the middle half shaded; one panel for each family.
+
+    A curve whose name ends in "off" is drawn as the one before it, dashed and without a band.
+    """
     import matplotlib.pyplot as plt
 
     num_rows = (len(panels) + 1) // 2
     figure, axes = plt.subplots(num_rows, 2, figsize=(9.0, 3.4 * num_rows), squeeze=False, sharex=True)
     for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for number, (name, losses) in enumerate(curves.items()):
+        number = -1
+        for name, losses in curves.items():
+            is_off = name.endswith(" off")
+            number += not is_off
             ordered = losses.reshape(-1, losses.shape[-1]).sort(dim=0).values.clamp(min=_LOWEST)
             low, median, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
-            steps = np.arange(len(median))
-            axis.plot(steps, median, color=f"C{number}", label=name, linewidth=1.4)
-            is_finite = torch.isfinite(high)
-            axis.fill_between(steps, low, high, where=is_finite.numpy(), color=f"C{number}", alpha=0.1, linewidth=0)
+            steps, color = np.arange(len(median)), f"C{number}"
+            axis.plot(steps, median, "--" if is_off else "-", color=color, label=name, linewidth=1.4)
+            if not is_off:
+                shown = torch.isfinite(high).numpy()
+                axis.fill_between(steps, low, high, where=shown, color=color, alpha=0.1, linewidth=0)
         axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
         axis.set_ylabel("loss")
@@ -54,7 +61,7 @@ def draw_trajectories(
     import matplotlib.pyplot as plt
 
     num_rows = (len(panels) + 1) // 2
-    figure, axes = plt.subplots(num_rows, 2, figsize=(9.0, 4.2 * num_rows), squeeze=False)
+    figure, axes = plt.subplots(num_rows, 2, figsize=(8.0, 3.7 * num_rows), squeeze=False)
     for axis, (title, (problem, index, paths)) in zip(axes.flat, panels.items()):
         points = {name: (path.points[index], path.before[index]) for name, path in paths.items()}
         box = list(corners) or _box(torch.cat([part for pair in points.values() for part in pair]))
@@ -80,7 +87,9 @@ def line_figure(
     """Plain lines ``(x, y)`` by name, one panel for each title."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False)
+    num_columns = min(2, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.5 * num_columns, 3.2 * num_rows), squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels.items()):
         for name, (x, y) in lines.items():
             axis.plot(x, y, label=name, linewidth=1.4)
@@ -105,7 +114,7 @@ def _draw_levels(axis: object, problem: InnerProblem, index: int, box: Sequence[
     inputs, targets = inputs[index].expand(len(grid), -1), targets[index].expand(len(grid))
     values = problem.losses({"x": grid}, inputs, targets).reshape(120, 120)
     x, y = (part.reshape(120, 120) for part in grid.unbind(-1))
-    levels = np.geomspace(1e-2, 1e3, 11)
+    levels = np.geomspace(1e-2, 1e3, 8)
     axis.contour(x, y, values, levels=levels, colors="0.8", linewidths=0.6)  # type: ignore[attr-defined]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.paper.families import label, tested_schedule
+from benchmarks.paper.families import tested_schedule
 from benchmarks.paper.figures import draw_curves
 from benchmarks.paper.harness import Study, Trajectory, comparison, gradient_descent, gradients, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
@@ -17,14 +17,8 @@ from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["balanced", "permutation_spread", "run", "tables"]
 
-_SCALING = (
-    ("update", False),
-    ("update+teleport", False),
-    ("update+teleport", True),
-    ("lr", False),
-    ("lr+teleport", False),
-)
-_PERMUTATION = (("update", False), ("update+teleport", False))
+_ALL = ("update", "update+teleport", "lr", "lr+teleport")
+_PERMUTATION = ("update", "update+teleport")
 _EVOLUTION: dict[str, Any] = {
     "estimator": "pes",
     "num_pairs": 16,
@@ -55,11 +49,9 @@ def run(study: Study) -> dict[str, Any]:
     """The gain of teleports per group."""
     study = study.few
     schedule = tested_schedule(study)
-    results: dict[str, Any] = {
-        "SO(2)": _variants(study, "ellipse", (("update", False), ("update+teleport", False)), {})
-    }
+    results: dict[str, Any] = {"SO(2)": _variants(study, "ellipse", _ALL, {})}
     results["SO(2)"] |= {"baselines": {}}
-    results["scaling"] = _variants(study, "scaled_products", _SCALING, {})
+    results["scaling"] = _variants(study, "scaled_products", _ALL, {})
     evolution = dict(_EVOLUTION, hidden_size=min(_EVOLUTION["hidden_size"], study.base.hidden_size))
     results["permutation"] = _variants(study, "power_sums", _PERMUTATION, evolution)
     for group, task in (("scaling", "scaled_products"), ("permutation", "power_sums")):
@@ -75,29 +67,27 @@ def run(study: Study) -> dict[str, Any]:
     return results
 
 
-def _variants(
-    study: Study, task: str, variants: tuple[tuple[str, bool], ...], changes: dict[str, Any]
-) -> dict[str, Any]:
+def _variants(study: Study, task: str, variants: tuple[str, ...], changes: dict[str, Any]) -> dict[str, Any]:
     problem, schedule = study.problem(task), tested_schedule(study)
     vanilla: dict[str, Trajectory] = {}
     entries: dict[str, Any] = {}
     curves = {}
-    for variant, theta in variants:
-        config = study.config(task, variant, theta_gradient=theta, **changes)
+    for variant in variants:
+        config = study.config(task, variant, **changes)
         on = study.test(config)
         kind = variant.partition("+")[0]
         vanilla.setdefault(kind, on)
         entry: dict[str, Any] = {"on": summary(on.final)}
-        curves[label(variant, theta)] = on.losses
+        curves[variant] = on.losses
         if "teleport" in variant:
-            off = study.test(config, teleport=False)
+            off = study.test(config, "off")
             entry["off"] = summary(off.final)
             entry["effect_of_teleport"] = comparison(on.final, off.final, is_paired=True)
             entry["effect_of_meta_training"] = comparison(off.final, vanilla[kind].final, is_paired=False)
             entry["against_vanilla"] = comparison(on.final, vanilla[kind].final, is_paired=False)
             entry["teleports"] = teleport_facts(replace(problem, optimum=None), on, schedule)
-            curves[f"{label(variant, theta)}, off"] = off.losses
-        entries[label(variant, theta)] = entry
+            curves[f"{variant}, off"] = off.losses
+        entries[variant] = entry
     draw_curves(study.out / f"groups_{task}.png", {task: curves})
     return {"start": float(problem.losses(problem.params, *problem.sample_batch(torch.Generator())).median())} | {
         "variants": entries

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.paper.training import PAPER, rule_of, train
 from teleport_optim.meta_training.config import Config
-from teleport_optim.meta_training.rules import Rule
 from teleport_optim.meta_training.unroll import EXPLOSION, advance, begin
 from teleport_optim.streams import stream
 from teleport_optim.tasks import find_task
@@ -23,6 +22,7 @@ __all__ = [
     "NEVER",
     "RATES",
     "Study",
+    "Teleports",
     "Trajectory",
     "adam",
     "comparison",
@@ -32,6 +32,7 @@ __all__ = [
     "gradients",
     "largest_gradient",
     "orbit_points",
+    "random_angle",
     "summary",
     "teleport_facts",
 ]
@@ -40,7 +41,11 @@ NEVER = (-1,)
 """The teleport steps of a rule whose teleports are off."""
 
 RATES: tuple[float, ...] = tuple(10.0 ** (k / 4) for k in range(-16, 3))
-"""What the rate of gradient descent is chosen from: four to a decade, from 1e-4 to 3."""
+"""Four to a decade, from 1e-4 to 3."""
+
+
+Teleports = Literal["learned", "off", "random"]
+"""What is done with the teleports of trained weights."""
 
 
 class Trajectory(NamedTuple):
@@ -60,32 +65,50 @@ class Trajectory(NamedTuple):
 
 
 class _Watched(Orbit):
-    """An orbit that keeps where its last move began and ended."""
+    """An orbit that keeps where its last move began and ended, and can be told where to go.
+
+    Attributes:
+        ordered: Coordinates that replace those of moves that are not differentiated.
+    """
 
     def __init__(self, orbit: Orbit) -> None:
         self.orbit, self.num_coordinates = orbit, orbit.num_coordinates
         self.before = self.after = torch.empty(0)
+        self.ordered: Tensor | None = None
 
     def move(self, coordinates: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+        if self.ordered is not None and not coordinates.requires_grad:
+            coordinates = self.ordered
         after = self.orbit.move(coordinates, x, coefficients)
         self.before, self.after = x.detach(), after.detach()
         return after
 
 
-def follow(rule: Rule, flat: Tensor, problem: InnerProblem, config: Config, num_steps: int) -> Trajectory:
-    """Run a rule with the weights ``flat`` on all functions of a problem.
+def follow(
+    config: Config, flat: Tensor, problem: InnerProblem, num_steps: int, angles: torch.Generator | None = None
+) -> Trajectory:
+    """Run the rule of a configuration with the weights ``flat`` on all functions of a problem.
+
+    Args:
+        config: The configuration.
+        flat: Its weights, ``[num_parameters]``.
+        problem: The functions.
+        num_steps: How many steps.
+        angles: Draws the angles of SO(2) that replace what the rule emits, uniformly.
 
     Raises:
         RuntimeError: if the point after a step is not where its teleport ended.
     """
     watched = _Watched(problem.orbit) if problem.orbit else None
-    problem = replace(problem, orbit=watched)
+    rule, problem = rule_of(config, problem), replace(problem, orbit=watched)
     runs = begin(rule, problem, 1)
     weights = rule.named(flat.expand(problem.num_problems, -1))
     points, losses, before = [runs.params["x"]], [_losses(problem, runs.params["x"])], []
     teleports = "teleport" in config.variant
     with torch.no_grad():
         for step in range(num_steps):
+            if angles is not None and watched is not None:
+                watched.ordered = 2.0 * math.pi * torch.rand(problem.num_problems, 1, generator=angles)
             window = advance(rule, weights, problem, runs, 1, lambda step: torch.Generator())
             runs = window.runs
             point = runs.params["x"]
@@ -136,6 +159,17 @@ def largest_gradient(problem: InnerProblem, x: Tensor) -> Tensor:
 
 Teleport = Callable[[InnerProblem, Tensor], Tensor]
 """Where the points ``[functions, dim]`` of a problem go."""
+
+
+def random_angle(generator: torch.Generator) -> Teleport:
+    """Teleports by uniform angles of SO(2)."""
+
+    def move(problem: InnerProblem, x: Tensor) -> Tensor:
+        assert problem.orbit is not None
+        angles = 2.0 * math.pi * torch.rand(len(x), 1, generator=generator)
+        return problem.orbit.move(angles, x, _coefficients(problem)[0])
+
+    return move
 
 
 def gradient_descent(
@@ -196,6 +230,8 @@ class Study:
         seeds: Meta-seeds.
         num_functions: Test functions of a family.
         num_steps: Length of a test run.
+        network_steps: Steps of gradient descent after which small networks are looked at.
+        rates: What the rate of gradient descent is chosen from.
         base: What every meta-training has in common.
         cache: Folder of trained weights.
         out: Folder of figures and results.
@@ -204,6 +240,8 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     num_functions: int = 200
     num_steps: int = 12
+    network_steps: tuple[int, ...] = (0, 30, 300, 3000)
+    rates: tuple[float, ...] = RATES
     base: Config = PAPER
     cache: Path = Path("runs/paper")
     out: Path = Path("docs/paper")
@@ -216,7 +254,7 @@ class Study:
     @classmethod
     def quick(cls, cache: Path, out: Path) -> Study:
         """Far too small to mean anything: to see that everything runs."""
-        return cls((0, 1), 8, 12, replace(PAPER, num_outer_steps=10, hidden_size=6), cache, out)
+        return cls((0,), 6, 12, (0, 30), RATES[::6], replace(PAPER, num_outer_steps=5, hidden_size=4), cache, out)
 
     def config(self, task: str, variant: str, **changes: Any) -> Config:
         """The configuration of a variant on a family."""
@@ -233,18 +271,18 @@ class Study:
         """The trained weights of all meta-seeds, trained now if they are not in the cache."""
         return train(config, self.seeds, self.cache)
 
-    def test(self, config: Config, *, teleport: bool = True) -> Trajectory:
+    def test(self, config: Config, teleport: Teleports = "learned") -> Trajectory:
         """The runs of all meta-seeds on all test functions, ``[num_seeds, num_functions]``.
 
         Args:
             config: The meta-training.
-            teleport: False for the same weights without any teleport.
+            teleport: The same weights can be tested with all teleports off, or with random angles of SO(2) in their place.
         """
         problem, weights = self.problem(config.tasks[0]), self.weights(config)
-        if not teleport:
+        if teleport == "off":
             config = replace(config, teleport_steps=NEVER)
-        rule = rule_of(config, problem)
-        by_seed = [follow(rule, flat, problem, config, self.num_steps) for flat in weights]
+        angles = stream("paper", "angles", config.tasks[0]) if teleport == "random" else None
+        by_seed = [follow(config, flat, problem, self.num_steps, angles) for flat in weights]
         return Trajectory(*(torch.stack(parts) for parts in zip(*by_seed)))
 
     def best_rate(
@@ -254,7 +292,7 @@ class Study:
         problem = self.problem(task, "validation")
         medians = {
             rate: float(gradient_descent(problem, rate, self.num_steps, teleport_steps, teleport).final.median())
-            for rate in RATES
+            for rate in self.rates
         }
         return min(medians, key=lambda rate: medians[rate])
 

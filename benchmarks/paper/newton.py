@@ -7,7 +7,7 @@ orthogonal to the gradient. Along it the squared gradient norm has the slope ``2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ __all__ = ["counterexample", "lemma", "run", "symmetry_slope", "tables"]
 
 _NUM_MATRICES = 1000
 _NUM_NETWORKS = 50
-_NUM_STEPS = (0, 30, 300, 3000)
 _NETWORK_RATE = 0.05
+_LEARNED = (("update+teleport", False), ("update+teleport", True), ("lr+teleport", False))
 _FUNCTIONS = ("convex_quadratic", "ellipse", "rosenbrock_fixed", "rosenbrock", "indefinite_quadratic")
 
 
@@ -216,19 +216,19 @@ _NETWORKS = {
 }
 
 
-def _networks() -> dict[str, Any]:
+def _networks(network_steps: Sequence[int]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, network in _NETWORKS.items():
         generator = stream("paper", "network", name)
         results[name] = {
             f"{steps} steps": _measure(local, stream("paper", "random", name, steps))
-            for steps, local in _descend(network, generator).items()
+            for steps, local in _descend(network, generator, network_steps).items()
         }
     return results
 
 
-def _descend(network: _Network, generator: torch.Generator) -> dict[int, _Local]:
-    """Gradient descent on random regressions, with what is local after ``_NUM_STEPS``."""
+def _descend(network: _Network, generator: torch.Generator, network_steps: Sequence[int]) -> dict[int, _Local]:
+    """Gradient descent on random regressions, with what is local after ``network_steps``."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(_NUM_NETWORKS, *shape, generator=generator, dtype=torch.float64)
@@ -238,9 +238,9 @@ def _descend(network: _Network, generator: torch.Generator) -> dict[int, _Local]
     gradient_of = torch.func.vmap(torch.func.grad(network.loss))
     hessian_of = torch.func.vmap(torch.func.jacrev(torch.func.grad(network.loss)))
     by_steps = {}
-    for step in range(max(_NUM_STEPS) + 1):
+    for step in range(max(network_steps) + 1):
         gradient = gradient_of(x, *data)
-        if step in _NUM_STEPS:
+        if step in network_steps:
             by_steps[step] = _Local(gradient, hessian_of(x, *data), torch.stack([network.tangents(each) for each in x]))
         x = x - _NETWORK_RATE * gradient
     return by_steps
@@ -254,8 +254,8 @@ def _learned(study: Study) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for task in FAMILIES:
         problem, steps = study.problem(task), tested_schedule(study)
-        for theta in (False, True):
-            path = study.test(study.config(task, "update+teleport", theta_gradient=theta))
+        for variant, theta in _LEARNED:
+            path = study.few.test(study.config(task, variant, theta_gradient=theta))
             start, middle, end = path.points[:, :, steps], path.before[:, :, steps], path.points[:, :, 1:][:, :, steps]
             locals_ = [_local_of_functions(problem, points) for points in start]
             newton = torch.cat([-torch.linalg.solve(local.hessian, local.gradient) for local in locals_])
@@ -263,7 +263,7 @@ def _learned(study: Study) -> dict[str, Any]:
             update, whole = ((part - start).double().flatten(0, 2) for part in (middle, end))
             measured = {"update": _cosine(update, newton), "update+teleport": _cosine(whole, newton)}
             is_finite = torch.isfinite(measured["update"] + measured["update+teleport"])
-            entry = results.setdefault(task, {}).setdefault(label("update+teleport", theta), {})
+            entry = results.setdefault(task, {}).setdefault(label(variant, theta), {})
             for name, chosen in (("convex", convex & is_finite), ("not convex", ~convex & is_finite)):
                 if chosen.any():
                     entry[name] = {key: float(values[chosen].median()) for key, values in measured.items()}
@@ -287,7 +287,7 @@ def run(study: Study) -> dict[str, Any]:
         "lemma": lemma(),
         "counterexample": orbit,
         "functions": _functions(study),
-        "networks": _networks(),
+        "networks": _networks(study.network_steps),
         "learned": _learned(study),
     }
 

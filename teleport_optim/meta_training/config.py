@@ -50,7 +50,7 @@ class Config:
     distance_weight: float = 0.0
     """Weight of the distance to the optimum in the meta-loss of every step, for functions that know theirs."""
     tasks: tuple[str, ...] = NETWORK_TASKS
-    num_outer_steps: int = 600
+    num_outer_steps: int = 800
     num_tasks: int = 4
     """Problem batches per outer step, each of one family and architecture."""
     num_problems: int = 2
@@ -58,7 +58,7 @@ class Config:
     num_pairs: int = 12
     """Antithetic perturbation pairs per batch."""
     min_horizon: int = 40
-    max_horizon: int = 300
+    max_horizon: int = 400
     curriculum: float = 0.5
     """Share of the outer steps over which the longest horizon grows, geometrically, from ``min_horizon``."""
     truncation: int = 20
@@ -82,9 +82,9 @@ class Config:
     """The set Z of steps after which the paper's variants teleport; empty for every step."""
     frozen: tuple[str, ...] = ()
     """Patterns, as of file names, of meta-parameters that keep their initial values, such as ``*.balance``."""
-    validate_every: int = 20
+    validate_every: int = 80
     """Outer steps between validations; 0 for none."""
-    num_validation: int = 3
+    num_validation: int = 2
     """Problem batches of every task in a validation."""
 
     def __post_init__(self) -> None:
@@ -183,11 +183,31 @@ def _nearest(name: str, valid: tuple[str, ...]) -> str:
 
 
 PRESETS: dict[str, Config] = {
-    "quick": Config(),
+    "quick": Config(
+        tasks=("digits_mlp", "digits_autoencoder", "teacher_regression", "teacher_classification", "tabular_mlp"),
+        num_outer_steps=250,
+        num_pairs=8,
+        max_horizon=150,
+        learning_rate=6e-3,
+        averaging=0.95,
+        validate_every=25,
+        num_validation=3,
+    ),
     "standard": Config(),
-    "large": Config(),
+    "large": Config(
+        num_outer_steps=10_000,
+        num_tasks=64,
+        num_pairs=32,
+        min_horizon=50,
+        max_horizon=2000,
+        sigma=0.01,
+        learning_rate=2e-3,
+        averaging=0.995,
+        validate_every=200,
+        num_validation=8,
+    ),
 }
-"""``quick``: a quarter of an hour on one core; ``standard``: some hours; ``large``: for many machines."""
+"""``quick``: perceptrons only, minutes on one core; ``standard``: an hour or two; ``large``: for many machines."""
 
 
 def read_config(name: str) -> Config:

@@ -125,7 +125,7 @@ class Learner:
 
     def validate(self, flat: Tensor) -> float:
         """How weights do on the fixed validation problems: final losses relative to the untrained rule's, geometric mean."""
-        if not self._validation_problems:
+        if not self.config.num_validation:
             return 1.0
         ratios = self._validation_losses(flat) - self._baseline
         return math.exp(float(ratios.mean()))

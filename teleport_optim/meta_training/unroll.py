@@ -138,7 +138,7 @@ def _distance(problem: InnerProblem, params: Tensors, num_candidates: int) -> Te
     (first, *_) = params.values()
     if problem.optimum is None:
         return first.new_zeros(len(first))
-    return (first - _repeat(problem.optimum, num_candidates)).norm(dim=-1)
+    return (first - _repeat(problem.optimum, num_candidates)).square().sum(dim=-1).sqrt()
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:

@@ -57,7 +57,9 @@ def view_channels(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 
         axis, start, length = leg.within
         outer = tensor.narrow(run_axes + axis, start, length)
     block = outer.narrow(run_axes + leg.axis, leg.offset, symmetry.size * leg.repeat)
-    return block.movedim(run_axes + leg.axis, run_axes).unflatten(run_axes, (symmetry.size, leg.repeat))
+    channels = block.movedim(run_axes + leg.axis, run_axes)
+    shape = channels.shape
+    return channels.view(*shape[:run_axes], symmetry.size, leg.repeat, *shape[run_axes + 1 :])
 
 
 def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, degree: int) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from teleport_optim.tasks.data import digits
 from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import draw_activation, draw_rows, network_problem, with_label_noise
+from teleport_optim.tasks.networks import cross_entropy, draw_activation, draw_rows, network_problem, with_label_noise
 from teleport_optim.tasks.problem import InnerProblem, Task
 from teleport_optim.tasks.splits import CHANNELS
 
@@ -52,7 +51,7 @@ class DigitsCNN(Task):
         images = inputs.reshape(-1, 1, 8, 8).expand(num_problems, -1, 1, 8, 8)
         batches = draw_rows(images, targets, draw, largest_batch=48)
         architecture = f"{self.name} {architecture}"
-        return network_problem(model, architecture, num_problems, batches, F.cross_entropy, horizons, draw)
+        return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)
 
 
 class DigitsBatchNormCNN(DigitsCNN):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teleport_optim.tasks.data import digits
 from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import draw_activation, draw_rows, network_problem, with_label_noise
+from teleport_optim.tasks.networks import cross_entropy, draw_activation, draw_rows, network_problem, with_label_noise
 from teleport_optim.tasks.problem import InnerProblem, Task
 from teleport_optim.tasks.splits import WIDTHS
 
@@ -48,7 +48,7 @@ class DigitsMLP(Task):
         targets = with_label_noise(labels.repeat(num_problems, 1), 10, draw)
         batches = draw_rows(inputs.expand(num_problems, *inputs.shape), targets, draw)
         architecture = f"{self.name} {architecture}"
-        return network_problem(model, architecture, num_problems, batches, F.cross_entropy, horizons, draw)
+        return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)
 
 
 class DigitsAutoencoder(Task):
@@ -113,4 +113,4 @@ class TeacherClassification(Task):
         targets = with_label_noise(outputs.argmax(dim=-1), num_classes, draw)
         batches = draw_rows(inputs, targets, draw)
         architecture = f"{self.name} {architecture}"
-        return network_problem(model, architecture, num_problems, batches, F.cross_entropy, horizons, draw)
+        return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)

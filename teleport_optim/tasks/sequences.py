@@ -10,12 +10,11 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.tasks.data import ALPHABET, text
 from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import SampleBatch, draw_activation, network_problem
+from teleport_optim.tasks.networks import SampleBatch, cross_entropy, draw_activation, network_problem
 from teleport_optim.tasks.problem import InnerProblem, Task
 from teleport_optim.tasks.splits import SEQUENCE_WIDTHS
 
@@ -128,10 +127,6 @@ def _draw_excerpts(num_problems: int, length: int, draw: Draw) -> tuple[SampleBa
     return sample_batch, f"batch={batch_size} excerpt={excerpt}"
 
 
-def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
-
-
 class _LanguageTask(Task):
     """What the character-level families share."""
 
@@ -149,7 +144,7 @@ class _LanguageTask(Task):
         model, architecture = self.draw_model(draw, length)
         batches = _draw_excerpts(num_problems, length, draw)
         architecture = f"{self.name} {architecture} length={length}"
-        return network_problem(model, architecture, num_problems, batches, _cross_entropy, horizons, draw)
+        return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)
 
 
 class CharTransformer(_LanguageTask):

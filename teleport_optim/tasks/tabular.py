@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teleport_optim.tasks.data import table
 from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import Loss, draw_rows, network_problem, with_label_noise
+from teleport_optim.tasks.networks import Loss, cross_entropy, draw_rows, network_problem, with_label_noise
 from teleport_optim.tasks.perceptrons import draw_perceptron
 from teleport_optim.tasks.problem import InnerProblem, Task
 from teleport_optim.tasks.splits import TABLES
@@ -45,5 +45,5 @@ class Tabular(Task):
         model, architecture = draw_perceptron(draw, inputs.shape[-1], num_outputs)
         architecture = f"{self.name} {name} {kind} {architecture}"
         batches = draw_rows(inputs, targets, draw)
-        loss: Loss = F.cross_entropy if kind == "classification" else F.mse_loss
+        loss: Loss = cross_entropy if kind == "classification" else F.mse_loss
         return network_problem(model, architecture, num_problems, batches, loss, horizons, draw)

@@ -1,6 +1,6 @@
 """Kills a meta-training run at 20 random moments and resumes it each time; it must end as an undisturbed one does.
 
-    python kill_at_random.py FOLDER
+python kill_at_random.py FOLDER
 """
 
 import json

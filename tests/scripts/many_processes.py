@@ -1,6 +1,6 @@
 """Meta-training in two and three processes must take the outer steps of one, for every estimator, and go on in any number.
 
-    python many_processes.py FOLDER
+python many_processes.py FOLDER
 """
 
 import os
