@@ -8,6 +8,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from problems import in_float64
 from torch import Tensor
 
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES, Config
@@ -30,17 +31,6 @@ CONFIG = Config(
     hidden_size=2,
     theta_gradient=True,
 )
-
-
-def in_float64(problem: InnerProblem) -> InnerProblem:
-    """The same problem with double parameters and data."""
-
-    def sample_batch(source: torch.Generator) -> tuple[Tensor, Tensor]:
-        inputs, targets = problem.sample_batch(source)
-        return inputs.double(), targets.double() if targets.is_floating_point() else targets
-
-    params = {name: value.double() for name, value in problem.params.items()}
-    return dataclasses.replace(problem, model=problem.model.double(), params=params, sample_batch=sample_batch)
 
 
 @cache

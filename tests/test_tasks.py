@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from problems import in_float64
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -39,15 +40,6 @@ each_function = pytest.mark.parametrize("name", FUNCTION_TASKS)
 
 def draw_problem(name: str, split: str, seed: int, num_problems: int = 2) -> InnerProblem:
     return TASKS[name].sample(num_problems, HORIZONS, split, stream(split, seed))
-
-
-def in_float64(problem: InnerProblem) -> InnerProblem:
-    def sample_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        inputs, targets = problem.sample_batch(generator)
-        return tuple(x.double() if x.is_floating_point() else x for x in (inputs, targets))
-
-    params = {name: value.double() for name, value in problem.params.items()}
-    return dataclasses.replace(problem, model=problem.model.double(), params=params, sample_batch=sample_batch)
 
 
 def as_list(problem: InnerProblem) -> list[Tensor]:

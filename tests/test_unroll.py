@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from problems import in_float64
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer
@@ -17,20 +18,6 @@ from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
 from teleport_optim.tasks.problem import WORST, log_relative
 
 BATCHES = partial(stream, "batch")
-
-
-def in_float64(problem: InnerProblem) -> InnerProblem:
-    """The same problem with double parameters and data, so that rounding does not grow over the steps."""
-
-    def double(x: Tensor) -> Tensor:
-        return x.double() if x.is_floating_point() else x
-
-    def sample_batch(source: torch.Generator) -> tuple[Tensor, Tensor]:
-        inputs, targets = problem.sample_batch(source)
-        return double(inputs), double(targets)
-
-    params = {name: value.double() for name, value in problem.params.items()}
-    return dataclasses.replace(problem, model=problem.model.double(), params=params, sample_batch=sample_batch)
 
 
 def new_rule(num_candidates: int) -> tuple[ControllerRule, Tensor]:
