@@ -102,7 +102,7 @@ def follow(
     watched = _Watched(problem.orbit) if problem.orbit else None
     rule, problem = rule_of(config, problem), replace(problem, orbit=watched)
     runs = begin(rule, problem, 1)
-    weights = rule.named(flat.expand(problem.num_problems, -1))
+    weights = rule.named(flat)
     points, losses, before = [runs.params["x"]], [_losses(problem, runs.params["x"])], []
     teleports = "teleport" in config.variant
     with torch.no_grad():

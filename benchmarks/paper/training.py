@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,37 @@ PAPER = Config(
 )
 """500 trajectories of 21 steps, one function each; an update after every 5 steps and after the 21st makes 2500."""
 
+_SETTINGS = (
+    "seed",
+    "variant",
+    "estimator",
+    "objective",
+    "distance_weight",
+    "tasks",
+    "num_outer_steps",
+    "max_horizon",
+    "truncation",
+    "learning_rate",
+    "clip",
+    "hidden_size",
+    "theta_gradient",
+    "teleport_steps",
+)
+_MORE_SETTINGS = (
+    "num_tasks",
+    "num_problems",
+    "num_pairs",
+    "sigma",
+    "mix",
+    "min_horizon",
+    "curriculum",
+    "decay_to",
+    "weight_decay",
+    "averaging",
+    "frozen",
+)
+"""Those that decide truncated backpropagation, and those that decide other estimators too."""
+
 
 def rule_of(config: Config, problem: InnerProblem) -> Rule:
     """The rule that a configuration trains, with its initial weights."""
@@ -85,12 +117,18 @@ def train(config: Config, seeds: Sequence[int], folder: Path) -> Tensor:
             torch.save(weights.clone(), temporary)
             write_atomically(files[seed], temporary.read_bytes())
             temporary.unlink()
-            write_atomically(files[seed].with_suffix(".json"), json.dumps(configs[seed].identity, indent=1).encode())
+            write_atomically(files[seed].with_suffix(".json"), json.dumps(_decisive(configs[seed]), indent=1).encode())
     return torch.stack([torch.load(files[seed], weights_only=True) for seed in seeds])
 
 
+def _decisive(config: Config) -> dict[str, Any]:
+    """The settings that a training depends on: others, such as those of validation, may change without a new one."""
+    names = [*_SETTINGS] if config.estimator.startswith("tbptt") else [*_SETTINGS, *_MORE_SETTINGS]
+    return {name: config.identity[name] for name in names}
+
+
 def _key(config: Config) -> str:
-    return hashlib.sha256(json.dumps(config.identity, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _learn(config: Config, seeds: Sequence[int]) -> Tensor:

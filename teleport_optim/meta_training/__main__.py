@@ -1,8 +1,15 @@
 """``python -m teleport_optim.meta_training`` is ``teleport-optim meta-train``, in a form that torchrun can start."""
 
+import os
 import sys
 
 from teleport_optim.meta_training.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Threads of torch.distributed have been seen to abort a process, now and then, while the interpreter shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -112,6 +112,7 @@ def _meta_train(arguments: argparse.Namespace) -> int:
         with join(config.device) as world, _terminable():
             return _train(config, world, output, is_resumed=bool(arguments.resume))
     except KeyboardInterrupt:
+        print("Interrupted.")
         return INTERRUPTED
     except WorkerLostError as error:
         raise CommandError(f"{error}: start the run again", exit_code=1) from error
@@ -367,7 +368,7 @@ def _duration(seconds: float) -> str:
 
     Example:
         >>> _duration(12345.0), _duration(75.0), _duration(3.21)
-        ('3 h 26 min', '1 min 15 s', '3.2 s')
+        ('3 h 25 min', '1 min 15 s', '3.2 s')
     """
     if seconds < 60.0:
         return f"{seconds:.1f} s"
