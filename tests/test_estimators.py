@@ -61,7 +61,11 @@ def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor
         runs = begin(rule, problem, len(candidates))
         weights = rule.named(candidates.repeat_interleave(problem.num_problems, dim=0))
         window = advance(rule, weights, problem, runs, HORIZON, partial(stream, "batch"))
-    losses = meta_loss(problem, window, config).reshape(2, len(directions), -1).mean(dim=-1)
+    losses = (
+        meta_loss(problem, window, config.objective, config.distance_weight)
+        .reshape(2, len(directions), -1)
+        .mean(dim=-1)
+    )
     return (losses[0] - losses[1]) / (2 * size)
 
 
@@ -194,7 +198,7 @@ def test_the_meta_loss_of_windows_adds_up() -> None:
         losses = torch.zeros(2, dtype=torch.float64)
         for length in lengths:
             window = advance(rule, weights, problem, runs, length, partial(stream, "batch"))
-            runs, losses = window.runs, losses + meta_loss(problem, window, config)
+            runs, losses = window.runs, losses + meta_loss(problem, window, config.objective, config.distance_weight)
         return losses
 
     torch.testing.assert_close(total([HORIZON]), total([1, 2, 3]))

@@ -15,6 +15,7 @@ from benchmarks.paper.harness import (
     comparison,
     gradient_descent,
     random_angle,
+    separation,
     summary,
     teleport_facts,
 )
@@ -126,15 +127,14 @@ def _entry(
     for variant, theta in _variants(task):
         on = tests[variant, theta, "learned"]
         vanilla = tests["update" if variant.startswith("update") else "lr", False, "learned"]
-        entry: dict[str, Any] = {"on": summary(on.final)}
+        entry: dict[str, Any] = {
+            "on": summary(on.final),
+            "against_vanilla": comparison(on.final, vanilla.final, is_paired=False),
+        }
         if "teleport" in variant:
-            off = tests[variant, theta, "off"]
-            entry["off"] = summary(off.final)
+            entry |= separation(on, tests[variant, theta, "off"], vanilla)
             entry["random"] = summary(tests[variant, theta, "random"].final)
-            entry["effect_of_teleport"] = comparison(on.final, off.final, is_paired=True)
-            entry["effect_of_meta_training"] = comparison(off.final, vanilla.final, is_paired=False)
             entry["teleports"] = teleport_facts(problem, on, schedule)
-        entry["against_vanilla"] = comparison(on.final, vanilla.final, is_paired=False)
         entry["against_update"] = comparison(on.final, tests["update", False, "learned"].final, is_paired=False)
         variants[label(variant, theta)] = entry
     start = tests["update", False, "learned"].losses[0, :, 0]

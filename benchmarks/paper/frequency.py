@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.paper.figures import draw_curves
-from benchmarks.paper.harness import Study, comparison, summary, teleport_facts
+from benchmarks.paper.harness import Study, separation, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
 from benchmarks.paper.training import SCHEDULE
 
@@ -36,12 +36,8 @@ def run(study: Study) -> dict[str, Any]:
             on, off = study.test(config), study.test(config, "off")
             taken = [step for step in steps or range(study.num_steps) if step < study.num_steps]
             results[task][interval] = {
-                "on": summary(on.final),
-                "off": summary(off.final),
+                **separation(on, off, vanilla),
                 "random": summary(study.test(config, "random").final),
-                "effect_of_teleport": comparison(on.final, off.final, is_paired=True),
-                "effect_of_meta_training": comparison(off.final, vanilla.final, is_paired=False),
-                "against_vanilla": comparison(on.final, vanilla.final, is_paired=False),
                 "teleports": teleport_facts(study.problem(task), on, taken),
             }
             curves[task][interval] = on.losses

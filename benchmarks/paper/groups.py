@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.paper.families import tested_schedule
 from benchmarks.paper.figures import draw_curves
-from benchmarks.paper.harness import Study, Trajectory, comparison, gradient_descent, gradients, summary, teleport_facts
+from benchmarks.paper.harness import Study, Trajectory, gradient_descent, gradients, separation, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
 from teleport_optim.tasks.problem import InnerProblem
 
@@ -81,10 +81,7 @@ def _variants(study: Study, task: str, variants: tuple[str, ...], changes: dict[
         curves[variant] = on.losses
         if "teleport" in variant:
             off = study.test(config, "off")
-            entry["off"] = summary(off.final)
-            entry["effect_of_teleport"] = comparison(on.final, off.final, is_paired=True)
-            entry["effect_of_meta_training"] = comparison(off.final, vanilla[kind].final, is_paired=False)
-            entry["against_vanilla"] = comparison(on.final, vanilla[kind].final, is_paired=False)
+            entry |= separation(on, off, vanilla[kind])
             entry["teleports"] = teleport_facts(replace(problem, optimum=None), on, schedule)
             curves[f"{variant}, off"] = off.losses
         entries[variant] = entry

@@ -342,6 +342,17 @@ def comparison(mine: Tensor, other: Tensor, *, is_paired: bool) -> dict[str, Any
     return result
 
 
+def separation(on: Trajectory, off: Trajectory, vanilla: Trajectory) -> dict[str, Any]:
+    """What teleports add to the same weights, and what meta-training with them does to the weights."""
+    return {
+        "on": summary(on.final),
+        "off": summary(off.final),
+        "effect_of_teleport": comparison(on.final, off.final, is_paired=True),
+        "effect_of_meta_training": comparison(off.final, vanilla.final, is_paired=False),
+        "against_vanilla": comparison(on.final, vanilla.final, is_paired=False),
+    }
+
+
 def teleport_facts(problem: InnerProblem, trajectory: Trajectory, steps: Sequence[int]) -> dict[str, float]:
     """What the teleports after ``steps`` did, over all runs ``[num_seeds, num_functions]`` where they are finite.
 

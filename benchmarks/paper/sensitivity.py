@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.paper.harness import Study, comparison, summary
+from benchmarks.paper.harness import Study, separation, summary
 from benchmarks.paper.tables import centre, markdown, times
 
 __all__ = ["run", "tables"]
@@ -35,12 +35,8 @@ def run(study: Study) -> list[dict[str, Any]]:
                         "family": task,
                         "variant": variant,
                         "vanilla": summary(vanilla.final),
-                        "on": summary(on.final),
-                        "off": summary(off.final),
+                        **separation(on, off, vanilla),
                         "random": summary(study.test(config, "random").final),
-                        "effect_of_teleport": comparison(on.final, off.final, is_paired=True),
-                        "effect_of_meta_training": comparison(off.final, vanilla.final, is_paired=False),
-                        "against_vanilla": comparison(on.final, vanilla.final, is_paired=False),
                     }
                 )
     return results

@@ -171,7 +171,7 @@ def _backpropagate(config: Config, seeds: Sequence[int]) -> Tensor:
                 lambda step: torch.Generator(),
                 second_order=config.estimator == "tbptt",
             )
-            losses = meta_loss(problem, window, config)
+            losses = meta_loss(problem, window, config.objective, config.distance_weight)
             weights.grad = _gradients(losses, weights, config.clip)
             optimizer.step()
             runs = window.runs.detach()

@@ -52,16 +52,18 @@ def step_weights(objective: str, horizon: int) -> Tensor:
     return weights
 
 
-def meta_loss(problem: InnerProblem, window: Window, config: Config) -> Tensor:
+def meta_loss(
+    problem: InnerProblem, window: Window, objective: str = "normalised", distance_weight: float = 0.0
+) -> Tensor:
     """The meta-loss of a window for every run, shape ``[num_runs]``: the weighted sum over its steps.
 
-    The sum over the windows of an episode is the meta-loss of the episode.
+    The sum over the windows of an episode is the meta-loss of the episode. The last two arguments are keys of ``Config``.
     """
     losses, num_steps = window.losses, window.losses.shape[-1]
-    if config.objective == "normalised":
+    if objective == "normalised":
         losses = problem.normalise(losses, window.runs.initial[:, None])
-    losses = losses + config.distance_weight * window.distances
-    weights = step_weights(config.objective, problem.horizon)[window.runs.step - num_steps : window.runs.step]
+    losses = losses + distance_weight * window.distances
+    weights = step_weights(objective, problem.horizon)[window.runs.step - num_steps : window.runs.step]
     return losses @ weights.to(losses)
 
 
@@ -94,6 +96,11 @@ class Episode:
         """The problem batch."""
         return self.draw()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.step >= self.horizon
+
 
 class MetaGradient(NamedTuple):
     """An estimate of the gradient of the mean meta-loss, and what was seen on the way."""
@@ -107,10 +114,15 @@ class MetaGradient(NamedTuple):
 
 
 class Estimator(ABC):
-    """A way to estimate the meta-gradient. Every process calls it with the same arguments and gets the same answer."""
+    """A way to estimate the meta-gradient. Every process calls it with the same arguments and gets the same answer.
+
+    Attributes:
+        is_trained: 1 for every entry of the flat weights that is trained, 0 for those that are frozen.
+    """
 
     def __init__(self, rule: Rule, config: Config, world: World) -> None:
         self.rule, self.config, self.world = rule, config, world
+        self.is_trained = rule.is_trained(config.frozen)
 
     @abstractmethod
     def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
@@ -145,7 +157,8 @@ class Estimator(ABC):
             second_order=second_order,
         )
         episode.runs[key] = window.runs.detach()
-        return meta_loss(problem, window, self.config), window.runs.is_exploded
+        losses = meta_loss(problem, window, self.config.objective, self.config.distance_weight)
+        return losses, window.runs.is_exploded
 
     def _weight(self, episode: Episode) -> float:
         """Sum of the step weights in the next window."""
@@ -170,7 +183,6 @@ class EvolutionStrategies(Estimator):
     def __init__(self, rule: Rule, config: Config, world: World, *, is_persistent: bool) -> None:
         super().__init__(rule, config, world)
         self._is_persistent = is_persistent
-        self._is_trained = rule.is_trained(config.frozen)
 
     def window(self, episode: Episode) -> int:
         return super().window(episode) if self._is_persistent else episode.horizon
@@ -182,20 +194,20 @@ class EvolutionStrategies(Estimator):
     def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
         num_pairs, sigma = self.config.num_pairs, self.config.sigma
         values = torch.zeros(len(episodes), num_pairs, 3, dtype=torch.float64)
+        displacements = []
         for index, episode in enumerate(episodes):
             noise = self._noise(outer_step, episode.slot).to(theta)
             pairs = self._pairs(episode.slot)
             if pairs:
                 values[index, pairs.start : pairs.stop] = self._values(theta, noise[pairs.start : pairs.stop], episode)
-            moved = episode.displacement
-            episode.displacement = noise if moved is None else moved + noise
+            displacements.append(noise if episode.displacement is None else episode.displacement + noise)
+            episode.displacement = displacements[-1]
         plus, minus, exploded = self.world.sum(values).unbind(-1)
         is_usable = torch.isfinite(plus - minus)
         slopes = torch.where(is_usable, plus - minus, 0.0).to(theta) / (2.0 * sigma**2 * num_pairs * len(episodes))
         gradient = torch.zeros_like(theta)
-        for episode, slope in zip(episodes, slopes):
-            if episode.displacement is not None:
-                gradient += slope @ episode.displacement
+        for slope, displacement in zip(slopes, displacements):
+            gradient += slope @ displacement
         weights = torch.tensor([self._weight(episode) for episode in episodes], dtype=torch.float64)
         mean = torch.where(is_usable, (plus + minus) / 2.0, 0.0).sum() / (is_usable * weights[:, None]).sum()
         return MetaGradient(gradient, float(mean), float(exploded.mean()))
@@ -211,8 +223,8 @@ class EvolutionStrategies(Estimator):
         """The perturbations of all pairs of a slot, ``[num_pairs, num_parameters]``, the same in every process."""
         config = self.config
         generator = stream("noise", config.seed, outer_step, slot)
-        noise = torch.randn(config.num_pairs, len(self._is_trained), generator=generator)
-        return config.sigma * noise * self._is_trained
+        noise = torch.randn(config.num_pairs, len(self.is_trained), generator=generator)
+        return config.sigma * noise * self.is_trained
 
     def _values(self, theta: Tensor, noise: Tensor, episode: Episode) -> Tensor:
         """Meta-losses at both perturbations and the share of exploded runs, ``[pairs, 3]``."""
@@ -238,7 +250,6 @@ class TruncatedBackpropagation(Estimator):
     def __init__(self, rule: Rule, config: Config, world: World, *, is_second_order: bool) -> None:
         super().__init__(rule, config, world)
         self._is_second_order = is_second_order
-        self._is_trained = rule.is_trained(config.frozen)
 
     def share(self, slot: int) -> dict[str, range]:
         return {"mean": range(1) if slot % self.world.size == self.world.rank else range(0)}
@@ -265,7 +276,7 @@ class TruncatedBackpropagation(Estimator):
             )
         total = self.world.sum(total)
         objective, weight, exploded = total[-3:].tolist()
-        return MetaGradient(total[:-3].to(theta) * self._is_trained.to(theta), objective / max(weight, 1e-30), exploded)
+        return MetaGradient(total[:-3].to(theta) * self.is_trained.to(theta), objective / max(weight, 1e-30), exploded)
 
 
 class Mixture(Estimator):

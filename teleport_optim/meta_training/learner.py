@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from teleport_optim.checkpoints import save_checkpoint, write_atomically
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.meta_training.config import Config
-from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, step_weights
+from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, meta_loss
 from teleport_optim.meta_training.rules import RuleOptions, make_rule
 from teleport_optim.meta_training.unroll import Runs, advance, begin
 from teleport_optim.meta_training.world import World
@@ -79,7 +79,6 @@ class Learner:
         self.rule.network.to(config.device)
         self.estimator = ESTIMATORS[config.estimator](self.rule, config, self.world)
         self.untrained = self.rule.flat()
-        self._is_trained = self.rule.is_trained(config.frozen).to(config.device)
         self.theta = self.untrained.clone().requires_grad_()
         self.average = self.untrained.clone()
         self.best = self.untrained.clone()
@@ -160,7 +159,7 @@ class Learner:
             torch.nn.utils.clip_grad_norm_(self.theta, config.clip)
         self._optimizer.step()
         with torch.no_grad():  # Weight decay would move what is frozen.
-            self.theta.lerp_(self.untrained, 1.0 - self._is_trained)
+            self.theta.lerp_(self.untrained, 1.0 - self.estimator.is_trained.to(self.theta))
         self.average = torch.lerp(
             self.theta.detach(), self.average, min(config.averaging, self.step / (self.step + 10))
         )
@@ -198,7 +197,7 @@ class Learner:
 
     def _renew_episodes(self) -> None:
         for slot, episode in enumerate(self.episodes):
-            if episode.step >= episode.horizon:
+            if episode.is_over:
                 self.episodes[slot] = self._new_episode(slot, episode.number + 1)
 
     # Validation
@@ -226,9 +225,7 @@ class Learner:
             with torch.no_grad():
                 runs = begin(self.rule, problem, 1)
                 window = advance(self.rule, weights, problem, runs, problem.horizon, batches)
-            losses = problem.normalise(window.losses, window.runs.initial[:, None])
-            weights_of_steps = step_weights("normalised", problem.horizon).to(losses)
-            values[index] = float((losses @ weights_of_steps).mean())
+            values[index] = float(meta_loss(problem, window).mean())
         return self.world.sum(values)
 
     # Saving and resuming
@@ -270,9 +267,9 @@ class Learner:
         runs = {
             str(episode.slot): {key: pytree.tree_leaves(runs) for key, runs in episode.runs.items()}
             for episode in self.episodes
-            if episode.step < episode.horizon and episode.runs
+            if not episode.is_over
         }
-        if any(episode.step < episode.horizon for episode in self.episodes):
+        if runs:
             shares = {str(episode.slot): self.estimator.share(episode.slot) for episode in self.episodes}
             starts = {slot: {key: candidates.start for key, candidates in s.items()} for slot, s in shares.items()}
             _write_tensors(self._runs_file(self.step, self.world.rank), {"runs": runs, "starts": starts})
@@ -291,8 +288,13 @@ class Learner:
             "best_validation": self.best_validation,
             "optimizer": self._optimizer.state_dict(),
             "episodes": [
-                {"number": e.number, "horizon": e.horizon, "step": e.step, "displacement": e.displacement}
-                for e in self.episodes
+                {
+                    "number": episode.number,
+                    "horizon": episode.horizon,
+                    "step": episode.step,
+                    "displacement": None if episode.is_over else episode.displacement,
+                }
+                for episode in self.episodes
             ],
         }
         _write_tensors(self.run_dir / _STATE_FILE, state)
@@ -314,7 +316,7 @@ class Learner:
             episode = self._new_episode(slot, saved["number"], saved["horizon"])
             episode.step = saved["step"]
             episode.displacement = None if saved["displacement"] is None else saved["displacement"].to(device)
-            if episode.step < episode.horizon:
+            if not episode.is_over:
                 for key, candidates in self.estimator.share(slot).items():
                     if candidates:
                         episode.runs[key] = self._join_runs(episode, key, candidates, parts)

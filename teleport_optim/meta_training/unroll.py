@@ -107,8 +107,8 @@ def advance(
         losses.append(torch.where(is_exploded, torch.inf, loss))
         distances.append(_distance(problem, params, num_candidates))
 
-    step = runs.step
-    for step in range(runs.step, runs.step + num_steps):
+    end = runs.step + num_steps
+    for step in range(runs.step, end):
         inputs, targets = batch(step)
         grads, loss = problem.gradients(params, inputs, targets, create_graph=second_order)
         if step == 0:
@@ -118,11 +118,12 @@ def advance(
             if step % _CHECK_INTERVAL == 0 and bool(is_exploded.all()):
                 break
         params, state = rule.step(weights, params, grads, state, step=step, problem=problem, inputs=inputs)
-    record(problem.losses(params, *batch(step + 1)), params)
+    else:
+        record(problem.losses(params, *batch(end)), params)
     missing = num_steps - len(losses)
     losses += missing * losses[-1:]
     distances += missing * distances[-1:]
-    after = Runs(params, state, initial, is_exploded, runs.step + num_steps)
+    after = Runs(params, state, initial, is_exploded, end)
     return Window(torch.stack(losses, dim=-1), after, torch.stack(distances, dim=-1))
 
 

@@ -50,7 +50,6 @@ class DigitsCNN(Task):
         targets = with_label_noise(labels.repeat(num_problems, 1), 10, draw)
         images = inputs.reshape(-1, 1, 8, 8).expand(num_problems, -1, 1, 8, 8)
         batches = draw_rows(images, targets, draw, largest_batch=48)
-        architecture = f"{self.name} {architecture}"
         return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)
 
 

@@ -34,7 +34,7 @@ class Draw:
 
     def __init__(self, source: torch.Generator, task: str, split: str) -> None:
         check_split(split)
-        self.split = split
+        self.task, self.split = task, split
         self.generator = stream("task", task, split, int(torch.randint(2**62, (), generator=source)))
 
     def uniform(self, low: float, high: float) -> float:

@@ -150,7 +150,7 @@ def network_problem(
 
     Args:
         model: The architecture.
-        architecture: Its name, equal for equal ones.
+        architecture: What was drawn of it; with the name of the task, equal for equal architectures.
         num_problems: Networks in the batch.
         batches: Minibatches and their description.
         loss: Output and target of a minibatch to a positive loss.
@@ -167,6 +167,7 @@ def network_problem(
     loss_scale = 10.0 ** draw.uniform(-3, 3)
     horizon = draw.horizon(*horizons)
     sample_batch, batch_text = batches
+    architecture = f"{draw.task} {architecture}"
 
     def scaled_loss(output: Tensor, target: Tensor) -> Tensor:
         scaled: Tensor = loss_scale * loss(output, target)

@@ -47,7 +47,6 @@ class DigitsMLP(Task):
         inputs, labels = digits(split)
         targets = with_label_noise(labels.repeat(num_problems, 1), 10, draw)
         batches = draw_rows(inputs.expand(num_problems, *inputs.shape), targets, draw)
-        architecture = f"{self.name} {architecture}"
         return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)
 
 
@@ -64,7 +63,6 @@ class DigitsAutoencoder(Task):
         inputs, _ = digits(split)
         inputs = inputs.expand(num_problems, *inputs.shape)
         batches = draw_rows(inputs, inputs, draw)
-        architecture = f"{self.name} {architecture}"
         return network_problem(model, architecture, num_problems, batches, F.mse_loss, horizons, draw)
 
 
@@ -94,7 +92,6 @@ class TeacherRegression(Task):
         inputs, targets = _teacher_data(draw, num_problems, num_inputs, num_outputs)
         targets = targets + draw.uniform(0.0, 0.5) * draw.normal(*targets.shape)
         batches = draw_rows(inputs, targets, draw)
-        architecture = f"{self.name} {architecture}"
         return network_problem(model, architecture, num_problems, batches, F.mse_loss, horizons, draw)
 
 
@@ -112,5 +109,4 @@ class TeacherClassification(Task):
         inputs, outputs = _teacher_data(draw, num_problems, num_inputs, num_classes)
         targets = with_label_noise(outputs.argmax(dim=-1), num_classes, draw)
         batches = draw_rows(inputs, targets, draw)
-        architecture = f"{self.name} {architecture}"
         return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)

@@ -143,7 +143,7 @@ class _LanguageTask(Task):
         length = draw.integer(16, 24)
         model, architecture = self.draw_model(draw, length)
         batches = _draw_excerpts(num_problems, length, draw)
-        architecture = f"{self.name} {architecture} length={length}"
+        architecture = f"{architecture} length={length}"
         return network_problem(model, architecture, num_problems, batches, cross_entropy, horizons, draw)
 
 

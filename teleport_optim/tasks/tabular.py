@@ -43,7 +43,7 @@ class Tabular(Task):
             kind, num_outputs = "regression", 1
             inputs, targets = _column_on_others(data.columns, num_problems, draw)
         model, architecture = draw_perceptron(draw, inputs.shape[-1], num_outputs)
-        architecture = f"{self.name} {name} {kind} {architecture}"
+        architecture = f"{name} {kind} {architecture}"
         batches = draw_rows(inputs, targets, draw)
         loss: Loss = cross_entropy if kind == "classification" else F.mse_loss
         return network_problem(model, architecture, num_problems, batches, loss, horizons, draw)
