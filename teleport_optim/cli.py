@@ -18,7 +18,7 @@ from teleport_optim.commands import CommandError, import_from_here, mistakes, on
 from teleport_optim.groups import GROUPS
 from teleport_optim.meta_training import command as meta_training
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
-from teleport_optim.symmetry.moves import view_channels
+from teleport_optim.symmetry.moves import channels_of
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -221,7 +221,7 @@ def parameter_share(model: nn.Module, spec: SymmetrySpec) -> float:
     for symmetry in spec:
         for leg in symmetry.legs:
             if leg.name in reached:
-                view_channels(symmetry, leg, reached[leg.name]).fill_(True)
+                channels_of(symmetry, leg, reached[leg.name]).fill_(True)
     return sum(int(entries.sum()) for entries in reached.values()) / max(1, sum(map(Tensor.numel, reached.values())))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from teleport_optim.layout import NUM_STATIC_FEATURES, Layout, Table
-from teleport_optim.symmetry.moves import view_channels
+from teleport_optim.symmetry.moves import channels_of
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["NUM_FEATURES", "compute_features", "site_log_ratios"]
@@ -41,7 +41,7 @@ def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes:
     """
 
     def total(legs: tuple[Leg, ...]) -> Tensor:
-        views = (view_channels(symmetry, leg, tensors[leg.name], run_axes) for leg in legs)
+        views = (channels_of(symmetry, leg, tensors[leg.name], run_axes) for leg in legs)
         norms = [view.square().sum(dim=tuple(range(run_axes + 1, view.dim()))) for view in views]
         return functools.reduce(torch.add, norms)
 

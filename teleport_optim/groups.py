@@ -1,4 +1,4 @@
-"""The groups that move hidden channels: permutations, positive scalings and sign flips.
+"""The groups that move hidden channels: permutations, positive scalings, sign flips and general linear maps.
 
 A group element is plain data, one tensor per element, and a group is a small stateless object that knows how to
 compose, invert, draw and apply such elements. Nothing here knows about networks.
@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "Group", "Permutation", "PositiveScaling", "SignFlip"]
+__all__ = ["GROUPS", "GeneralLinear", "Group", "Permutation", "PositiveScaling", "SignFlip"]
 
 
 class Group(ABC):
     """A group that acts on the ``size`` channels of one hidden site.
 
-    Elements are one-dimensional tensors with ``size`` entries. The laws, which the tests hold every group to::
+    Elements are tensors with ``size`` entries, or matrices. The laws, which the tests hold every group to::
 
         compose(identity, a) == a == compose(a, identity)
         compose(a, inverse(a)) == identity
@@ -30,9 +30,13 @@ class Group(ABC):
 
     name: ClassVar[str]
 
+    def shape(self, size: int) -> tuple[int, ...]:
+        """The shape of an element."""
+        return (size,)
+
     @abstractmethod
     def identity(self, size: int) -> Tensor:
-        """The neutral element, of shape ``[size]``."""
+        """The neutral element."""
 
     @abstractmethod
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
@@ -44,7 +48,7 @@ class Group(ABC):
 
     @abstractmethod
     def random(self, size: int, generator: torch.Generator) -> Tensor:
-        """An element drawn with ``generator``, of shape ``[size]``."""
+        """An element drawn with ``generator``."""
 
     @abstractmethod
     def act(self, element: Tensor, x: Tensor, degree: int) -> Tensor:
@@ -158,5 +162,60 @@ class SignFlip(Group):
         return None
 
 
-GROUPS: dict[str, Group] = {group.name: group for group in (Permutation(), PositiveScaling(), SignFlip())}
+class GeneralLinear(Group):
+    """The group GL(n) of invertible matrices, which mix channels that only linear layers see (the queries of a head, say).
+
+    The dual is the inverse transpose. Elements are kept well conditioned: those that are drawn have condition number at most
+    ``e ** 2``, and one beyond :attr:`MAX_CONDITION` counts as no member, since it would cost too many digits.
+    """
+
+    name = "linear"
+    MAX_CONDITION: ClassVar[float] = 1e4
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        return (size, size)
+
+    def identity(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64)
+
+    def compose(self, first: Tensor, second: Tensor) -> Tensor:
+        return first @ second
+
+    def inverse(self, element: Tensor) -> Tensor:
+        return torch.linalg.inv(element)
+
+    def random(self, size: int, generator: torch.Generator) -> Tensor:
+        normal = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+        left, right = torch.linalg.qr(normal).Q
+        log_factors = 2.0 * torch.rand(size, generator=generator, dtype=torch.float64) - 1.0
+        return left @ (log_factors.exp().unsqueeze(1) * right)
+
+    def exp(self, algebra: Tensor) -> Tensor:
+        return torch.linalg.matrix_exp(algebra)
+
+    def act(self, element: Tensor, x: Tensor, degree: int) -> Tensor:
+        if degree == 0:
+            return x
+        if abs(degree) != 1:
+            raise ValueError(
+                f"a general linear map cannot act with degree {degree}: what is squared entry by entry cannot be moved, reset it"
+            )
+        matrix = element if degree == 1 else torch.linalg.inv(element).mT
+        wide = torch.promote_types(x.dtype, torch.float32)
+        moved = matrix.to(device=x.device, dtype=wide) @ x.reshape(len(x), -1).to(wide)
+        return moved.to(x.dtype).reshape(x.shape)
+
+    def problem(self, element: Tensor) -> str | None:
+        if not element.is_floating_point():
+            return f"its dtype is {element.dtype}, matrices are floating point"
+        if not bool(torch.isfinite(element).all()):
+            return "its entries are not all finite"
+        if element.numel() and not torch.linalg.cond(element) <= self.MAX_CONDITION:
+            return f"its condition number is above {self.MAX_CONDITION:g}, so that moving by it would lose digits"
+        return None
+
+
+GROUPS: dict[str, Group] = {
+    group.name: group for group in (Permutation(), PositiveScaling(), SignFlip(), GeneralLinear())
+}
 """Every group by name; the names are those that a saved spec holds."""

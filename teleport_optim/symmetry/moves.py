@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
-__all__ = ["apply_leg", "move", "move_scaling", "view_channels"]
+__all__ = ["apply_leg", "channels_of", "move", "move_scaling"]
 
 
 def move(
@@ -43,8 +43,10 @@ def move(
     return moved
 
 
-def view_channels(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0) -> Tensor:
+def channels_of(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0) -> Tensor:
     """The part of ``tensor`` on which a leg acts, channels first: shape ``[*runs, size, repeat, ...]``.
+
+    A view, unless the leg lists its entries.
 
     Args:
         symmetry: The site.
@@ -52,24 +54,40 @@ def view_channels(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 
         tensor: The tensor of the leg, ``[*runs, ...]``.
         run_axes: Number of axes of runs in front of those of the parameter.
     """
-    outer = tensor
-    if leg.within:
-        axis, start, length = leg.within
-        outer = tensor.narrow(run_axes + axis, start, length)
-    block = outer.narrow(run_axes + leg.axis, leg.offset, symmetry.size * leg.repeat)
-    channels = block.movedim(run_axes + leg.axis, run_axes)
+    outer, axis = _within(leg, tensor, run_axes), run_axes + leg.axis
+    if leg.positions is None:
+        block = outer.narrow(axis, leg.offset, symmetry.size * leg.repeat)
+    else:
+        block = outer.index_select(axis, leg.positions.to(tensor.device))
+    channels = block.movedim(axis, run_axes)
     shape = channels.shape
     return channels.view(*shape[:run_axes], symmetry.size, leg.repeat, *shape[run_axes + 1 :])
 
 
+def _within(leg: Leg, tensor: Tensor, run_axes: int = 0) -> Tensor:
+    """The slice of a tensor in which a leg acts."""
+    if leg.within is None:
+        return tensor
+    axis, start, length = leg.within
+    return tensor.narrow(run_axes + axis, start, length)
+
+
+def _fills_axis(symmetry: Symmetry, leg: Leg, extent: int) -> bool:
+    return leg.within is None and leg.index is None and symmetry.size * leg.repeat == extent
+
+
 def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, degree: int) -> Tensor:
     """``tensor`` with ``element`` applied along one leg, out of place."""
-    moved_channels = symmetry.group.act(element, view_channels(symmetry, leg, tensor), degree)
-    result = moved_channels.flatten(0, 1).movedim(0, leg.axis)
-    if result.shape == tensor.shape:
-        return result.contiguous()
+    moved_channels = symmetry.group.act(element, channels_of(symmetry, leg, tensor), degree)
+    block = moved_channels.flatten(0, 1).movedim(0, leg.axis)
+    if _fills_axis(symmetry, leg, tensor.shape[leg.axis]):
+        return block.contiguous()
     moved = tensor.clone()
-    view_channels(symmetry, leg, moved).copy_(moved_channels)
+    inner = _within(leg, moved)
+    if leg.positions is None:
+        inner.narrow(leg.axis, leg.offset, symmetry.size * leg.repeat).copy_(block)
+    else:
+        inner.index_copy_(leg.axis, leg.positions.to(tensor.device), block)
     return moved
 
 
@@ -89,14 +107,20 @@ def move_scaling(symmetry: Symmetry, scales: Tensor, tensors: Mapping[str, Tenso
         tensor, degree = moved[leg.name], kind * leg.degree
         factors = (powers[degree] if degree in powers else scales.pow(degree)).to(tensor.dtype)
         axis = run_axes + leg.axis
-        if leg.within is None and tensor.shape[axis] == symmetry.size * leg.repeat:
-            along = factors if leg.repeat == 1 else factors.repeat_interleave(leg.repeat, dim=-1)
-            ones = (1,) * leg.axis
-            moved[leg.name] = tensor * along.reshape(*scales.shape[:-1], *ones, -1, *(1,) * (tensor.dim() - axis - 1))
+        along = factors if leg.repeat == 1 else factors.repeat_interleave(leg.repeat, dim=-1)
+        if not _fills_axis(symmetry, leg, tensor.shape[axis]):
+            everywhere = along.new_ones(*scales.shape[:-1], tensor.shape[axis])
+            if leg.positions is None:
+                everywhere[..., leg.offset : leg.offset + along.shape[-1]] = along
+            else:
+                everywhere[..., leg.positions.to(along.device)] = along
+            along = everywhere
+        along = along.reshape(*scales.shape[:-1], *(1,) * leg.axis, -1, *(1,) * (tensor.dim() - axis - 1))
+        if leg.within is None:
+            moved[leg.name] = tensor * along
         else:
             moved[leg.name] = tensor.clone()
-            view = view_channels(symmetry, leg, moved[leg.name], run_axes)
-            view.mul_(factors.reshape(*factors.shape, *(1,) * (view.dim() - factors.dim())))
+            _within(leg, moved[leg.name], run_axes).mul_(along)
     return moved
 
 

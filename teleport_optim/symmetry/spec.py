@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Leg:
     """Where and how a group acts on one tensor.
 
     The group acts on the entries ``offset : offset + size * repeat`` of ``axis``. That range is read as ``size``
-    channels of ``repeat`` neighbouring entries each (the pixels of a channel after a flatten, say).
+    channels of ``repeat`` neighbouring entries each (the pixels of a channel after a flatten, say). Entries that lie
+    otherwise are listed in ``index``.
 
     Attributes:
         name: Name of the tensor, as in ``model.state_dict()``.
@@ -38,6 +40,8 @@ class Leg:
         repeat: Neighbouring entries of the axis that belong to one channel.
         offset: First entry of the axis that belongs to the site.
         within: ``(axis, start, length)``: act only on this slice of another axis (one group of a grouped convolution).
+        index: The ``size * repeat`` entries of the axis, channel by channel, where they are no such range (after a channel
+            shuffle, say); ``offset`` is 0 then.
     """
 
     name: str
@@ -46,10 +50,18 @@ class Leg:
     repeat: int = 1
     offset: int = 0
     within: tuple[int, int, int] | None = None
+    index: tuple[int, ...] | None = None
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """``index`` as a tensor."""
+        return None if self.index is None else torch.tensor(self.index, dtype=torch.int64)
 
     def __str__(self) -> str:
         block = "" if self.repeat == 1 else f"x{self.repeat}"
         offset = "" if self.offset == 0 else f"+{self.offset}"
+        if self.index is not None:
+            offset = f"@{self.index[0]},{self.index[1]},.." if len(self.index) > 1 else f"@{self.index[0]}"
         within = "" if self.within is None else "|{}:{}+{}".format(*self.within)
         return f"{self.name}[{self.axis}{block}{offset}{within}]^{self.degree:+d}"
 
@@ -125,7 +137,7 @@ class SymmetrySpec:
         raise KeyError(f"no symmetry {symmetry_id!r}; there are {[symmetry.id for symmetry in self.symmetries]}")
 
     def of_group(self, name: str) -> SymmetrySpec:
-        """The part of the spec that belongs to the group ``name`` (``"permutation"``, ``"scaling"``, ``"sign"``)."""
+        """The part of the spec that belongs to a group: ``"permutation"``, ``"scaling"``, ``"sign"`` or ``"linear"``."""
         if name not in GROUPS:
             raise ValueError(f"no group {name!r}; there are {sorted(GROUPS)}")
         return SymmetrySpec(tuple(s for s in self.symmetries if s.group.name == name), self.refusals)
@@ -161,10 +173,11 @@ class SymmetrySpec:
             if symmetry_id not in known:
                 raise ValueError(f"the element names the site {symmetry_id!r}, but the spec has only {list(known)}")
             symmetry = known[symmetry_id]
-            if part.shape != (symmetry.size,):
+            shape = symmetry.group.shape(symmetry.size)
+            if part.shape != shape:
                 raise ValueError(
-                    f"site {symmetry_id!r} has {symmetry.size} channels, so its element must have shape "
-                    f"({symmetry.size},); got {tuple(part.shape)}"
+                    f"site {symmetry_id!r} has {symmetry.size} channels, so its element must have shape {shape}; "
+                    f"got {tuple(part.shape)}"
                 )
             problem = symmetry.group.problem(part)
             if problem:
@@ -216,6 +229,6 @@ def _symmetry_from_dict(entry: dict[str, object]) -> Symmetry:
         raise ValueError(f"the spec names the group {group!r}; known are {sorted(GROUPS)}")
     legs = []
     for leg in entry["legs"]:  # type: ignore[attr-defined]
-        within = leg["within"]
-        legs.append(Leg(**{**leg, "within": None if within is None else tuple(within)}))
+        lists = {key: None if leg.get(key) is None else tuple(leg[key]) for key in ("within", "index")}
+        legs.append(Leg(**{**leg, **lists}))
     return Symmetry(str(entry["id"]), GROUPS[group], int(entry["size"]), tuple(legs), bool(entry["exact"]))  # type: ignore[call-overload]

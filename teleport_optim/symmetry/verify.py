@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from teleport_optim.symmetry.find import copy_inputs, cuda_devices
 from teleport_optim.symmetry.moves import move
@@ -175,6 +176,21 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             buffer.mul_(noise(buffer).exp())
 
 
+class _NoDropout(TorchDispatchMode):
+    """Leave out dropout, wherever it is called: its masks are drawn position by position and do not move along."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        settings = {argument.name: position for position, argument in enumerate(func._schema.arguments)}
+        off = {"dropout": 0.0, "dropout_p": 0.0} if "dropout" not in func._schema.name else {"train": False, "p": 0.0}
+        off |= {"training": False} if "rrelu" in func._schema.name else {}
+        arguments = list(args)
+        for name, value in off.items():
+            if name in settings and settings[name] < len(arguments):
+                arguments[settings[name]] = value
+        kwargs = {key: off.get(key, value) for key, value in (kwargs or {}).items()}
+        return func(*arguments, **kwargs)
+
+
 _Run = tuple[list[Tensor], dict[str, Tensor]]
 
 
@@ -183,33 +199,20 @@ def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...
     for name, tensor in _tensors(model):
         tensor.copy_(tensors[name])
     model.train(is_training)
-    for module in model.modules():
-        if isinstance(module, (_DropoutNd, nn.RReLU)):
-            module.eval()
     torch.manual_seed(_SEED)
     mode = "training" if is_training else "evaluation"
     try:
-        output = model(*copy_inputs(inputs))
+        with torch.inference_mode(), _NoDropout():
+            output = model(*copy_inputs(inputs))
     except Exception as error:
         raise ValueError(
             f"the model cannot take example_inputs in {mode} mode: {error}. Pass them as you would pass them to the "
             f"model, with at least two examples in the batch."
         ) from error
-    outputs = [tensor.detach().clone() for tensor in _flatten(output)]
+    outputs = [tensor.clone() for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
     if not outputs:
         raise ValueError(f"the model returns no tensor in {mode} mode, but {type(output).__name__}")
     return outputs, {name: tensor.clone() for name, tensor in _tensors(model)}
-
-
-def _flatten(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _flatten(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _flatten(value)
 
 
 def _change(part: SymmetrySpec, element: Element, before: _Run, after: _Run) -> float:
