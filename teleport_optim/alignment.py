@@ -10,14 +10,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from teleport_optim.action import act
-from teleport_optim.symmetry.find import copy_inputs, cuda_devices, find_symmetries
+from teleport_optim.symmetry.find import find_symmetries
+from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import channels_of, move
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
@@ -27,9 +27,6 @@ _SEED = 0
 _ROUNDING = 1e-12
 _OUTPUT_AXES: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
 """On which axis of its output a layer puts the channels of axis 0 of its weight."""
-
-Inputs = Tensor | tuple[Any, ...]
-"""One batch: an input, or the tuple of inputs, that a model takes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Barrier:
         r"""How far each loss lies above the chord, :math:`L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`."""
         first, last = self.losses[0], self.losses[-1]
         inner = zip(self.alphas[1:-1], self.losses[1:-1])
-        return (0.0, *(loss - ((1.0 - alpha) * first + alpha * last) for alpha, loss in inner), 0.0)
+        return (0.0, *((loss - first) - alpha * (last - first) for alpha, loss in inner), 0.0)
 
     @property
     def barrier(self) -> float:
@@ -97,9 +94,9 @@ class Barrier:
 def align(
     model: nn.Module,
     reference: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: ExampleInputs,
     *,
-    data: Inputs | Iterable[Inputs] | None = None,
+    data: ExampleInputs | Iterable[ExampleInputs] | None = None,
     max_iterations: int = 100,
     generator: torch.Generator | None = None,
     spec: SymmetrySpec | None = None,
@@ -128,10 +125,9 @@ def align(
         model: The network that is renumbered. Its parameters keep their identity, its modes and gradients are untouched
             (zero the gradients: they belong to the old order).
         reference: A network of the same architecture; it is not changed.
-        example_inputs: An input, or the tuple of inputs, that both networks take (see
-            :func:`~teleport_optim.symmetry.find_symmetries`).
-        data: A batch in the form of ``example_inputs``, or an iterable of such batches, on the device of both networks. None
-            means weight matching.
+        example_inputs: What both networks take, in any form that :func:`~teleport_optim.symmetry.find_symmetries` takes.
+        data: An iterable of batches, each in the form of ``example_inputs`` and on the device of both networks; a single
+            tensor is one batch. A tuple counts as several batches: ``[(x, mask)]`` is one. None means weight matching.
         max_iterations: Sweeps over all sites after which weight matching gives up.
         generator: A CPU generator for the order of the sites; by default one with a fixed seed.
         spec: The symmetries, if they are known already; only its permutations are used.
@@ -196,7 +192,7 @@ def interpolation_barrier(
     evaluate: Callable[[nn.Module], float],
     *,
     num_points: int = 11,
-    recalibrate: Inputs | Iterable[Inputs] | None = None,
+    recalibrate: ExampleInputs | Iterable[ExampleInputs] | None = None,
 ) -> Barrier:
     r"""The loss along the straight line between two networks, and how far it rises above the chord.
 
@@ -214,7 +210,7 @@ def interpolation_barrier(
         second: The network at ``alpha = 1``, with tensors of the same names and shapes.
         evaluate: Gives the loss of the model that it gets, a copy of ``first`` in evaluation mode.
         num_points: Points on the line, evenly spaced, both ends included.
-        recalibrate: A batch, or an iterable of batches, as in :func:`align`; the statistics become the average over them.
+        recalibrate: Batches, as ``data`` in :func:`align`; the running statistics become the average over them.
 
     Raises:
         ValueError: if the networks differ in their tensors, there are less than three points, or a loss is not a number or
@@ -230,9 +226,9 @@ def interpolation_barrier(
         >>> x = torch.ones(4, 3)
         >>> first, second = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
         >>> _ = nn.init.constant_(first.weight, 1.0), nn.init.constant_(second.weight, -1.0)
-        >>> line = interpolation_barrier(first, second, lambda model: -model(x).square().mean().item(), num_points=3)
+        >>> line = interpolation_barrier(first, second, lambda model: 1 - model(x).square().mean().item(), num_points=3)
         >>> line.losses, line.barrier
-        ((-9.0, 0.0, -9.0), 9.0)
+        ((-8.0, 1.0, -8.0), 9.0)
     """
     if num_points < 3:
         raise ValueError(f"num_points is {num_points}, but a barrier needs a point between both ends: take at least 3")
@@ -240,7 +236,7 @@ def interpolation_barrier(
     _check_alike(start, end)
     batches = None if recalibrate is None else _batches(recalibrate)
     twin = copy.deepcopy(first).eval()
-    devices = cuda_devices(first, [])
+    devices = _cuda_devices(first)
     alphas = [position / (num_points - 1) for position in range(num_points)]
     losses = []
     for alpha in alphas:
@@ -366,7 +362,8 @@ class _Matching:
         """The channel of ``outer`` in which all entries of a leg of ``inner`` lie, if there is one."""
         entries = set(_entries(inner, leg).flatten().tolist())
         for other in self._legs[outer.id]:
-            if other.name == leg.name and other.axis == leg.axis and other.within in (None, leg.within):
+            is_along = other.name == leg.name and other.axis == leg.axis and other.within in (None, leg.within)
+            if is_along and len(entries) <= other.repeat:
                 for channel, own in enumerate(_entries(outer, other).tolist()):
                     if entries <= set(own):
                         return channel
@@ -423,14 +420,14 @@ class _Moments:
 
 
 def _correlations(
-    sites: Sequence[Symmetry], model: nn.Module, reference: nn.Module, batches: Sequence[Inputs]
+    sites: Sequence[Symmetry], model: nn.Module, reference: nn.Module, batches: Sequence[ExampleInputs]
 ) -> dict[str, Tensor]:
     """For each site with layers whose outputs hold its channels, the correlation ``[reference, model]`` of these."""
     writers = {site.id: list(_writing_layers(site, model)) for site in sites}
     layers = dict.fromkeys(name for own in writers.values() for name, _ in own)
     twins = [copy.deepcopy(network).eval() for network in (reference, model)]
     moments: dict[tuple[str, str], _Moments] = {}
-    with torch.no_grad(), torch.random.fork_rng(cuda_devices(model, [])):
+    with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model)):
         for batch in batches:
             first, second = (_outputs(twin, layers, batch) for twin in twins)
             for site in sites:
@@ -456,7 +453,7 @@ def _writing_layers(site: Symmetry, model: nn.Module) -> Iterator[tuple[str, Leg
             yield name, replace(leg, axis=axis)
 
 
-def _outputs(model: nn.Module, layers: Iterable[str], batch: Inputs) -> dict[str, list[Tensor]]:
+def _outputs(model: nn.Module, layers: Iterable[str], batch: ExampleInputs) -> dict[str, list[Tensor]]:
     """What each layer puts out, call by call, while the model runs on one batch."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -465,7 +462,7 @@ def _outputs(model: nn.Module, layers: Iterable[str], batch: Inputs) -> dict[str
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in outputs]
     try:
-        model(*copy_inputs(batch))
+        _call(model, batch)
     except Exception as error:
         raise ValueError(
             f"the networks cannot take a batch of data: {error}. Pass it as you would pass it to them"
@@ -476,7 +473,7 @@ def _outputs(model: nn.Module, layers: Iterable[str], batch: Inputs) -> dict[str
     return outputs
 
 
-def _recalibrate(model: nn.Module, batches: Sequence[Inputs]) -> None:
+def _recalibrate(model: nn.Module, batches: Sequence[ExampleInputs]) -> None:
     """Measure the running statistics of every BatchNorm as the average over the batches."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -486,17 +483,27 @@ def _recalibrate(model: nn.Module, batches: Sequence[Inputs]) -> None:
         norm.train()
     with torch.no_grad():
         for batch in batches if norms else ():
-            model(*copy_inputs(batch))
+            _call(model, batch)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         norm.eval()
 
 
-def _batches(data: Inputs | Iterable[Inputs]) -> list[Inputs]:
-    batches: list[Inputs] = [data] if isinstance(data, (Tensor, tuple)) else list(data)
+def _call(model: nn.Module, batch: ExampleInputs) -> None:
+    args, kwargs = Inputs.of(batch).copy()
+    model(*args, **kwargs)
+
+
+def _batches(data: ExampleInputs | Iterable[ExampleInputs]) -> list[ExampleInputs]:
+    batches = [data] if isinstance(data, (Tensor, Mapping, Inputs)) else list(data)
     if not batches:
         raise ValueError("there are no batches: pass at least one, or None")
     return batches
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices whose random state a run of ``model`` may change."""
+    return sorted({tensor.get_device() for _, tensor in _tensors(model) if tensor.is_cuda})
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -507,7 +514,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _parameters(model: nn.Module, role: str) -> dict[str, Tensor]:
     """Copies of the floating point parameters in float64 on the CPU."""
     parameters = {
-        name: parameter.detach().cpu().double()
+        name: parameter.detach().to("cpu", torch.float64, copy=True)
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point()
     }

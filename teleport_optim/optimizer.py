@@ -6,17 +6,20 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils._pytree import tree_map_only
 
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.layout import Layout, embedding_names
 from teleport_optim.meta_optimizer import MetaOptimizer
-from teleport_optim.symmetry import find_symmetries
+from teleport_optim.symmetry import Inputs, find_symmetries
+from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
 from teleport_optim.update import Hyper, UpdateState, update
 
@@ -50,14 +53,15 @@ class LearnedTeleportOptimizer(Optimizer):
         params: Parameters, named parameters or groups, as for every torch optimizer.
         lr: Factor on the learned rate, at least 0. Leave it at 1, or let a scheduler move it.
         weight_decay: Decoupled weight decay per unit of rate, at least 0; None for the learned decay.
-        model: The module that owns ``params``. Its symmetries are found, and the optimizer teleports along those positive
-            scalings whose tensors it manages. Without it the optimizer works and does not teleport.
+        model: The module that owns ``params``. Its symmetries are found when it is first called, and the optimizer teleports
+            along those positive scalings whose tensors it manages. Without it the optimizer works and does not teleport.
         total_steps: Number of steps of the run, over which the rate anneals by itself. Without it the run is open-ended.
             Past it the optimizer goes on at the last rate and warns once.
         checkpoint: Name of a shipped checkpoint, a path, or a :class:`~teleport_optim.MetaOptimizer`.
         teleport: Whether to teleport.
         maximize: Climb instead of descending.
-        example_inputs: Inputs of ``model``, which make the search for symmetries certain of shapes.
+        example_inputs: Inputs of ``model`` as :func:`~teleport_optim.find_symmetries` takes them, to find its symmetries at
+            once; needed only where a training loop never calls ``model`` itself.
 
     Raises:
         ValueError: for an empty parameter list, a negative or non-finite hyper-parameter, or parameters that are not in
@@ -93,7 +97,7 @@ class LearnedTeleportOptimizer(Optimizer):
         checkpoint: str | Path | MetaOptimizer = "default",
         teleport: bool = True,
         maximize: bool = False,
-        example_inputs: Tensor | tuple[Any, ...] | None = None,
+        example_inputs: ExampleInputs | None = None,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -109,13 +113,16 @@ class LearnedTeleportOptimizer(Optimizer):
         self._layouts: dict[tuple[str, ...], Layout] = {}
         self._has_warned = False
         self._spec = SymmetrySpec()
+        self._first_call: _FirstCall | None = None
         self._embeddings: frozenset[str] = frozenset()
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
         super().__init__(params, defaults)
         if model is not None:
             self._embeddings = embedding_names(model)
-            if teleport:
-                self._spec = self._managed(find_symmetries(model, example_inputs))
+            if teleport and example_inputs is not None:
+                self._spec = self._managed(find_symmetries(model, example_inputs), model)
+            elif teleport:
+                self._first_call = _FirstCall(model)
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
@@ -130,7 +137,7 @@ class LearnedTeleportOptimizer(Optimizer):
 
     @property
     def spec(self) -> SymmetrySpec:
-        """The positive scalings along which the optimizer may teleport."""
+        """The positive scalings along which the optimizer may teleport; none before the first step, unless inputs were given."""
         return self._spec
 
     @property
@@ -191,8 +198,30 @@ class LearnedTeleportOptimizer(Optimizer):
         for row, param, _ in active:
             _check_gradient(self._names[row], param)
         if active:
+            self._learn_symmetries()
             self._step(active)
         return loss
+
+    def _learn_symmetries(self) -> None:
+        """Find the symmetries of the model with the inputs of its first call, once it has been called."""
+        call = self._first_call
+        if call is None:
+            return
+        if call.inputs is None:
+            if not call.has_warned:
+                call.has_warned = True
+                warnings.warn(
+                    f"no teleports yet: the model ({self._model_name}) has not been called since the optimizer was made, so "
+                    "that the shapes of its inputs are not known. Pass example_inputs, or teleport=False",
+                    stacklevel=5,
+                )
+            return
+        self._first_call = None
+        try:
+            self._spec = self._managed(find_symmetries(call.model, call.inputs), call.model)
+        except ValueError as error:
+            warnings.warn(f"no teleports: {error}", stacklevel=5)
+        self._layouts = {}
 
     def _step(self, active: list[tuple[int, nn.Parameter, dict[str, Any]]]) -> None:
         rows = [row for row, _, _ in active]
@@ -260,16 +289,20 @@ class LearnedTeleportOptimizer(Optimizer):
             self._layouts = {key: Layout.of(params, self._spec, self._embeddings)}
         return self._layouts[key]
 
-    def _managed(self, spec: SymmetrySpec) -> SymmetrySpec:
-        """The exact scalings of ``spec`` whose tensors are all parameters of this optimizer."""
+    def _managed(self, spec: SymmetrySpec, model: nn.Module) -> SymmetrySpec:
+        """The exact scalings of ``spec`` whose tensors are all parameters of this optimizer, under its names for them."""
         managed = set(self._names)
-        scalings = [s for s in spec.of_group("scaling") if s.exact]
+        names = {name: self._tensor_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
+        scalings = []
+        for symmetry in spec.of_group("scaling"):
+            legs = dict.fromkeys(replace(leg, name=names.get(leg.name, leg.name)) for leg in symmetry.legs)
+            scalings.append(replace(symmetry, legs=tuple(legs)))
         outside = sorted({leg.name for s in scalings for leg in s.legs} - managed)
         if outside:
             warnings.warn(
                 f"no teleports where {', '.join(outside)} take part: these tensors are not among the parameters of the "
                 "optimizer",
-                stacklevel=3,
+                stacklevel=4,
             )
         return SymmetrySpec(tuple(s for s in scalings if all(leg.name in managed for leg in s.legs)), spec.refusals)
 
@@ -279,12 +312,33 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._first_call = None
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         shared = self.state.get(_SHARED)  # type: ignore[call-overload]
         if shared:
             self.state[_SHARED] = {key: value.clone() for key, value in shared.items()}  # type: ignore[index]
+
+
+class _FirstCall:
+    """Waits for the first call of a model and keeps the shapes of its inputs.
+
+    Attributes:
+        model: The model.
+        inputs: Its inputs, without data; None before the call.
+        has_warned: Whether the user has been told that it has not been called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inputs: Inputs | None = None
+        self.has_warned = False
+        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._keep), with_kwargs=True)
+
+    def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._handle.remove()
+        self.inputs = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), Inputs(args, kwargs))
 
 
 _ROW_KEYS = ("hidden", "outputs", "log_grad_rms")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from torch import Tensor, nn
 import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.solve import symmetries_of
 from teleport_optim.symmetry.spec import Refusal, SymmetrySpec
 from teleport_optim.symmetry.theories import Exchange, Multiplication, Theory
@@ -19,7 +18,7 @@ __all__ = ["find_symmetries"]
 
 
 def find_symmetries(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, include_approximate: bool = False
+    model: nn.Module, example_inputs: ExampleInputs, *, include_approximate: bool = False
 ) -> SymmetrySpec:
     r"""Find the hidden channels of a model that can be moved without changing its function.
 
@@ -34,8 +33,8 @@ def find_symmetries(
 
     Args:
         model: The model.
-        example_inputs: An input, or the tuple of inputs, that the model takes, with at least two examples in the batch. Only
-            shapes and dtypes matter.
+        example_inputs: An input that the model takes, the tuple of its inputs, the dictionary of those that have names, or
+            an :class:`Inputs` with both; with at least two examples in the batch. Only shapes and dtypes matter.
         include_approximate: Also list scaling in front of a normalisation, which holds only up to its eps
             (``exact=False``).
 
@@ -44,7 +43,7 @@ def find_symmetries(
         flips and general linear maps.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``example_inputs`` neither a tensor nor a tuple.
+        TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
         ValueError: if the model cannot take ``example_inputs``.
 
     Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision.
@@ -60,7 +59,7 @@ def find_symmetries(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_symmetries takes a torch.nn.Module, got {type(model).__name__}")
-    inputs = copy_inputs(example_inputs)
+    inputs = Inputs.of(example_inputs)
     lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
@@ -119,21 +118,3 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
         return "none", id(tensor), id(tensor) + 1
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
-
-
-def copy_inputs(example_inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs as a tuple, copied so that layers may work in place.
-
-    Raises:
-        TypeError: if they are neither a tensor nor a tuple.
-    """
-    if not isinstance(example_inputs, (Tensor, tuple)):
-        raise TypeError(f"example_inputs must be a tensor or a tuple of inputs, got {type(example_inputs).__name__}")
-    values = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return tuple(v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for v in values)
-
-
-def cuda_devices(model: nn.Module, values: Iterable[Any]) -> list[int]:
-    """The CUDA devices whose random state a run of ``model`` may change."""
-    tensors = [*model.parameters(), *model.buffers(), *(value for value in values if isinstance(value, Tensor))]
-    return sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})

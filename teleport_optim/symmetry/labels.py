@@ -245,10 +245,12 @@ class Units:
         if not len(todo):
             return
         a, p, b, q, parity = (array[todo] for array in (roots_a, roles_a, roots_b, roles_b, relative))
-        are_all_new = len(np.unique(np.concatenate([a, b]))) == 2 * len(todo)
-        if are_all_new and (not self.use_roles or np.array_equal(p, q)):
-            self._attach(a, b, 0, parity)
-            return
+        for child, role, parent, parent_role in ((a, p, b, q), (b, q, a, p)):
+            is_own = role == parent_role if self.use_roles else np.ones_like(role, dtype=bool)
+            are_all_new = len(np.unique(child)) == len(child) and not np.isin(child, parent).any()
+            if are_all_new and (is_own | (role == 0)).all():
+                self._attach(child, parent, np.where(is_own, 0, parent_role), parity)
+                return
         for entry in zip(a, p, b, q, parity):
             self._unite_one(*entry)
 
@@ -272,10 +274,14 @@ class Units:
         self._parent[child] = parent
         self._prefix[child] = prefix
         self._sign[child] = relative
-        self._is_fixed[parent] |= self._is_fixed[child]
-        self._is_inexact[parent] |= self._is_inexact[child]
+        for flags in (self._is_fixed, self._is_inexact):
+            np.logical_or.at(flags, parent, flags[child])
 
 
 def _within(prefix: Array, roles: Array) -> Array:
     """The role of an entry in a larger class, from that of its unit there and its own in the unit."""
-    return np.where(prefix == 0, roles, np.where(roles == 0, prefix, mix(prefix, roles)))
+    joined = np.where(prefix == 0, roles, prefix)
+    is_nested = (prefix != 0) & (roles != 0)
+    if is_nested.any():
+        joined[is_nested] = mix(prefix[is_nested], roles[is_nested])
+    return joined

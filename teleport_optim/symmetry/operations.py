@@ -27,7 +27,7 @@ from teleport_optim.symmetry.theories import (
     Value,
 )
 
-__all__ = ["CREATIONS", "RULES", "Call", "source_view", "values_in"]
+__all__ = ["COPIES", "CREATIONS", "RULES", "Call", "source_view", "values_in"]
 
 Result = list[tuple[Labels, ...]]
 
@@ -482,8 +482,6 @@ def _layer_norm(call: Call, theory: Theory) -> Result:
     axes = list(range(len(value.shape) - len(call["normalized_shape"]), len(value.shape)))
     tags = ODD if call.name == "rms_norm" else NOTHING
     labels = theory.normalise(call.node, value, axes, tags)
-    if theory.name == "sign" and call.name == "rms_norm":
-        pass
     return [_affine(call, theory, labels, axes)]
 
 
@@ -618,14 +616,16 @@ def _cat(call: Call, theory: Theory) -> Result:
     if call.name == "stack":
         values = [_inserted(theory, value, axis) for value in values]
     values = [value for value in values if len(value.shape) == rank]  # empty vectors are passed over
-    if isinstance(theory, Exchange):
-        for value in values:
-            for k in range(rank):
-                if k == axis and theory.is_free(value, k) and value.shape[k] > 1:
-                    theory.write(value, k)
-    else:
-        for value in values:
-            theory.settle(value)
+    for value in values:
+        if value.source is None or value.source.axes[axis] is None:
+            continue
+        if value.shape[axis] > 1:
+            theory.write(value, axis)
+        elif theory.is_free(value, axis):
+            theory.bind(value, axis, [])
+        else:  # a single entry, which would have to be told from the others
+            for one in theory.write(value, axis):
+                theory.units.fix(one.units)
     labels = _across(call, theory, values, axis)
     joined = _joined(theory, values, axis)
     return [(*labels, *joined)]
@@ -660,8 +660,7 @@ def _across(call: Call, theory: Theory, values: list[Value], axis: int) -> list[
 
 def _joined(theory: Theory, values: list[Value], axis: int) -> list[Labels]:
     """The labels that change along the axis of concatenation. Entries that do not move get the unit FIXED."""
-    own = [[one for one in theory.known(value) if axis in one.axes or (value.shape[axis] == 1 and value.source is None and not one.axes)] for value in values]
-    own = [[one for one in labels if axis in one.axes] for labels in own]
+    own = [[one for one in theory.known(value) if axis in one.axes] for value in values]
     if not any(own):
         return []
     if any(len(labels) > 1 for labels in own):
@@ -970,6 +969,9 @@ def _names(text: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(text.split(), rule)
 
 
+COPIES = frozenset("clone contiguous to _to_copy detach alias lift_fresh lift".split())
+"""Operations whose result has the entries of their tensor."""
+
 CREATIONS = frozenset(
     "zeros ones full empty arange linspace eye rand randn randint randperm zeros_like ones_like full_like empty_like rand_like "
     "randn_like randint_like new_zeros new_ones new_full new_empty scalar_tensor tril_indices triu_indices normal_ uniform_ "
@@ -978,7 +980,7 @@ CREATIONS = frozenset(
 """Operations whose result takes at most its shape from their tensors."""
 
 RULES: dict[str, Rule] = {
-    **_names("neg positive clone contiguous to _to_copy detach alias lift_fresh lift real float double type_as", partial(_map, tags=LINEAR)),
+    **_names(f"neg positive {' '.join(COPIES)}", partial(_map, tags=LINEAR)),
     **_names("dropout feature_dropout native_dropout", partial(_map, tags=MASK)),
     **_names("relu leaky_relu rrelu rrelu_with_noise", partial(_map, tags=HOMOGENEOUS)),
     **_names("abs", partial(_map, tags=HOMOGENEOUS | EVEN)),
@@ -1059,7 +1061,7 @@ def source_view(call: Call) -> Value | None:
     if value is None or value.source is None or len(list(values_in(call.arguments))) != 1:
         return None
     axes: list[int | None] = list(value.source.axes)
-    if call.name in ("clone", "contiguous", "to", "_to_copy", "detach", "alias", "lift_fresh", "type_as", "float", "double"):
+    if call.name in COPIES:
         pass
     elif RULES.get(call.name) is _permute:
         axes = [axes[k] for k in _order(call)]

@@ -91,10 +91,10 @@ def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
     found to move together with others tells the members of a class apart (queries from keys in a packed projection).
     """
     slots = theory.slots
-    places = [(number, slot.units, slot.roles, np.zeros(1, np.int64)) for number, slot in enumerate(slots)]
+    places = [(number, slot.units, slot.roles, np.zeros(1, np.uint64)) for number, slot in enumerate(slots)]
     is_exchange = isinstance(theory, Exchange)
     if isinstance(theory, Exchange):
-        places += [(len(slots) + node, units, roles, place) for node, units, roles, place in theory.records]
+        places += [(1 << 50 | node, units, roles, place) for node, units, roles, place in theory.records]
     parts: list[tuple[Array, ...]] = []
     for place in places:
         shape = np.broadcast_shapes(*(array.shape for array in place[1:]))  # type: ignore[union-attr]
@@ -159,6 +159,12 @@ def _runs(columns: Array, degrees: Array) -> list[list[int]]:
     return runs
 
 
+def _owner(name: str) -> str:
+    """The layer to which a tensor belongs, or its own name if it is a parameter by itself."""
+    layer, _, last = name.rpartition(".")
+    return layer if layer and last.startswith(("weight", "bias", "in_proj", "running")) else name
+
+
 _GROUP_OF = {"heads": "permutation"}
 
 
@@ -170,7 +176,7 @@ def _named(theory: Theory, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> li
         if legs[0].degree < 0:
             legs = tuple(replace(leg, degree=-leg.degree) for leg in legs)
         writer = next((leg for leg in legs if leg.degree == 1), legs[0])
-        oriented.append((writer.name.rpartition(".")[0], legs, size, is_exact))
+        oriented.append((_owner(writer.name), legs, size, is_exact))
     counts: dict[str, int] = {}
     for module, *_ in oriented:
         counts[module] = counts.get(module, 0) + 1

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teleport_optim.groups import GROUPS, Group
 
@@ -141,6 +141,27 @@ class SymmetrySpec:
         if name not in GROUPS:
             raise ValueError(f"no group {name!r}; there are {sorted(GROUPS)}")
         return SymmetrySpec(tuple(s for s in self.symmetries if s.group.name == name), self.refusals)
+
+    def share_of(self, model: nn.Module) -> float:
+        """The share of the parameters of ``model`` that some symmetry moves, from 0 to 1.
+
+        Example:
+            >>> legs = (Leg("0.weight", axis=0, degree=1), Leg("2.weight", axis=1, degree=-1))
+            >>> spec = SymmetrySpec((Symmetry("0:sign", GROUPS["sign"], 2, legs),))
+            >>> spec.share_of(nn.Sequential(nn.Linear(1, 2, bias=False), nn.Tanh(), nn.Linear(2, 1)))
+            0.8
+        """
+        reached = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+        for symmetry in self.symmetries:
+            for leg in symmetry.legs:
+                if leg.name in reached:
+                    inner = reached[leg.name] if leg.within is None else reached[leg.name].narrow(*leg.within)
+                    positions = leg.positions
+                    if positions is None:
+                        positions = torch.arange(leg.offset, leg.offset + symmetry.size * leg.repeat)
+                    inner.index_fill_(leg.axis, positions, True)
+        total = sum(entries.numel() for entries in reached.values())
+        return sum(int(entries.sum()) for entries in reached.values()) / max(1, total)
 
     def identity(self) -> Element:
         """The element that moves nothing."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teleport_optim.symmetry.labels import FIXED, Array, Labels, Units, coordinates
+from teleport_optim.symmetry.labels import Array, Labels, Units, coordinates, mix
 
 __all__ = ["EVEN", "HOMOGENEOUS", "LINEAR", "MASK", "NOTHING", "ODD", "Exchange", "Multiplication", "Slot", "Theory", "Value"]
 
@@ -303,13 +303,12 @@ class Exchange(Theory):
         return not self._is_linear or "linear" in tags
 
     def record(self, node: int, labels: Labels) -> None:
-        if labels.axes:
-            self.records.append((node, labels.units, labels.roles, np.zeros([1] * labels.rank, np.int64)))
+        self.records.append((node, labels.units, labels.roles, np.zeros([1] * labels.rank, np.uint64)))
 
     def hold(self, node: int, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> None:
         where = [axis for axis in axes if axis in labels.axes]
         if where:
-            self.records.append((node, labels.units, labels.roles, 1 + coordinates(shape, where)))
+            self.records.append((node, labels.units, labels.roles, mix(*where, coordinates(shape, where)) | np.uint64(1)))
 
     def confine(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
         if not set(axes) & set(labels.axes):
@@ -584,16 +583,18 @@ class Multiplication(Theory):
         """
         written = []
         free = [axis for axis in range(len(own)) if self.is_free(value, axis)]
-        largest = max(free, key=lambda axis: value.shape[axis], default=None)
+        shared = [axis for axis in free if own[axis] in others]
+        # a factor of the whole tensor is undone once, best where it is summed over
+        first = min(shared, key=lambda axis: (own[axis] in letters, -value.shape[axis]), default=None)
         for axis in free:
             letter = own[axis]
             undone = [
                 entry
                 for entry in factors
-                if letter in others and (_names(entry) == {letter} or (not _names(entry) and axis == largest))
+                if letter in others and (_names(entry) == {letter} or (not _names(entry) and axis == first))
             ]
             new: list[Labels] = []
-            if letter in letters and (value.shape[axis] > 1 or axis == largest):
+            if letter in letters and (value.shape[axis] > 1 or letter not in others or axis == first):
                 units = self.units.new(value.shape[axis])
                 new = [Labels(units, np.zeros_like(units, dtype=np.uint64))]
                 written.append((Labels.along(units, axis, len(own)), own))

@@ -19,21 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from teleport_optim.symmetry.inputs import Inputs
 from teleport_optim.symmetry.labels import Labels
-from teleport_optim.symmetry.operations import CREATIONS, RULES, Call, source_view, values_in
+from teleport_optim.symmetry.operations import COPIES, CREATIONS, RULES, Call, source_view
 from teleport_optim.symmetry.spec import Refusal
-from teleport_optim.symmetry.theories import Exchange, Source, Theory, Value
+from teleport_optim.symmetry.theories import Source, Theory, Value
 
-__all__ = ["Untraceable", "trace"]
+__all__ = ["Untraceable", "leaves", "trace"]
 
+_NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
 _NAMED_IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "zero_", "fill_"})
+_MAX_LABELS = 2**16
 _MAX_DATA = 2**20
 """Most entries of a buffer whose values are looked at as indices."""
 
 
-class Untraceable(Exception):
+class Untraceable(ValueError):
     """The model cannot be followed; the message says why."""
 
 
@@ -100,8 +103,8 @@ class _Recorder(TorchDispatchMode):
                 return result
         written = self._written(func, args, kwargs)
         values = {id(tensor): self.value(tensor) for tensor in tensors}
-        # torch would decompose a batch norm, which takes most of the time of a trace
-        result = torch.empty_like(args[0]) if name == "batch_norm" else func(*args, **kwargs)
+        # torch would decompose a normalisation, which takes most of the time of a trace
+        result = torch.empty_like(args[0]) if name in _NORMALISATIONS else func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs:
             return result
@@ -113,13 +116,13 @@ class _Recorder(TorchDispatchMode):
                 self.introduce(outputs[0], view)
                 return result
         labels = self._apply(call, list(values.values()), is_known)
-        fill = self._fill(call)
+        source = values[id(tensors[0])] if tensors and name in COPIES else None
+        fill, data = (source.fill, source.data) if source else (self._fill(call), None)
         for position, output in enumerate(outputs):
             own = {theory.name: each[position] for theory, each in zip(self.theories, labels)}
             if any(output is target for target in written):
                 self._overwrite(output, own)
             else:
-                data = values[id(tensors[0])].data if name in ("clone", "contiguous", "to", "alias", "lift_fresh", "detach") and tensors else None
                 self.introduce(output, Value(tuple(output.shape), own, fill=fill, data=data))
         for target in written:
             if not any(target is output for output in outputs):
@@ -132,7 +135,7 @@ class _Recorder(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
         given = defaults | dict(zip(names, args)) | kwargs
-        arguments = tree_map(lambda leaf: values[id(leaf)] if isinstance(leaf, Tensor) else leaf, given)
+        arguments = tree_map_only(Tensor, lambda leaf: values[id(leaf)], given)
         return Call(name, self._node, arguments, [tuple(output.shape) for output in outputs])
 
     def _apply(self, call: Call, values: list[Value], is_known: bool) -> list[list[tuple[Labels, ...]]]:
@@ -145,9 +148,9 @@ class _Recorder(TorchDispatchMode):
         for theory in self.theories:
             if is_known:
                 result = RULES[call.name](call, theory)
-                for labels in result:
-                    for one in labels:
-                        theory.record(call.node, one)
+                # each label of each output is a place of its own
+                for number, one in enumerate(one for labels in result for one in labels):
+                    theory.record(call.node * _MAX_LABELS + number + 1, one)
             else:
                 result = nothing
                 for value in values:
@@ -199,7 +202,7 @@ class _Recorder(TorchDispatchMode):
 
 def trace(
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     theories: Sequence[Theory],
     *,
     pinned: Mapping[str, str],
@@ -218,22 +221,22 @@ def trace(
     Raises:
         Untraceable: if the model cannot be followed.
     """
-    integers = _integers(model)
+    constants = _constants(model)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with _untouched_state(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode():
         recorder = _Recorder(theories)
         twin, names = _copy(model, fake)
-        _introduce_parameters(recorder, twin, names, integers, pinned)
+        _introduce_parameters(recorder, twin, names, constants, pinned)
         _guard_modules(recorder, twin)
         attributes = _attributes(twin)
         for is_training in (False, True):
             twin.train(is_training)
-            values = tree_map(lambda leaf: fake.from_tensor(leaf).to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+            values: Inputs = tree_map_only(Tensor, lambda leaf: fake.from_tensor(leaf).to(device), inputs)
             recorder.module = ""
             mode = "training" if is_training else "evaluation"
             try:
                 with recorder:
-                    output = twin(*values)
+                    output = twin(*values.args, **values.kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise Untraceable(f"its control flow or shapes depend on data in {mode} mode ({error.func})") from error
             except Exception as error:
@@ -241,7 +244,7 @@ def trace(
                     f"the model cannot take example_inputs in {mode} mode: {type(error).__name__}: {error}. Pass them as you "
                     f"would pass them to the model, with at least two examples in the batch."
                 ) from error
-            for leaf in _leaves(output):
+            for leaf in leaves(output):
                 recorder.freeze(leaf)
             for leaf in _attributes(twin) - attributes:
                 recorder.freeze(leaf)
@@ -265,13 +268,17 @@ def _untouched_state() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _integers(model: nn.Module) -> dict[str, Any]:
-    """The buffers that may serve as indices, as arrays."""
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.dtype in (torch.int32, torch.int64)]
-    return {
-        name: None if buffer.is_meta or buffer.numel() > _MAX_DATA else buffer.detach().cpu().numpy()
-        for name, buffer in buffers
-    }
+def _constants(model: nn.Module) -> dict[str, Any]:
+    """The buffers that do not move: integers, with their values where these are known, and what a state dict leaves out."""
+    constants: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            is_integer = buffer.dtype in (torch.int32, torch.int64)
+            if is_integer and not buffer.is_meta and buffer.numel() <= _MAX_DATA:
+                constants[name] = buffer.detach().cpu().numpy()
+            elif is_integer or name.rpartition(".")[2] in module._non_persistent_buffers_set:
+                constants[name] = None
+    return constants
 
 
 def _copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, str]]:
@@ -297,13 +304,13 @@ def _introduce_parameters(
     recorder: _Recorder,
     twin: nn.Module,
     names: Mapping[int, str],
-    integers: Mapping[str, Any],
+    constants: Mapping[str, Any],
     pinned: Mapping[str, str],
 ) -> None:
     for tensor in [*twin.parameters(), *twin.buffers()]:
         name = names[id(tensor)]
-        if name in integers:
-            recorder.introduce(tensor, Value(tuple(tensor.shape), data=integers[name]))
+        if name in constants:
+            recorder.introduce(tensor, Value(tuple(tensor.shape), data=constants[name]))
             continue
         value = Value(tuple(tensor.shape), source=Source(name, tuple(range(tensor.dim()))))
         for theory in recorder.theories:
@@ -362,12 +369,16 @@ def _attributes(model: nn.Module) -> set[Tensor]:
     return kept
 
 
-def _leaves(output: Any) -> Iterator[Any]:
-    """The tensors of an output."""
+def leaves(output: Any) -> Iterator[Tensor]:
+    """The tensors of an output.
+
+    Raises:
+        Untraceable: if it holds an object in which they cannot be seen.
+    """
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
         elif is_dataclass(leaf):
-            yield from _leaves(dict(vars(leaf)))
+            yield from leaves(dict(vars(leaf)))
         elif leaf is not None and not isinstance(leaf, (bool, int, float, str)):
             raise Untraceable(f"it returns an object of type {type(leaf).__name__}, whose tensors cannot be seen")

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
-from teleport_optim.symmetry.find import copy_inputs, cuda_devices
+from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import move
 from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
+from teleport_optim.symmetry.trace import leaves
 
 __all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "verify_symmetries"]
 
@@ -30,7 +31,7 @@ class VerificationReport:
 
     Attributes:
         errors: For each site id, the largest relative change of an output or a buffer, in evaluation and in training
-            mode.
+            mode, when it was moved alone or with others of its group.
         together: The same with all exact symmetries applied at once.
         approximate: The ids of the sites with ``exact=False``.
         refusals: The places that the spec leaves out.
@@ -74,15 +75,16 @@ class VerificationReport:
 def verify_symmetries(
     model: nn.Module,
     spec: SymmetrySpec,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: ExampleInputs,
     *,
     tolerance: float = 1e-10,
     generator: torch.Generator | None = None,
 ) -> VerificationReport:
     r"""Check numerically that the symmetries of ``spec`` leave the function of ``model`` unchanged.
 
-    A float64 copy of the model gets generic parameters and running statistics. Then each symmetry alone, and all exact
-    ones together, move it by a random element ``g``; the error is the largest
+    A float64 copy of the model gets generic parameters and running statistics. Then the exact symmetries of each group, and
+    all of them together, move it by a random element ``g``; where that changes the function, they are halved until those are
+    found that are wrong. The error is the largest
     :math:`\max|f(x; g\theta) - f(x; \theta)| / \max|f(x; \theta)|` over the outputs. It is taken in evaluation and in
     training mode (dropout and RReLU stay off), and there also over the buffers that the forward pass updates, which
     must move along. A symmetry that holds has an error of about 1e-15.
@@ -90,15 +92,16 @@ def verify_symmetries(
     Args:
         model: The model. Neither it nor the random state changes.
         spec: The symmetries to check, found or written by hand.
-        example_inputs: An input, or the tuple of inputs, that the model takes; floating point ones become float64.
+        example_inputs: The inputs, as :func:`find_symmetries` takes them; floating point ones become float64.
         tolerance: The error up to which an exact symmetry holds.
         generator: A CPU generator for parameters and elements; by default one with a fixed seed.
 
     Returns:
-        The errors and the verdict. The cost is two forward passes for each symmetry.
+        The errors and the verdict. The cost is four forward passes for each group; where a symmetry is wrong, four times the
+        logarithm of their number for each that is.
 
     Raises:
-        TypeError: if ``example_inputs`` is neither a tensor nor a tuple.
+        TypeError: if ``example_inputs`` is nothing of that kind.
         ValueError: if the model cannot take ``example_inputs``, or the spec does not fit the model.
 
     Example:
@@ -108,13 +111,12 @@ def verify_symmetries(
         >>> report.ok, sorted(report.errors)
         (True, ['0:permutation', '0:sign'])
     """
-    inputs = tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in copy_inputs(example_inputs)
+    inputs: Inputs = tree_map_only(
+        Tensor, lambda value: value.double() if value.is_floating_point() else value, Inputs.of(example_inputs)
     )
     generator = generator or torch.Generator().manual_seed(_SEED)
     _check_fit(model, spec)
-    with torch.random.fork_rng(cuda_devices(model, inputs)), torch.no_grad():
+    with torch.random.fork_rng(_cuda_devices(model)), torch.no_grad():
         twin = copy.deepcopy(model).double()
         _randomise(twin, generator)
         start = {name: tensor.clone() for name, tensor in _tensors(twin)}
@@ -128,9 +130,21 @@ def verify_symmetries(
                 for is_training, before in zip((False, True), reference)
             )
 
-        errors = {symmetry.id: error(SymmetrySpec((symmetry,))) for symmetry in spec}
-        exact = SymmetrySpec(tuple(symmetry for symmetry in spec if symmetry.exact))
-        together = error(exact) if len(exact) else 0.0
+        def errors_of(part: SymmetrySpec) -> dict[str, float]:
+            """The error of the symmetries moved at once; one by one only where that is too large."""
+            together = error(part) if len(part) else 0.0
+            if len(part) <= 1 or together <= tolerance:
+                return dict.fromkeys((symmetry.id for symmetry in part), together)
+            middle = len(part) // 2
+            return errors_of(SymmetrySpec(part.symmetries[:middle])) | errors_of(SymmetrySpec(part.symmetries[middle:]))
+
+        exact = tuple(symmetry for symmetry in spec if symmetry.exact)
+        errors: dict[str, float] = {}
+        for group in dict.fromkeys(symmetry.group.name for symmetry in exact):
+            errors |= errors_of(SymmetrySpec(exact).of_group(group))
+        errors |= {symmetry.id: error(SymmetrySpec((symmetry,))) for symmetry in spec if not symmetry.exact}
+        errors = {symmetry.id: errors[symmetry.id] for symmetry in spec}
+        together = error(SymmetrySpec(exact)) if exact else 0.0
     approximate = frozenset(symmetry.id for symmetry in spec if not symmetry.exact)
     return VerificationReport(errors, together, approximate, spec.refusals, tolerance)
 
@@ -138,6 +152,11 @@ def verify_symmetries(
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices whose random state a run of ``model`` may change."""
+    return sorted({tensor.get_device() for _, tensor in _tensors(model) if tensor.is_cuda})
 
 
 def _check_fit(model: nn.Module, spec: SymmetrySpec) -> None:
@@ -194,8 +213,8 @@ class _NoDropout(TorchDispatchMode):
 _Run = tuple[list[Tensor], dict[str, Tensor]]
 
 
-def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...], *, is_training: bool) -> _Run:
-    """The outputs of ``model`` with ``tensors``, and its tensors after the forward pass."""
+def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_training: bool) -> _Run:
+    """The outputs of ``model`` with ``tensors``, and its buffers after the forward pass."""
     for name, tensor in _tensors(model):
         tensor.copy_(tensors[name])
     model.train(is_training)
@@ -203,21 +222,22 @@ def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...
     mode = "training" if is_training else "evaluation"
     try:
         with torch.inference_mode(), _NoDropout():
-            output = model(*copy_inputs(inputs))
+            own = inputs.copy()
+            output = model(*own.args, **own.kwargs)
     except Exception as error:
         raise ValueError(
             f"the model cannot take example_inputs in {mode} mode: {error}. Pass them as you would pass them to the "
             f"model, with at least two examples in the batch."
         ) from error
-    outputs = [tensor.clone() for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+    outputs = [tensor.clone() for tensor in leaves(output)]
     if not outputs:
         raise ValueError(f"the model returns no tensor in {mode} mode, but {type(output).__name__}")
-    return outputs, {name: tensor.clone() for name, tensor in _tensors(model)}
+    return outputs, {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
 def _change(part: SymmetrySpec, element: Element, before: _Run, after: _Run) -> float:
-    outputs, tensors = before
-    expected = move(part, element, tensors, 1)
+    outputs, buffers = before
+    expected = move(part, element, buffers, 1, partial=True)
     pairs = [*zip(outputs, after[0], strict=True), *((expected[name], after[1][name]) for name in expected)]
     return max(_relative_error(first, second) for first, second in pairs)
 

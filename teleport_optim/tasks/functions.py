@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from teleport_optim.symmetry import SymmetrySpec
 from teleport_optim.tasks.draws import Draw
 from teleport_optim.tasks.orbits import (
     AffineMap,
@@ -121,6 +122,7 @@ class FunctionTask(Task):
             architecture=self.name,
             normalise=self.normalise,
             orbit=self.orbit,
+            symmetries=SymmetrySpec(),
             optimum=self.optimum(coefficients),
         )
 

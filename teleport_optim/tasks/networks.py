@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teleport_optim.action import act
 from teleport_optim.groups import GROUPS
-from teleport_optim.symmetry import find_symmetries
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 from teleport_optim.tasks.draws import Draw
 from teleport_optim.tasks.problem import InnerProblem
 
@@ -92,13 +92,12 @@ def initial_params(
     return params
 
 
-def rescale_units(model: nn.Module, params: dict[str, Tensor], sigma: float, draw: Draw) -> dict[str, Tensor]:
-    """The same functions with every hidden unit that can be scaled multiplied by ``exp(sigma N(0, 1))``."""
-    spec = find_symmetries(model).of_group("scaling")
+def rescale_units(spec: SymmetrySpec, params: dict[str, Tensor], sigma: float, draw: Draw) -> dict[str, Tensor]:
+    """The same functions with every hidden unit that ``spec`` can scale multiplied by ``exp(sigma N(0, 1))``."""
     scaling = GROUPS["scaling"]
     moved = []
     for problem in range(next(iter(params.values())).shape[0]):
-        element = {site.id: scaling.exp(sigma * draw.normal(site.size).double()) for site in spec}
+        element = {site.id: scaling.exp(sigma * draw.normal(site.size).double()) for site in spec.of_group("scaling")}
         moved.append(act(spec, element, {name: param[problem] for name, param in params.items()}))
     return {name: torch.stack([one[name] for one in moved]) for name in params}
 
@@ -158,15 +157,17 @@ def network_problem(
         draw: Draws everything.
     """
     gain = draw.log_uniform(0.5, 2.0) if draw.chance(0.3) else 1.0
-    has_scalings = len(find_symmetries(model).of_group("scaling")) > 0
+    sample_batch, batch_text = batches
+    inputs, _ = sample_batch(torch.Generator().manual_seed(0))
+    spec = find_symmetries(model, inputs[0])
+    has_scalings = len(spec.of_group("scaling")) > 0
     sigma = draw.uniform(0.5, 2.5) if has_scalings and draw.chance(0.35) else 0.0
     embedding_scale = draw.log_uniform(0.02, 1.0)
     params = initial_params(model, num_problems, draw, gain=gain, embedding_scale=embedding_scale)
     if sigma:
-        params = rescale_units(model, params, sigma, draw)
+        params = rescale_units(spec, params, sigma, draw)
     loss_scale = 10.0 ** draw.uniform(-3, 3)
     horizon = draw.horizon(*horizons)
-    sample_batch, batch_text = batches
     architecture = f"{draw.task} {architecture}"
 
     def scaled_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -174,4 +175,4 @@ def network_problem(
         return scaled
 
     description = f"{architecture} gain={gain:.1f} sigma={sigma:.1f} {batch_text} steps={horizon}"
-    return InnerProblem(model, params, scaled_loss, sample_batch, horizon, description, architecture)
+    return InnerProblem(model, params, scaled_loss, sample_batch, horizon, description, architecture, symmetries=spec)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from teleport_optim.layout import Layout, embedding_names
-from teleport_optim.symmetry import find_symmetries
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 __all__ = ["WORST", "InnerProblem", "Orbit", "Task", "log_relative"]
 
@@ -84,6 +84,7 @@ class InnerProblem:
             tasks, lower being better, at most ``WORST``.
         orbit: The group action of a test function; the inputs of ``model`` are then its coefficients.
         optimum: Where the minimum of a test function lies, ``[num_problems, dim]``, if that is known.
+        symmetries: Those of ``model``; found when they are needed if they are not given.
 
     Raises:
         ValueError: if the model keeps running statistics, which batches of runs cannot update.
@@ -99,6 +100,7 @@ class InnerProblem:
     normalise: Callable[[Tensor, Tensor], Tensor] = log_relative
     orbit: Orbit | None = None
     optimum: Tensor | None = None
+    symmetries: SymmetrySpec | None = None
 
     def __post_init__(self) -> None:
         for name, module in self.model.named_modules():
@@ -141,7 +143,11 @@ class InnerProblem:
     def layout(self) -> Layout:
         """Shapes and symmetries of one problem's parameters."""
         tensors = {name: param[0] for name, param in self.params.items()}
-        return Layout.of(tensors, find_symmetries(self.model), embedding_names(self.model))
+        spec = self.symmetries
+        if spec is None:
+            inputs, _ = self.sample_batch(torch.Generator().manual_seed(0))
+            spec = find_symmetries(self.model, inputs[0])
+        return Layout.of(tensors, spec, embedding_names(self.model))
 
     def to(self, device: torch.device | str) -> InnerProblem:
         """The same problem on another device; minibatches are drawn on the CPU, so that they are the same everywhere."""
