@@ -338,7 +338,9 @@ class _FirstCall:
 
     def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._handle.remove()
-        self.inputs = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), Inputs(args, kwargs))
+        self.inputs = tree_map_only(
+            Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), Inputs(args, kwargs)
+        )
 
 
 _ROW_KEYS = ("hidden", "outputs", "log_grad_rms")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
+
 N = 6
 """Hidden channels of most of the models."""
 
@@ -48,6 +50,13 @@ class Hidden:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+
+
+class Empty(nn.Linear):
+    """A layer without channels, which torch warns of when it draws their values."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 def param(*shape: int) -> nn.Parameter:
@@ -276,7 +285,11 @@ MODELS: dict[str, Entry] = {
         x_vector,
         "a:permutation a:scaling a:sign",
     ),
-    "channels multiplied with themselves": (mlp(lambda m, x: m.b((h := m.a(x)) * h)), x_vector, "a:scaling a:sign"),
+    "channels multiplied with themselves": (
+        mlp(lambda m, x: m.b((h := m.a(x)) * h)),
+        x_vector,
+        "a:permutation a:scaling a:sign",
+    ),
     "maximum of two halves": (
         mlp(lambda m, x: m.c(torch.maximum(*m.a(x).chunk(2, 1))), c=lambda: nn.Linear(N // 2, 2)),
         x_vector,
@@ -386,7 +399,7 @@ MODELS: dict[str, Entry] = {
             c=lambda: conv(N, 2),
         ),
         x_image,
-        "a:permutation a:scaling d:scaling a:sign a:linear",
+        "a:permutation d:permutation a:scaling d:scaling a:sign a:linear",
     ),
     "interleaved channels": (
         mlp(
@@ -528,7 +541,7 @@ MODELS: dict[str, Entry] = {
     "output in an unknown object": (mlp(lambda m, x: Hidden(m.b(m.a(x).relu()))), x_vector, "refused"),
     "no output": (mlp(lambda m, x: None), x_vector, "refused"),
     # --------------------------------------------------------------------------------------------- sizes out of the ordinary
-    "zero channels": (lambda: nn.Sequential(nn.Linear(3, 0), nn.ReLU(), nn.Linear(0, 2)), x_vector, ""),
+    "zero channels": (lambda: nn.Sequential(Empty(3, 0), nn.ReLU(), Empty(0, 2)), x_vector, ""),
     "one channel": (lambda: nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2)), x_vector, "0:scaling"),
     "one input": (
         lambda: nn.Sequential(nn.Linear(1, N), nn.ReLU(), nn.Linear(N, 1)),
@@ -710,6 +723,11 @@ MODELS: dict[str, Entry] = {
         x_sequence,
         None,
     ),
+    "recurrent with tanh": (
+        lambda: Model(lambda m, x: m.b(m.r(x)[0]), r=nn.RNN(3, N, batch_first=True), b=nn.Linear(N, 2)),
+        x_sequence,
+        "r:permutation r:sign",
+    ),
     "recurrent, state from the input": (
         lambda: Model(
             lambda m, x: m.b(m.r(x, (h := x.new_ones(1, len(x), N), h))[0]),
@@ -815,6 +833,21 @@ def in_residual(model: nn.Module, h: Tensor) -> Tensor:
 def keep(model: nn.Module, h: Tensor) -> Tensor:
     model.kept = h
     return h
+
+
+def build(factory: Callable[[], Any]) -> Any:
+    """What a factory makes, always with the same random numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return factory()
+
+
+def certified(model: nn.Module, inputs: Any) -> SymmetrySpec:
+    """What is found in a model, after a check that it holds."""
+    spec = find_symmetries(model, inputs)
+    report = verify_symmetries(model, spec, inputs)
+    assert report.ok, f"{spec}\n{report}"
+    return spec
 
 
 def tied_linears() -> nn.Module:

@@ -190,6 +190,23 @@ def test_one_site_gets_the_best_of_all_permutations() -> None:
     assert align(model, reference, torch.randn(3, 2)).distance_after == pytest.approx(min(distances))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_heads_are_matched_whatever_the_order_inside_of_them(seed: int) -> None:
+    """One step finds the heads and what is inside all of them."""
+    inputs = MODELS["attention"][1]
+    reference = build("attention", seed)
+    spec = find_symmetries(reference, inputs).of_group("permutation")
+    element = {site.id: torch.arange(site.size).roll(1) for site in spec if site.id != "linear1:permutation"}
+    element["self_attn:heads"] = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    old = {name: parameter.detach() for name, parameter in reference.named_parameters()}
+    matching = alignment._Matching(spec, act(spec, element, old), old, alignment._assignment_solver())
+    assert {site.id for site in matching.single_sites()} == {"linear1:permutation"}
+    assert matching.distance() > 1.0
+    assert matching.improve(spec["self_attn:heads"])
+    assert matching.distance() == 0.0
+    assert not any(matching.improve(site) for site in spec)
+
+
 def test_correlation_is_that_of_numpy_over_batches() -> None:
     import numpy
 

@@ -109,7 +109,11 @@ class Labels:
 
         There each unit has the same roles in the same order, so that the position tells as much as the role does.
         """
-        constant = [k for k in self.axes if np.array_equal(self.units, np.broadcast_to(_first(self.units, [k]), self.units.shape))]
+        constant = [
+            k
+            for k in self.axes
+            if np.array_equal(self.units, np.broadcast_to(_first(self.units, [k]), self.units.shape))
+        ]
         if not constant or 0 in self.units.shape:
             return self
         others = [k for k in self.axes if k not in constant]

@@ -182,10 +182,14 @@ def _linear(call: Call, theory: Theory) -> Result:
     rank = len(value.shape)
     letters = [*range(rank - 1), "out"] if len(weight.shape) == 2 else list(range(rank - 1))
     own = ["out", "in"] if len(weight.shape) == 2 else ["in"]
-    return [_biased(call, theory, theory.product(call.node, value, [*range(rank - 1), "in"], weight, own, letters), bias)]
+    return [
+        _biased(call, theory, theory.product(call.node, value, [*range(rank - 1), "in"], weight, own, letters), bias)
+    ]
 
 
-def _biased(call: Call, theory: Theory, labels: tuple[Labels, ...], bias: Value | None, axis: int = -1) -> tuple[Labels, ...]:
+def _biased(
+    call: Call, theory: Theory, labels: tuple[Labels, ...], bias: Value | None, axis: int = -1
+) -> tuple[Labels, ...]:
     """The labels of an output after the bias along ``axis`` is added."""
     if bias is None:
         return labels
@@ -210,7 +214,10 @@ def _aligned(value: Value, axis: int, shape: Sequence[int]) -> Value:
 
 
 def _matmul(call: Call, theory: Theory) -> Result:
-    one, other = call["self"], call["mat2"] or call["other"] or call["tensor2"] or call["vec2"] or call["vec"] or call["tensor"]
+    one, other = (
+        call["self"],
+        call["mat2"] or call["other"] or call["tensor2"] or call["vec2"] or call["vec"] or call["tensor"],
+    )
     return [_matrix_product(call, theory, one, other)]
 
 
@@ -265,22 +272,24 @@ def _einsum(call: Call, theory: Theory) -> Result:
 
 
 def _moved(labels: Labels, order: list[int], dropped: list[int]) -> Labels:
-    return labels.map(
-        lambda array: array.transpose([*order, *dropped]).reshape([array.shape[axis] for axis in order])
-    )
+    return labels.map(lambda array: array.transpose([*order, *dropped]).reshape([array.shape[axis] for axis in order]))
 
 
 def _attention(call: Call, theory: Theory) -> Result:
     query, key, value, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
     batch = list(range(len(query.shape) - 2))
-    if call["enable_gqa"] or any(len(one.shape) != len(query.shape) or one.shape[:-2] != query.shape[:-2] for one in (key, value)):
+    if call["enable_gqa"] or any(
+        len(one.shape) != len(query.shape) or one.shape[:-2] != query.shape[:-2] for one in (key, value)
+    ):
         return _opaque(call, theory)
     scores = theory.product(call.node, query, [*batch, "q", "d"], key, [*batch, "k", "d"], [*batch, "q", "k"])
     shape = (*query.shape[:-1], key.shape[-2])
     if mask is not None:
         labels = Value(shape, {theory.name: scores})
         scores = theory.add(call.node, [labels, mask], shape, LINEAR if theory.known(labels) else NOTHING)
-    weights = _relabelled(query, theory, _softmax_labels(call, theory, Value(shape, {theory.name: scores}), [len(batch) + 1]), shape)
+    weights = _relabelled(
+        query, theory, _softmax_labels(call, theory, Value(shape, {theory.name: scores}), [len(batch) + 1]), shape
+    )
     return [theory.product(call.node, weights, [*batch, "q", "k"], value, [*batch, "k", "v"], [*batch, "q", "v"])]
 
 
@@ -338,6 +347,11 @@ def _grouped(
         for one in blocks:
             theory.hold(call.node, one, [0], (groups, fan_in))
 
+    if theory.name == "linear" or (theory.name == "heads" and fan_in > 1):
+        for one in here:
+            theory.units.fix(one.units)
+        theory.close(weight)
+        return tuple(passing)
     if fan_in == 1 and is_exchange:
         # the group of a channel moves with it: its kernels and the outputs that they write
         if not blocks:
@@ -350,16 +364,24 @@ def _grouped(
         _bind_axis(theory, weight, 0, [blocks[0].map(lambda array: array.ravel()) if is_transposed else output])
         return (*passing, Labels.along(units, channel, rank, roles, output.sign))
 
-    if theory.name in ("linear", "heads"):
-        for one in here:
-            theory.units.fix(one.units)
-        theory.close(weight)
-        return tuple(passing)
     reads = [one.dual() for one in blocks]
     if fan_in == 1 or is_transposed:
         spread = [one.map(lambda array: np.repeat(array.ravel(), 1 if is_transposed else fan_out)) for one in reads]
         is_written = not is_exchange and (not is_transposed or fan_out == 1)
-        return (*passing, *_write_rows(call, theory, weight, spread, channel, groups, fan_out, is_written=is_written, is_transposed=is_transposed))
+        return (
+            *passing,
+            *_write_rows(
+                call,
+                theory,
+                weight,
+                spread,
+                channel,
+                groups,
+                fan_out,
+                is_written=is_written,
+                is_transposed=is_transposed,
+            ),
+        )
     for one in reads:
         theory.bind_blocks(weight, 1, 0, one)
     written = theory.write(weight, 0)
@@ -522,13 +544,13 @@ def _order(call: Call) -> list[int]:
     order = list(range(rank))
     if call.name == "permute":
         return [axis % rank for axis in call["dims"]]
-    if call.name in ("movedim", "moveaxis"):
+    if call.name == "movedim":
         sources, targets = (_axes(call[key], rank) for key in ("source", "destination"))
         rest = [axis for axis in order if axis not in sources]
         for target, axis in sorted(zip(targets, sources)):
             rest.insert(target, axis)
         return rest
-    if call.name in ("t", "numpy_T", "mT", "adjoint"):
+    if call.name in ("t", "numpy_T", "mT"):
         one, other = (0, rank - 1) if call.name in ("t", "numpy_T") else (rank - 2, rank - 1)
         if call.name == "numpy_T":
             return order[::-1]
@@ -654,7 +676,11 @@ def _across(call: Call, theory: Theory, values: list[Value], axis: int) -> list[
             labels = [one for one in theory.known(value) if axis not in one.axes]
             parts.append(Value(shape, {theory.name: tuple(labels)}, fill=value.fill))
     for part in sorted(parts, key=lambda part: part.source is not None):
-        reference = part if reference is None else Value(shape, {theory.name: theory.add(call.node, [reference, part], shape, LINEAR)})
+        reference = (
+            part
+            if reference is None
+            else Value(shape, {theory.name: theory.add(call.node, [reference, part], shape, LINEAR)})
+        )
     return list(theory.settle(reference)) if reference is not None else []
 
 
@@ -724,7 +750,11 @@ def _roll(call: Call, theory: Theory) -> Result:
 def _index(call: Call, theory: Theory) -> Result:
     value = call.first
     indices = [call["index"]] if call.name == "index_select" else list(call["indices"])
-    axes = [_axes(call["dim"], len(value.shape))[0]] if call.name == "index_select" else [k for k, i in enumerate(indices) if i is not None]
+    axes = (
+        [_axes(call["dim"], len(value.shape))[0]]
+        if call.name == "index_select"
+        else [k for k, i in enumerate(indices) if i is not None]
+    )
     rank = len(value.shape)
     if len(axes) != 1 and axes != list(range(axes[0], axes[0] + len(axes))):
         return _opaque(call, theory)
@@ -741,7 +771,9 @@ def _index(call: Call, theory: Theory) -> Result:
             kept = one.map(lambda array: array.squeeze(tuple(axes)))
             result.append(kept.map(lambda array: np.expand_dims(array, tuple(range(axes[0], axes[0] + num_new)))))
         elif len(axes) == 1 and given[0].data is not None and given[0].data.dtype.kind == "i":
-            result.append(_distinguished(theory, one.map(lambda array: np.take(array, given[0].data, axes[0]))).settled())
+            result.append(
+                _distinguished(theory, one.map(lambda array: np.take(array, given[0].data, axes[0]))).settled()
+            )
         else:
             theory.units.fix(one.units)
     return [tuple(result)]
@@ -761,10 +793,12 @@ def _unsqueeze(call: Call, theory: Theory) -> Result:
 
 
 def _pad(call: Call, theory: Theory) -> Result:
-    value, padding = call.first, list(call["pad"] or call["padding"])
-    mode = call["mode"] or ("constant" if "constant" in call.name or call.name == "pad" else "other")
+    value, padding = call.first, list(call["pad"])
+    mode = call["mode"]
     rank, num_axes = len(value.shape), len(padding) // 2
-    before, after = ([padding[2 * (rank - 1 - k) + side] if k >= rank - num_axes else 0 for k in range(rank)] for side in (0, 1))
+    before, after = (
+        [padding[2 * (rank - 1 - k) + side] if k >= rank - num_axes else 0 for k in range(rank)] for side in (0, 1)
+    )
     padded = [k for k in range(rank) if before[k] or after[k]]
     is_zero = mode == "constant" and not call["value"]
     labels = theory.elementwise(call.node, value, LINEAR if is_zero or mode != "constant" else NOTHING)
@@ -842,18 +876,15 @@ def _reduce(call: Call, theory: Theory, tags: frozenset[str]) -> Result:
 
 def _extreme(call: Call, theory: Theory) -> Result:
     """max and min: over an axis, over everything, or of two tensors."""
-    return _combine(call, theory, HOMOGENEOUS) if isinstance(call["other"], Value) else _reduce(call, theory, HOMOGENEOUS)
+    return (
+        _combine(call, theory, HOMOGENEOUS) if isinstance(call["other"], Value) else _reduce(call, theory, HOMOGENEOUS)
+    )
 
 
 def _opaque(call: Call, theory: Theory) -> Result:
     """What is not understood: nothing that goes in moves."""
     for value in values_in(call.arguments):
         theory.freeze(value)
-    return [()] * len(call.shapes)
-
-
-def _still(call: Call, theory: Theory) -> Result:
-    """A new tensor that takes nothing but its shape from the others."""
     return [()] * len(call.shapes)
 
 
@@ -875,8 +906,16 @@ def _embedding(call: Call, theory: Theory) -> Result:
 
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-_FLIPPED_GATE = {"lstm": 2, "gru": 2, "rnn_tanh": 0}
-"""The gate after whose odd activation a sign flip of the hidden unit comes."""
+_MOVED_GATE = {"lstm": 2, "gru": 2}
+"""The gate whose activation is multiplied by the others: where a hidden unit gets its sign or size."""
+_MOVABLE = {
+    "permutation": {"all"},
+    "heads": {"all"},
+    "linear": set(),
+    "scaling": {"rnn_relu"},
+    "sign": {"rnn_tanh", "lstm", "gru"},
+}
+"""The recurrent layers whose hidden units each group moves."""
 
 
 def _recurrent(call: Call, theory: Theory) -> Result:
@@ -900,31 +939,40 @@ def _recurrent(call: Call, theory: Theory) -> Result:
             start = (layer * directions + direction) * per_layer
             weight, recurrent, *biases = params[start : start + per_layer]
             size = recurrent.shape[1]
-            if theory.name == "linear" or (
-                not isinstance(theory, Exchange)
-                and call.name != "rnn_relu"
-                and not (theory.name == "sign" and call.name in _FLIPPED_GATE)
-            ) or (call.name == "rnn_relu" and theory.name == "sign"):
-                hidden = None
-            else:
-                hidden = theory.write(recurrent, 1)
-                hidden = tuple(hidden) if hidden else None
+            hidden = _hidden_units(theory, recurrent, _MOVABLE[theory.name] & {"all", call.name})
             _bind_gates(theory, [weight, recurrent, *biases], hidden, num_gates, size, call.name)
+            if hidden is not None and theory.is_free(recurrent, 1):
+                theory.bind(recurrent, 1, [hidden.dual()])
             theory.product(call.node, value, [*batch_axes, "in"], weight, ["gate", "in"], [*batch_axes, "gate"])
             for parameter in (weight, recurrent, *biases):
                 theory.close(parameter)
-            units = hidden[0].dual() if hidden else None
-            if any(state.fill != 0.0 for state in states) and units is not None:
-                theory.units.fix(units.units)
-            outputs.append(units)
+            if any(state.fill != 0.0 for state in states) and hidden is not None:
+                theory.units.fix(hidden.units)
+            outputs.append(hidden)
         layers.append(outputs)
-        value = _relabelled(value, theory, _recurrent_output(theory, outputs, params, start, len(value.shape)), (*value.shape[:-1], size * directions))
+        value = _relabelled(
+            value,
+            theory,
+            _recurrent_output(theory, outputs, params, start, len(value.shape)),
+            (*value.shape[:-1], size * directions),
+        )
     result: Result = [theory.known(value)]
     return result + _final_states(call, theory, layers, len(call.shapes) - 1)
 
 
+def _hidden_units(theory: Theory, recurrent: Value, can_move: set[str]) -> Labels | None:
+    """The hidden units of a recurrent layer, which its recurrent matrix reads; None if they cannot move."""
+    if not can_move:
+        return None
+    if theory.is_free(recurrent, 1):
+        units = theory.units.new(recurrent.shape[1])
+        return Labels(units, np.zeros_like(units, dtype=np.uint64))
+    known = theory.write(recurrent, 1)
+    return known[0].dual() if len(known) == 1 else None
+
+
 def _bind_gates(
-    theory: Theory, parameters: Sequence[Value], hidden: tuple[Labels, ...] | None, num_gates: int, size: int, name: str
+    theory: Theory, parameters: Sequence[Value], hidden: Labels | None, num_gates: int, size: int, name: str
 ) -> None:
     """Let the rows of every gate move with the hidden units."""
     for parameter in parameters:
@@ -932,19 +980,17 @@ def _bind_gates(
             if theory.is_free(parameter, 0):
                 theory.bind(parameter, 0, [])
             continue
-        units = hidden[0].units.ravel()
+        units = hidden.units.ravel()
         if isinstance(theory, Exchange):
             rows, roles = np.tile(units, num_gates), mix(9, np.repeat(np.arange(num_gates), size))
         else:
             rows, roles = np.full((num_gates, size), FIXED), np.zeros(num_gates * size, np.uint64)
-            rows[_FLIPPED_GATE.get(name, 0)] = units
+            rows[_MOVED_GATE.get(name, 0)] = units
             rows = rows.ravel()
-        _bind_axis(theory, parameter, 0, [Labels(rows, roles, -hidden[0].sign)])
+        _bind_axis(theory, parameter, 0, [Labels(rows, roles, hidden.sign)])
 
 
-def _recurrent_output(
-    theory: Theory, outputs: list[Labels | None], params: Any, start: int, rank: int
-) -> list[Labels]:
+def _recurrent_output(theory: Theory, outputs: list[Labels | None], params: Any, start: int, rank: int) -> list[Labels]:
     if any(one is None for one in outputs):
         return []
     units, roles = (np.concatenate([getattr(one, key).ravel() for one in outputs]) for key in ("units", "roles"))
@@ -984,7 +1030,10 @@ RULES: dict[str, Rule] = {
     **_names("dropout feature_dropout native_dropout", partial(_map, tags=MASK)),
     **_names("relu leaky_relu rrelu rrelu_with_noise", partial(_map, tags=HOMOGENEOUS)),
     **_names("abs", partial(_map, tags=HOMOGENEOUS | EVEN)),
-    **_names("tanh sin asin sinh atan asinh atanh tan erf sign sgn softshrink hardshrink round trunc", partial(_map, tags=ODD)),
+    **_names(
+        "tanh sin asin sinh atan asinh atanh tan erf sign sgn softshrink hardshrink round trunc",
+        partial(_map, tags=ODD),
+    ),
     **_names("cos cosh square", partial(_map, tags=EVEN)),
     **_names(
         "gelu silu mish sigmoid log_sigmoid elu celu selu softplus relu6 hardswish hardsigmoid threshold exp exp2 expm1 log log1p "
@@ -992,51 +1041,58 @@ RULES: dict[str, Rule] = {
         "feature_alpha_dropout erfc lgamma frac",
         partial(_map, tags=NOTHING),
     ),
-    **_names("add sub rsub subtract lerp", partial(_combine, tags=LINEAR)),
+    **_names("add sub rsub lerp", partial(_combine, tags=LINEAR)),
     **_names("maximum minimum", partial(_combine, tags=HOMOGENEOUS)),
-    **_names("eq ne lt le gt ge logical_and logical_or atan2 fmod remainder floor_divide bitwise_and bitwise_or", partial(_combine, tags=NOTHING)),
-    **_names("mul multiply", _multiply),
-    **_names("div divide true_divide", _divide),
+    **_names(
+        "eq ne lt le gt ge logical_and logical_or atan2 fmod remainder floor_divide bitwise_and bitwise_or",
+        partial(_combine, tags=NOTHING),
+    ),
+    "mul": _multiply,
+    "div": _divide,
     "where": _where,
     "masked_fill": _masked_fill,
-    **_names("clamp clip clamp_min clamp_max hardtanh", _clamp),
+    **_names("clamp clamp_min clamp_max hardtanh", _clamp),
     "prelu": _prelu,
     "pow": _power,
     "linear": _linear,
+    "max_pool2d_with_indices": partial(_spatial, tags=HOMOGENEOUS, num_spatial=2),
     **_names("matmul mm bmm mv dot", _matmul),
     **_names("addmm baddbmm addmv", _added_matmul),
-    **_names("outer ger", _outer),
+    "outer": _outer,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
-    **_names("softmax log_softmax _softmax _log_softmax", _softmax),
+    **_names("softmax log_softmax", _softmax),
     **_names("conv1d conv2d conv3d", partial(_convolution, is_transposed=False)),
     **_names("conv_transpose1d conv_transpose2d conv_transpose3d", partial(_convolution, is_transposed=True)),
     **_names("batch_norm instance_norm", _batch_norm),
     "group_norm": _group_norm,
     **_names("layer_norm rms_norm", _layer_norm),
-    **_names("view reshape flatten unflatten _unsafe_view view_as reshape_as", _reshape),
-    **_names("permute transpose t swapaxes swapdims movedim moveaxis numpy_T mT adjoint", _permute),
-    **_names("expand expand_as broadcast_to", _expand),
+    **_names("view reshape flatten unflatten", _reshape),
+    **_names("permute transpose t swapaxes movedim numpy_T mT", _permute),
+    **_names("expand expand_as", _expand),
     **_names("repeat tile", _repeat),
     "repeat_interleave": _repeat_interleave,
     **_names("slice narrow", _slice),
     "select": _select,
     **_names("split split_with_sizes chunk unbind tensor_split", _split),
-    **_names("cat concat concatenate stack", _cat),
+    **_names("cat stack", _cat),
     "flip": _flip,
     "roll": _roll,
     **_names("index index_select", _index),
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
-    **_names("pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d", _pad),
+    "pad": _pad,
     **_names("pixel_shuffle pixel_unshuffle", _pixel_shuffle),
     "channel_shuffle": _channel_shuffle,
-    **{f"{stem}{n}d": partial(_spatial, tags=LINEAR, num_spatial=n) for stem in ("avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)},
     **{
-        f"{stem}{n}d{suffix}": partial(_spatial, tags=HOMOGENEOUS, num_spatial=n)
+        f"{stem}{n}d": partial(_spatial, tags=LINEAR, num_spatial=n)
+        for stem in ("avg_pool", "adaptive_avg_pool")
+        for n in (1, 2, 3)
+    },
+    **{
+        f"{stem}{n}d": partial(_spatial, tags=HOMOGENEOUS, num_spatial=n)
         for stem in ("max_pool", "adaptive_max_pool")
         for n in (1, 2, 3)
-        for suffix in ("", "_with_indices")
     },
     **_names(
         "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
@@ -1045,12 +1101,11 @@ RULES: dict[str, Rule] = {
         partial(_spatial, tags=LINEAR),
     ),
     **_names("mean sum", partial(_reduce, tags=LINEAR)),
-    **_names("amax amin std norm linalg_vector_norm", partial(_reduce, tags=HOMOGENEOUS)),
+    **_names("amax amin std linalg_vector_norm", partial(_reduce, tags=HOMOGENEOUS)),
     **_names("var prod logsumexp any all var_mean std_mean", partial(_reduce, tags=NOTHING)),
     **_names("max min", _extreme),
     "embedding": _embedding,
     **_names("lstm gru rnn_tanh rnn_relu", _recurrent),
-    **_names(" ".join(CREATIONS), _still),
 }
 """The rule of every known operation."""
 

@@ -16,7 +16,19 @@ import numpy as np
 
 from teleport_optim.symmetry.labels import Array, Labels, Units, coordinates, mix
 
-__all__ = ["EVEN", "HOMOGENEOUS", "LINEAR", "MASK", "NOTHING", "ODD", "Exchange", "Multiplication", "Slot", "Theory", "Value"]
+__all__ = [
+    "EVEN",
+    "HOMOGENEOUS",
+    "LINEAR",
+    "MASK",
+    "NOTHING",
+    "ODD",
+    "Exchange",
+    "Multiplication",
+    "Slot",
+    "Theory",
+    "Value",
+]
 
 LINEAR = frozenset({"linear", "scaling", "sign"})
 """What commutes with multiplication by one number."""
@@ -202,7 +214,9 @@ class Theory(ABC):
     # ------------------------------------------------------------------------------------------------ operations
 
     @abstractmethod
-    def add(self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Labels, ...]:
+    def add(
+        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
+    ) -> tuple[Labels, ...]:
         """A sum, or another function of several tensors that has the properties ``tags`` in all of them together."""
 
     @abstractmethod
@@ -220,9 +234,7 @@ class Theory(ABC):
         """``labels`` that no longer change along ``axes``, along which the operation mixes entries in ways of its own."""
 
     @abstractmethod
-    def normalise(
-        self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]
-    ) -> tuple[Labels, ...]:
+    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
         """Subtract a mean over ``axes`` and divide by a norm over them, or only divide."""
 
     @abstractmethod
@@ -308,7 +320,9 @@ class Exchange(Theory):
     def hold(self, node: int, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> None:
         where = [axis for axis in axes if axis in labels.axes]
         if where:
-            self.records.append((node, labels.units, labels.roles, mix(*where, coordinates(shape, where)) | np.uint64(1)))
+            self.records.append(
+                (node, labels.units, labels.roles, mix(*where, coordinates(shape, where)) | np.uint64(1))
+            )
 
     def confine(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
         if not set(axes) & set(labels.axes):
@@ -317,13 +331,24 @@ class Exchange(Theory):
 
     def _tie(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
         """Let the entries along ``axes`` move as one, each in its place."""
-        kept = [1 if axis in axes else size for axis, size in enumerate(labels.units.shape)]
-        units = self.units.new(int(np.prod(kept))).reshape(kept)
-        tied = Labels(units, np.zeros(kept, np.uint64), labels.sign)
-        self.units.unite(labels, tied.spread(shape, [axis for axis in axes if axis in labels.axes]))
+        gone = [axis for axis in labels.axes if axis in axes]
+        kept = [1 if axis in gone else size for axis, size in enumerate(labels.units.shape)]
+        tied = Labels(self.units.new(int(np.prod(kept))).reshape(kept), np.zeros(kept, np.uint64), labels.sign)
+        rows, roles, places = (_in_rows(array, gone) for array in (labels.units, labels.roles, tied.spread(shape, gone).roles))
+        _, first, inverse = np.unique(rows[0], return_index=True, return_inverse=True)
+        # a unit may lie in several places (pixels), but in the same for each row
+        is_alike = np.array_equal(rows, rows[:, first][:, inverse]) and np.array_equal(roles, np.broadcast_to(roles[:1], roles.shape))
+        if is_alike and (np.diff(np.sort(rows[:, first], axis=1), axis=1) != 0).all():
+            own = Labels(rows[:, first], np.zeros_like(rows[:, first], dtype=np.uint64), labels.sign)
+            whole = np.broadcast_to(tied.units.reshape(-1, 1), own.units.shape)
+            self.units.unite(own, Labels(whole, np.broadcast_to(places[:1, first], whole.shape), labels.sign))
+        else:
+            self._fix([labels, tied])
         return tied
 
-    def add(self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Labels, ...]:
+    def add(
+        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
+    ) -> tuple[Labels, ...]:
         if not self._lets_through(tags):
             for value in values:
                 self.freeze(value)
@@ -364,20 +389,15 @@ class Exchange(Theory):
             [(labels, value, own) for labels in self.known(value)]
             for value, own in ((one, letters_one), (other, letters_other))
         ]
-        partners: dict[int, list[Any]] = {}
-        for first in sides[0]:
-            for second in sides[1]:
-                if _names(first) & _names(second):
-                    partners.setdefault(id(first[0]), []).append(second)
-                    partners.setdefault(id(second[0]), []).append(first)
+        opposites = ((other, letters_other), (one, letters_one))
         result = []
         for number, side in enumerate(sides):
             for entry in side:
-                met = partners.get(id(entry[0]), [])
+                met = [second for second in sides[1 - number] if _names(entry) & _names(second)]
+                rivals = [first for first in side if met and _names(first) & _names(met[0])]
                 if not met:
-                    opposite, names = (other, letters_other) if number == 0 else (one, letters_one)
-                    result += self._alone(node, entry, opposite, names, letters)
-                elif len(met) > 1 or len(partners[id(met[0][0])]) > 1:
+                    result += self._alone(node, entry, *opposites[number], letters)
+                elif len(met) > 1 or len(rivals) > 1:
                     self.units.fix(entry[0].units)
                 elif number == 0:
                     result += self._pair(node, entry, met[0], letters, is_sum=is_sum)
@@ -403,9 +423,7 @@ class Exchange(Theory):
             elif met:
                 self.write(value, axis)
 
-    def _alone(
-        self, node: int, entry: Any, other: Value, others: list[Any], letters: list[Any]
-    ) -> list[Labels]:
+    def _alone(self, node: int, entry: Any, other: Value, others: list[Any], letters: list[Any]) -> list[Labels]:
         """What becomes of labels that meet nothing that moves in the other tensor."""
         labels, value, own = entry
         names = _names(entry)
@@ -484,6 +502,12 @@ class Exchange(Theory):
         return [labels]
 
 
+def _in_rows(array: Array, axes: Sequence[int]) -> Array:
+    """An array with ``axes`` flattened into columns and all others into rows."""
+    others = [axis for axis in range(array.ndim) if axis not in axes]
+    return array.transpose([*others, *axes]).reshape(int(np.prod([array.shape[axis] for axis in others])), -1)
+
+
 def _names(entry: Any) -> set[Any]:
     """The names of the axes along which labels change."""
     return {entry[-1][axis] for axis in entry[0].axes}
@@ -512,7 +536,9 @@ class Multiplication(Theory):
         self.units.unite(labels, level)
         return level
 
-    def add(self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Labels, ...]:
+    def add(
+        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
+    ) -> tuple[Labels, ...]:
         moving = sorted((v for v in values if v.fill != 0.0), key=lambda value: value.source is not None)
         if not self._lets_through(tags):
             for value in moving:
@@ -575,7 +601,12 @@ class Multiplication(Theory):
         return tuple(self._contract(factors, list(letters)))
 
     def _fit(
-        self, value: Value, own: list[Any], others: list[Any], factors: list[tuple[Labels, list[Any]]], letters: list[Any]
+        self,
+        value: Value,
+        own: list[Any],
+        others: list[Any],
+        factors: list[tuple[Labels, list[Any]]],
+        letters: list[Any],
     ) -> list[tuple[Labels, list[Any]]]:
         """Let free axes of a parameter write new factors and undo those of the other tensor, which are taken from ``factors``.
 

@@ -63,6 +63,11 @@ class _Recorder(TorchDispatchMode):
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor."""
         if id(tensor) not in self._known:
+            for relative in self._aliases.get(
+                tensor.untyped_storage()._cdata, []
+            ):  # a view that was made before the trace
+                if self._known[id(relative)][1].source is not None:
+                    self.freeze(relative)
             self.introduce(tensor, Value(tuple(tensor.shape)))
         value = self._known[id(tensor)][1]
         if value.source is not None:
@@ -95,8 +100,12 @@ class _Recorder(TorchDispatchMode):
             name = name if name.startswith("_") and not name.endswith("_") else name.rstrip("_") or name
         namespace = func.namespace
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        is_known = namespace == "aten" and name in RULES
-        if not is_known and tensors and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        is_known = namespace == "aten" and (name in RULES or name in CREATIONS)
+        if (
+            not is_known
+            and tensors
+            and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        ):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -167,7 +176,13 @@ class _Recorder(TorchDispatchMode):
             return 0.0
         if call.name in ("ones", "ones_like", "new_ones"):
             return 1.0
-        fill = call["fill_value"] if call.name in ("full", "full_like", "new_full") else call["value"] if call.name == "fill_" else None
+        fill = (
+            call["fill_value"]
+            if call.name in ("full", "full_like", "new_full")
+            else call["value"]
+            if call.name == "fill_"
+            else None
+        )
         return float(fill) if isinstance(fill, (int, float)) else None
 
     @staticmethod
@@ -177,7 +192,9 @@ class _Recorder(TorchDispatchMode):
             return []
         arguments = zip([argument for argument in func._schema.arguments], args)
         pairs = [*arguments, *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
-        written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
+        written = [
+            value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write
+        ]
         return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
     def _overwrite(self, tensor: Tensor, labels: dict[str, tuple[Labels, ...]]) -> None:
@@ -186,7 +203,16 @@ class _Recorder(TorchDispatchMode):
         others = [x for x in self._aliases[tensor.untyped_storage()._cdata] if x is not tensor]
         for theory in self.theories:
             own, new = theory.known(before), labels[theory.name]
-            is_same = len(own) == len(new) and all(a.units is b.units or (a.units.shape == b.units.shape and np.array_equal(a.units, b.units) and np.array_equal(a.roles, b.roles) and a.sign == b.sign) for a, b in zip(own, new))
+            is_same = len(own) == len(new) and all(
+                a.units is b.units
+                or (
+                    a.units.shape == b.units.shape
+                    and np.array_equal(a.units, b.units)
+                    and np.array_equal(a.roles, b.roles)
+                    and a.sign == b.sign
+                )
+                for a, b in zip(own, new)
+            )
             if not is_same and (others or before.source is not None):
                 for one in new:
                     theory.units.fix(one.units)
@@ -226,7 +252,7 @@ def trace(
     with _untouched_state(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode():
         recorder = _Recorder(theories)
         twin, names = _copy(model, fake)
-        _introduce_parameters(recorder, twin, names, constants, pinned)
+        _introduce_parameters(recorder, twin, model, names, constants, pinned)
         _guard_modules(recorder, twin)
         attributes = _attributes(twin)
         for is_training in (False, True):
@@ -303,10 +329,12 @@ def _copy(model: nn.Module, fake: FakeTensorMode) -> tuple[nn.Module, dict[int, 
 def _introduce_parameters(
     recorder: _Recorder,
     twin: nn.Module,
+    model: nn.Module,
     names: Mapping[int, str],
     constants: Mapping[str, Any],
     pinned: Mapping[str, str],
 ) -> None:
+    originals = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     for tensor in [*twin.parameters(), *twin.buffers()]:
         name = names[id(tensor)]
         if name in constants:
@@ -320,6 +348,7 @@ def _introduce_parameters(
             for theory in recorder.theories:
                 theory.close(value)
         recorder.introduce(tensor, value)
+        recorder.introduce(originals[name], value)  # closures hold on to the tensors of the model itself
 
 
 def _guard_modules(recorder: _Recorder, twin: nn.Module) -> None:
@@ -364,7 +393,11 @@ def _attributes(model: nn.Module) -> set[Tensor]:
     """The tensors that the modules of a model keep outside their parameters."""
     kept: set[Tensor] = set()
     for module in model.modules():
-        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_modules") and "hooks" not in key}
+        own = {
+            key: value
+            for key, value in vars(module).items()
+            if key not in ("_parameters", "_modules") and "hooks" not in key
+        }
         kept |= {leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor)}
     return kept
 
