@@ -111,7 +111,9 @@ def measure(name: str, *, verify: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("classification", "segmentation", "video", "detection"), default="classification")
+    parser.add_argument(
+        "--kind", choices=("classification", "segmentation", "video", "detection"), default="classification"
+    )
     parser.add_argument("--verify", action="store_true", help="move every model in float64 and compare outputs")
     parser.add_argument("--output", type=Path, default=Path("detection.jsonl"), help="default: %(default)s")
     parser.add_argument("models", nargs="*", help="names of models; all of the kind by default")
@@ -138,7 +140,9 @@ def main() -> None:
     checked = [row for row in rows if "holds" in row]
     if checked:
         wrong = [row["model"] for row in checked if not row["holds"]]
-        print(f"verified {len(checked)}: largest error {max(row['error'] for row in checked):.1e}, wrong: {wrong or 'none'}")
+        print(
+            f"verified {len(checked)}: largest error {max(row['error'] for row in checked):.1e}, wrong: {wrong or 'none'}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
 """A learned optimizer for PyTorch that needs no tuning and uses the symmetries of the model."""
 
 from teleport_optim.action import act, act_dual
+from teleport_optim.alignment import align, interpolation_barrier
 from teleport_optim.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
-from teleport_optim.symmetry import Leg, Symmetry, SymmetrySpec, find_symmetries, verify_symmetries
+from teleport_optim.symmetry import (
+    Leg,
+    Symmetry,
+    SymmetrySpec,
+    draw_symmetries,
+    find_symmetries,
+    verify_symmetries,
+)
 
 __all__ = [
     "CheckpointError",
@@ -15,7 +23,10 @@ __all__ = [
     "SymmetrySpec",
     "act",
     "act_dual",
+    "align",
+    "draw_symmetries",
     "find_symmetries",
+    "interpolation_barrier",
     "load_checkpoint",
     "save_checkpoint",
     "verify_symmetries",

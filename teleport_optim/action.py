@@ -11,7 +11,7 @@ from enum import IntEnum
 
 from torch import Tensor
 
-from teleport_optim.symmetry.moves import move, channels_of
+from teleport_optim.symmetry.moves import channels_of, move
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
 __all__ = ["SlotKind", "act", "act_dual", "channel_norms", "transport"]
@@ -49,8 +49,8 @@ def act(spec: SymmetrySpec, element: Element, tensors: Mapping[str, Tensor]) -> 
         >>> import torch
         >>> from teleport_optim import find_symmetries
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
-        >>> spec = find_symmetries(model)
         >>> x = torch.randn(5, 2)
+        >>> spec = find_symmetries(model, x)
         >>> y = model(x)
         >>> moved = act(spec, spec.random_element(torch.Generator().manual_seed(0)), model.state_dict())
         >>> _ = model.load_state_dict(moved)

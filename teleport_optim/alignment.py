@@ -384,7 +384,7 @@ def _total(gains: Tensor, permutation: Tensor) -> float:
 def _assignment_solver() -> _Assign:
     """The permutation ``p`` that maximises ``sum_i gains[i, p[i]]``, as a function of the gains."""
     try:
-        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+        from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("align solves linear assignments with scipy, which is missing: pip install scipy") from error
 

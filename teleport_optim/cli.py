@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from teleport_optim.checkpoints import CheckpointError, load_checkpoint
 from teleport_optim.commands import CommandError, import_from_here, mistakes, one_line, positive, require, run_command
 from teleport_optim.groups import GROUPS
 from teleport_optim.meta_training import command as meta_training
-from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
-from teleport_optim.symmetry.moves import channels_of
+from teleport_optim.symmetry import draw_symmetries, find_symmetries, verify_symmetries
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -26,9 +25,11 @@ if TYPE_CHECKING:
 
     from teleport_optim.demo import Contender
 
-__all__ = ["load_model", "main", "parameter_share"]
+__all__ = ["load_model", "main"]
 
 _PICTURES = (".pdf", ".png", ".svg")
+_MAX_ROWS, _MAX_LEGS = 60, 6
+"""Sites of a table and tensors of a site that are shown unless all are asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,14 +79,30 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="list the symmetries of a model",
         description="Import a model and print along which of its hidden channels it can be moved without changing its "
-        "function, where nothing was found and why, and how much of the model is reached. With --input every symmetry "
-        "is also checked numerically.",
+        "function, what was refused and why, and how much of the model is reached; draw which layers the channels connect; "
+        "and check numerically that all of it holds.",
     )
     inspect.add_argument("model", metavar="MODULE:NAME", help="a torch module, or what returns one when called")
     inspect.add_argument(
-        "--input", type=_shape, metavar="N,N,...", help="shape of an input, batch axis included: 2,3,224,224"
+        "--input",
+        type=_shape,
+        action="append",
+        required=True,
+        metavar="N,N,...",
+        help="shape of an input, batch axis of at least two included: 2,3,224,224; once for each input",
     )
-    inspect.add_argument("--tokens", type=positive, metavar="N", help="the input holds integers below N (a vocabulary)")
+    inspect.add_argument("--tokens", type=positive, metavar="N", help="the inputs hold integers below N (a vocabulary)")
+    inspect.add_argument("--all", action="store_true", help="list every site and every tensor")
+    inspect.add_argument(
+        "--picture", type=Path, default=Path("channels.svg"), help="picture to write (default: %(default)s)"
+    )
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write what was found as JSON")
+    inspect.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="move a copy in float64 and compare what it computes (default: yes; it takes several copies of the model)",
+    )
     inspect.set_defaults(command=_inspect)
 
     train = commands.add_parser(
@@ -209,49 +226,38 @@ def load_model(path: str) -> nn.Module:
     return model
 
 
-def parameter_share(model: nn.Module, spec: SymmetrySpec) -> float:
-    """The share of the model's parameters that some symmetry of ``spec`` moves.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
-        >>> parameter_share(model, find_symmetries(model).of_group("scaling"))
-        0.8
-    """
-    reached = {name: torch.zeros(param.shape, dtype=torch.bool) for name, param in model.named_parameters()}
-    for symmetry in spec:
-        for leg in symmetry.legs:
-            if leg.name in reached:
-                channels_of(symmetry, leg, reached[leg.name]).fill_(True)
-    return sum(int(entries.sum()) for entries in reached.values()) / max(1, sum(map(Tensor.numel, reached.values())))
-
-
 def _inspect(arguments: argparse.Namespace) -> int:
-    require("rich")
+    require("rich", "matplotlib")
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    if arguments.tokens and not arguments.input:
-        raise CommandError("--tokens says what the input holds: give its shape with --input")
+    if arguments.picture.suffix not in _PICTURES:
+        raise CommandError(f"the picture's name must end in {' or '.join(_PICTURES)}, got {str(arguments.picture)!r}")
     model = load_model(arguments.model)
-    example = None
-    if arguments.input:
-        is_tokens = arguments.tokens is not None
-        example = torch.randint(arguments.tokens, arguments.input) if is_tokens else torch.randn(arguments.input)
+    examples = tuple(
+        torch.randn(shape) if arguments.tokens is None else torch.randint(arguments.tokens, shape)
+        for shape in arguments.input
+    )
     console = Console()
-    report = None
     with mistakes(TypeError, ValueError):
-        spec = find_symmetries(model, example)
-        if example is not None:
-            report = verify_symmetries(model, spec, example)
-    if len(spec):
-        table = Table("site", "size", "group", r"legs: tensor\[axis]^degree")
-        for symmetry in spec:
-            legs = " ".join(map(str, symmetry.legs))
-            table.add_row(Text(symmetry.id), str(symmetry.size), symmetry.group.name, Text(legs))
+        spec = find_symmetries(model, examples)
+        report = verify_symmetries(model, spec, examples) if arguments.verify and len(spec) else None
+    table = Table("site", "size", "group", r"tensors\[axis]^degree")
+    for symmetry in spec if arguments.all else spec.symmetries[:_MAX_ROWS]:
+        legs = list(map(str, symmetry.legs))
+        shown = (
+            legs
+            if arguments.all or len(legs) <= _MAX_LEGS + 1
+            else [*legs[:_MAX_LEGS], f"and {len(legs) - _MAX_LEGS} more"]
+        )
+        table.add_row(Text(symmetry.id), str(symmetry.size), symmetry.group.name, Text(" ".join(shown)))
+    if table.row_count:
         console.print(table)
     else:
         console.print("No symmetries found.")
+    if table.row_count < len(spec):
+        console.print(f"and {len(spec) - table.row_count} more sites: --all lists everything", highlight=False)
     if spec.refusals:
         refusals = Table("refused at", "reason")
         for refusal in spec.refusals:
@@ -259,10 +265,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
         console.print(refusals)
     for group in GROUPS:
         part = spec.of_group(group)
-        console.print(
-            f"{group}: {len(part)} sites, {parameter_share(model, part):.0%} of the parameters", highlight=False
-        )
-    if report is None or not report.errors:
+        console.print(f"{group}: {len(part)} sites, {part.share_of(model):.1%} of the parameters", highlight=False)
+    with mistakes(OSError):
+        if len(spec):
+            draw_symmetries(spec, arguments.picture, model=model, title=arguments.model)
+            console.print(Text(f"picture: {arguments.picture}"), soft_wrap=True)
+        if arguments.json:
+            arguments.json.write_text(spec.to_json())
+    if report is None:
         return 0
     failed = f"; these do not hold: {', '.join(report.failed) or 'all together'}" if not report.ok else ""
     console.print(Text(f"largest relative error of the function: {report.worst:.1e} (float64){failed}"), soft_wrap=True)

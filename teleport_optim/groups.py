@@ -182,16 +182,19 @@ class GeneralLinear(Group):
         return first @ second
 
     def inverse(self, element: Tensor) -> Tensor:
-        return torch.linalg.inv(element)
+        inverse: Tensor = torch.linalg.inv(element)
+        return inverse
 
     def random(self, size: int, generator: torch.Generator) -> Tensor:
         normal = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
         left, right = torch.linalg.qr(normal).Q
         log_factors = 2.0 * torch.rand(size, generator=generator, dtype=torch.float64) - 1.0
-        return left @ (log_factors.exp().unsqueeze(1) * right)
+        element: Tensor = left @ (log_factors.exp().unsqueeze(1) * right)
+        return element
 
     def exp(self, algebra: Tensor) -> Tensor:
-        return torch.linalg.matrix_exp(algebra)
+        element: Tensor = torch.linalg.matrix_exp(algebra)
+        return element
 
     def act(self, element: Tensor, x: Tensor, degree: int) -> Tensor:
         if degree == 0:

@@ -334,7 +334,8 @@ class _FirstCall:
         self.model = model
         self.inputs: Inputs | None = None
         self.has_warned = False
-        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._keep), with_kwargs=True)
+        keep = torch.compiler.disable(self._keep)  # type: ignore[no-untyped-call]
+        self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
 
     def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._handle.remove()

@@ -474,7 +474,7 @@ MODELS: dict[str, Entry] = {
     "assigned by slices": (
         mlp(lambda m, x: m.b(in_place(m.a(x).relu(), lambda h: h.__setitem__((slice(None), 0), 1.0)))),
         x_vector,
-        "",
+        "a:permutation",
     ),
     "running average kept by hand": (
         mlp(

@@ -31,6 +31,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
         ),
         (5, 3),
     ),
+    "shuffled": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 2), nn.ReLU(), nn.ChannelShuffle(2), nn.Conv2d(6, 4, 2, groups=2)),
+            *(nn.Tanh(), nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 2)),
+        ),
+        (5, 2, 4, 4),
+    ),
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 relaxed = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -40,7 +47,8 @@ def build(name: str) -> tuple[nn.Sequential, Tensor, SymmetrySpec]:
     torch.manual_seed(0)
     factory, shape = MODELS[name]
     model = factory().double()
-    return model, torch.randn(shape, dtype=torch.float64), find_symmetries(model)
+    inputs = torch.randn(shape, dtype=torch.float64)
+    return model, inputs, find_symmetries(model, inputs)
 
 
 def element_of(spec: SymmetrySpec, seed: int = 1) -> Element:
@@ -74,6 +82,9 @@ def test_the_models_carry_all_forms_of_legs(name: str) -> None:
         assert any(leg.repeat > 1 for leg in legs)
         assert any(leg.offset > 0 for leg in legs)
         assert any(leg.within for leg in legs)
+    if name == "shuffled":
+        assert any(leg.index for leg in legs)
+        assert [symmetry.id for symmetry in spec.of_group("linear")] == ["0:linear", "7:linear"]
 
 
 @every_model
@@ -215,8 +226,12 @@ def test_slots_move_by_their_kind(name: str) -> None:
     model, _, spec = build(name)
     element = element_of(spec)
     tensors = {key: torch.rand_like(parameter) for key, parameter in model.named_parameters()}
-    slots = {kind.name: tensors for kind in SlotKind}
-    moved = transport(spec, element, slots, {kind.name: kind for kind in SlotKind})
+    entrywise = SymmetrySpec(tuple(symmetry for symmetry in spec if symmetry.group.name != "linear"))
+    entrywise_element = {symmetry.id: element[symmetry.id] for symmetry in entrywise}
+    squared = {"SQUARED_COVECTOR": tensors}
+    slots = {kind.name: tensors for kind in SlotKind if kind.name not in squared}
+    moved = transport(spec, element, slots, SlotKind.__members__)
+    moved |= transport(entrywise, entrywise_element, squared, SlotKind.__members__)
     parameters = {leg.name for site in spec for leg in site.legs if leg.name in tensors}
     assert parameters
     partial = SymmetrySpec(tuple(s for s in spec if all(leg.name in tensors for leg in s.legs)))
@@ -224,8 +239,15 @@ def test_slots_move_by_their_kind(name: str) -> None:
     assert_equal(transport(partial, covered, slots, SlotKind.__members__)["VECTOR"], act(partial, covered, tensors))
     assert_equal(moved["COVECTOR"], act_dual(spec, element, tensors))
     assert_equal(moved["INVARIANT"], tensors, 0.0)
-    squares = act_dual(spec, element, {key: tensor.sqrt() for key, tensor in tensors.items()})
+    squares = act_dual(entrywise, entrywise_element, {key: tensor.sqrt() for key, tensor in tensors.items()})
     assert_equal(moved["SQUARED_COVECTOR"], {key: root.square() for key, root in squares.items()})
+
+
+def test_linear_maps_do_not_move_squares() -> None:
+    model, _, spec = build("shuffled")
+    squares = {key: parameter.detach().square() for key, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="cannot act with degree -2.*reset it"):
+        transport(spec, element_of(spec), {"exp_avg_sq": squares}, {"exp_avg_sq": SlotKind.SQUARED_COVECTOR})
 
 
 def test_slots_without_a_kind_are_refused() -> None:
@@ -241,10 +263,29 @@ def test_slots_without_a_kind_are_refused() -> None:
         ({"0:scaling": torch.zeros(6)}, "not all positive"),
         ({"0:permutation": torch.zeros(6, dtype=torch.int64)}, "exactly once"),
         ({"9:scaling": torch.ones(6)}, "the spec has only"),
+        ({"9:linear": torch.eye(6)}, "the spec has only"),
     ],
 )
 def test_elements_that_do_not_fit_are_refused(element: Element, message: str) -> None:
     model, _, spec = build("mlp")
+    assert_refused(model, spec, element, message)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (torch.ones(4), r"must have shape \(4, 4\)"),
+        (torch.eye(3), r"must have shape \(4, 4\)"),
+        (torch.ones(4, 4), "condition number"),
+        (torch.eye(4, dtype=torch.int64), "floating point"),
+    ],
+)
+def test_matrices_that_do_not_fit_are_refused(matrix: Tensor, message: str) -> None:
+    model, _, spec = build("shuffled")
+    assert_refused(model, spec, {"0:linear": matrix}, message)
+
+
+def assert_refused(model: nn.Module, spec: SymmetrySpec, element: Element, message: str) -> None:
     for function in (act, act_dual):
         with pytest.raises(ValueError, match=message):
             function(spec, element, model.state_dict())
@@ -279,3 +320,15 @@ def test_legs_act_on_slices_only() -> None:
     spec = SymmetrySpec((Symmetry("site", GROUPS["scaling"], 2, (leg,)),))
     moved = act(spec, {"site": torch.tensor([2.0, 3.0])}, {"w": torch.ones(3, 6)})["w"]
     assert moved.tolist() == [[1] * 6, [1, 2, 2, 3, 3, 1], [1] * 6]
+
+
+def test_legs_act_on_the_entries_that_they_list() -> None:
+    leg = Leg("w", axis=1, degree=1, repeat=2, within=(0, 1, 1), index=(4, 0, 1, 3))
+    tensor = torch.arange(1.0, 13.0).reshape(2, 6)
+    spec = SymmetrySpec((Symmetry("site", GROUPS["scaling"], 2, (leg,)),))
+    moved = act(spec, {"site": torch.tensor([2.0, 3.0])}, {"w": tensor})["w"]
+    assert moved.tolist() == [[1, 2, 3, 4, 5, 6], [14, 24, 9, 30, 22, 12]]
+    spec = SymmetrySpec((Symmetry("site", GROUPS["permutation"], 2, (leg,)),))
+    moved = act(spec, {"site": torch.tensor([1, 0])}, {"w": tensor})["w"]
+    assert moved.tolist() == [[1, 2, 3, 4, 5, 6], [10, 11, 9, 7, 8, 12]]
+    assert channel_norms(spec["site"], leg, tensor).tolist() == [11**2 + 7**2, 8**2 + 10**2]

@@ -9,7 +9,7 @@ from mistakes import assert_mistake
 from torch import nn
 
 from teleport_optim import cli
-from teleport_optim.cli import load_model, main, parameter_share
+from teleport_optim.cli import load_model, main
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 MODELS = """
@@ -21,9 +21,12 @@ def mlp():
 def text():
     return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 3))
 
-class Unknown(nn.Module):
+class Unknown(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 4), nn.Linear(4, 2))
+
     def forward(self, x):
-        return x
+        return self[1](self[0](x).sort(1).values)
 
 def number():
     return 3
@@ -77,11 +80,12 @@ class TestDemo:
 
 
 class TestInspect:
-    def test_lists_and_verifies(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_lists_draws_and_verifies(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["inspect", "zoo_of_models:mlp", "--input", "5,4"]) == 0
+        assert Path("channels.svg").read_text().startswith("<?xml")
         output = capsys.readouterr().out
         assert "0.weight[0]^+1 0.bias[0]^+1 2.weight[1]^-1" in output
-        assert "scaling: 1 sites, 97% of the parameters" in output
+        assert "scaling: 1 sites, 96.6% of the parameters" in output
         assert "largest relative error of the function: " in output
 
     def test_tokens(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,14 +96,28 @@ class TestInspect:
         assert main(["inspect", "zoo_of_models:Unknown", "--input", "2,3"]) == 0
         output = capsys.readouterr().out
         assert "No symmetries found." in output
-        assert "Unknown" in output
-        assert "scaling: 0 sites, 0%" in output
+        assert "is not an operation whose symmetries are known" in output
+        assert "scaling: 0 sites, 0.0%" in output
+        assert not Path("channels.svg").exists()
+
+    def test_a_long_table_is_cut_unless_all_is_asked_for(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cli, "_MAX_ROWS", 1)
+        arguments = ["inspect", "zoo_of_models:mlp", "--input", "5,4", "--no-verify"]
+        assert main([*arguments, "--json", "spec.json"]) == 0
+        output = capsys.readouterr().out
+        assert "and 1 more sites: --all lists everything" in output
+        assert "largest relative error" not in output
+        assert len(SymmetrySpec.from_json(Path("spec.json").read_text())) == 2
+        assert main([*arguments, "--all"]) == 0
+        assert "0:scaling" in capsys.readouterr().out
 
     def test_a_symmetry_that_does_not_hold_fails(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         relu = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        wrong = find_symmetries(relu).of_group("scaling")
+        wrong = find_symmetries(relu, torch.randn(5, 4)).of_group("scaling")
         monkeypatch.setattr(cli, "load_model", lambda path: nn.Sequential(relu[0], nn.GELU(), relu[2]))
         monkeypatch.setattr(cli, "find_symmetries", lambda model, example: wrong)
         assert main(["inspect", "any:thing", "--input", "5,4"]) == 1
@@ -116,26 +134,20 @@ class TestInspect:
             (["zoo_of_models:number"], "returns no torch module, but int"),
             (["zoo_of_models:needs_width"], "calling zoo_of_models:needs_width without arguments fails"),
             (["zoo_of_models:__name__"], "neither a torch module nor callable"),
-            (["zoo_of_models:mlp", "--input", "5,3"], "cannot take the input"),
-            (["zoo_of_models:mlp", "--tokens", "3"], "give its shape with --input"),
+            (["zoo_of_models:mlp", "--input", "5,3"], "cannot take example_inputs"),
+            (["zoo_of_models:mlp", "--picture", "a.gif"], "must end in"),
+            (["zoo_of_models:mlp", "--picture", "no/such/folder/a.svg"], "no/such/folder"),
         ],
     )
     def test_mistakes(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert_mistake(main, ["inspect", *arguments], message, capsys)
+        given = arguments if "--input" in arguments else [*arguments, "--input", "5,4"]
+        assert_mistake(main, ["inspect", *given], message, capsys)
 
     def test_load_model_takes_a_module_inside_a_class(self) -> None:
         assert isinstance(load_model("zoo_of_models:holder.model"), nn.Sequential)
 
-    def test_parameter_share(self) -> None:
-        model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False))
-        assert parameter_share(model, find_symmetries(model)) == 1.0
-        assert parameter_share(model, SymmetrySpec()) == 0.0
-        grouped = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2, bias=False))
-        (first, *_) = find_symmetries(grouped).of_group("scaling")
-        assert parameter_share(grouped, SymmetrySpec((first,))) == pytest.approx((8 + 4) / 24)
 
-
-@pytest.mark.parametrize("command", [["demo"], ["inspect", "zoo_of_models:mlp"], ["meta-train"]])
+@pytest.mark.parametrize("command", [["demo"], ["inspect", "zoo_of_models:mlp", "--input", "5,4"], ["meta-train"]])
 def test_missing_extra_is_named(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

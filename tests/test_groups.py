@@ -1,5 +1,7 @@
 """The laws of the groups, for every group in the table."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,21 @@ OFFENDERS = {
     "permutation": [torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), torch.tensor([0.0, 1.0, 2.0])],
     "scaling": [torch.tensor([1.0, 0.0]), torch.tensor([1.0, -1.0]), torch.tensor([torch.inf]), torch.tensor([1, 2])],
     "sign": [torch.tensor([1.0, 0.5]), torch.tensor([0.0]), torch.tensor([torch.nan])],
+    "linear": [
+        torch.eye(2, dtype=torch.int64),
+        torch.tensor([[1.0, torch.nan], [0.0, 1.0]]),
+        torch.tensor([[1.0, 0.0], [0.0, torch.inf]]),
+        torch.tensor([[1.0, 2.0], [2.0, 4.0]]),
+        torch.zeros(1, 1),
+        torch.tensor([[1.0, 0.0], [0.0, 1e-5]]),
+    ],
 }
+
+
+def assert_same(group: Group, actual: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
+    """Equal up to ``rtol`` of each entry; matrix products mix the entries and round relative to the largest one."""
+    atol = 1e-13 * expected.abs().max().item() if group.name == "linear" else 0.0
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def draw(group: Group, size: int, seed: int) -> list[torch.Tensor]:
@@ -29,13 +45,11 @@ def draw(group: Group, size: int, seed: int) -> list[torch.Tensor]:
 def test_composition_is_associative_and_has_identity_and_inverses(group: Group, size: int, seed: int) -> None:
     a, b, c = draw(group, size, seed)
     identity = group.identity(size)
-    torch.testing.assert_close(
-        group.compose(a, group.compose(b, c)), group.compose(group.compose(a, b), c), rtol=1e-14, atol=0
-    )
+    assert_same(group, group.compose(a, group.compose(b, c)), group.compose(group.compose(a, b), c), 1e-14)
     for one, other in ((a, identity), (identity, a)):
         assert torch.equal(group.compose(one, other), a)
     for one, other in ((a, group.inverse(a)), (group.inverse(a), a)):
-        torch.testing.assert_close(group.compose(one, other), identity, rtol=1e-15, atol=0)
+        assert_same(group, group.compose(one, other), identity, 1e-15)
 
 
 @every_group
@@ -44,11 +58,15 @@ def test_composition_is_associative_and_has_identity_and_inverses(group: Group, 
 def test_action_is_a_homomorphism(group: Group, size: int, seed: int, degree: int) -> None:
     a, b, _ = draw(group, size, seed)
     x = torch.randn(size, 2, 3, dtype=torch.float64)
-    both = group.act(group.compose(a, b), x, degree)
-    torch.testing.assert_close(both, group.act(a, group.act(b, x, degree), degree), rtol=1e-13, atol=0)
-    torch.testing.assert_close(group.act(group.inverse(a), group.act(a, x, degree), degree), x, rtol=1e-13, atol=0)
-    assert torch.equal(group.act(group.identity(size), x, degree), x)
     assert torch.equal(group.act(a, x, 0), x)
+    if group.name == "linear" and abs(degree) == 2:
+        with pytest.raises(ValueError, match=f"cannot act with degree {degree}"):
+            group.act(a, x, degree)
+        return
+    both = group.act(group.compose(a, b), x, degree)
+    assert_same(group, both, group.act(a, group.act(b, x, degree), degree), 1e-13)
+    assert_same(group, group.act(group.inverse(a), group.act(a, x, degree), degree), x, 1e-13)
+    assert torch.equal(group.act(group.identity(size), x, degree), x)
 
 
 @every_group
@@ -67,7 +85,7 @@ def test_degree_minus_one_is_the_dual(group: Group, size: int, seed: int) -> Non
 @relaxed
 def test_random_elements_and_the_identity_are_members(group: Group, size: int, seed: int) -> None:
     for element in (*draw(group, size, seed), group.identity(size)):
-        assert element.shape == (size,)
+        assert element.shape == group.shape(size)
         assert group.problem(element) is None
     assert torch.equal(draw(group, size, seed)[0], draw(group, size, seed)[0])
 
@@ -94,6 +112,23 @@ def test_exp_is_the_one_parameter_group_of_scaling(size: int, seed: int) -> None
     algebra = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     torch.testing.assert_close(scaling.compose(scaling.exp(algebra), scaling.exp(-algebra)), scaling.identity(size))
     torch.testing.assert_close(scaling.compose(scaling.exp(algebra), scaling.exp(algebra)), scaling.exp(2 * algebra))
+
+
+@given(sizes, seeds)
+@relaxed
+def test_exp_of_matrices_is_a_one_parameter_group(size: int, seed: int) -> None:
+    linear = GROUPS["linear"]
+    algebra = 0.2 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert linear.problem(linear.exp(algebra)) is None
+    torch.testing.assert_close(linear.compose(linear.exp(algebra), linear.exp(-algebra)), linear.identity(size))
+    torch.testing.assert_close(linear.compose(linear.exp(algebra), linear.exp(algebra)), linear.exp(2 * algebra))
+
+
+@given(sizes, seeds)
+@relaxed
+def test_random_matrices_are_well_conditioned(size: int, seed: int) -> None:
+    for element in draw(GROUPS["linear"], size, seed):
+        assert torch.linalg.cond(element) <= math.e**2 * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("name", ["permutation", "sign"])

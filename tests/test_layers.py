@@ -12,7 +12,7 @@ LAYERS = (
     ("groups",),
     ("symmetry",),
     ("action",),
-    ("layout",),
+    ("layout", "alignment", "testing"),
     ("features",),
     ("meta_optimizer",),
     ("update",),

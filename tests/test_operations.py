@@ -11,6 +11,8 @@ from odd_models import MODELS, Model, N, build, certified, mlp
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import find_symmetries, operations
+from teleport_optim.symmetry.operations import entrywise
+from teleport_optim.symmetry.operations.call import Rule
 
 ALL, HOMOGENEOUS, ODD, ANY = "permutation scaling sign", "permutation scaling", "permutation sign", "permutation"
 
@@ -131,7 +133,7 @@ def check_between(first: nn.Module, layer: nn.Module, last: nn.Module, expected:
 ELEMENTWISE = {
     name: rule.keywords["tags"]
     for name, rule in operations.RULES.items()
-    if isinstance(rule, partial) and rule.func is operations._map
+    if isinstance(rule, partial) and rule.func is entrywise.each_entry
 }
 ARGUMENTS: dict[str, tuple[Any, ...]] = {"threshold": (0.1, 0.2), "leaky_relu": (0.1,), "type_as": (torch.zeros(1),)}
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -280,7 +282,7 @@ def test_operations_are_followed_rightly(name: str) -> None:
 def test_every_operation_with_a_rule_is_met_by_some_test_model(monkeypatch: pytest.MonkeyPatch) -> None:
     met: set[str] = set()
 
-    def watched(name: str, rule: operations.Rule) -> operations.Rule:
+    def watched(name: str, rule: Rule) -> Rule:
         def apply(call: operations.Call, theory: Any) -> Any:
             met.add(name)
             return rule(call, theory)

@@ -172,8 +172,8 @@ def test_matrices_move_like_muon_of_torch_with_rows_normalised() -> None:
 def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool) -> None:
     model = perceptron(5, 8, 8, 3)
     meta_optimizer = trained_meta_optimizer()
-    spec = find_symmetries(model) if teleports else None
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
+    spec = find_symmetries(model, x) if teleports else None
     params = named(model)
     layout = Layout.of(params, spec)
     assert len(layout.spec) == (2 if teleports else 0)
@@ -201,9 +201,9 @@ def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool) -> None:
 def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: int) -> None:
     model = perceptron(4, 7, 6, 2, seed=seed)
     params = named(model)
-    layout = Layout.of(params, find_symmetries(model))
     source = generator(seed)
     x, y = torch.randn(9, 4, generator=source).double(), torch.randn(9, 2, generator=source).double()
+    layout = Layout.of(params, find_symmetries(model, x))
     loss, grads = loss_and_grads(model, params, x, y)
     momenta = {name: 2.0 * grad for name, grad in grads.items()}
     controls = Controls.from_outputs(torch.randn(len(params), 6, generator=source))
@@ -220,7 +220,7 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
 def test_full_strength_balances_a_site() -> None:
     model = perceptron(4, 7, 2)
     params = named(model)
-    layout = Layout.of(params, find_symmetries(model))
+    layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
     moved, *_ = teleport(params, zeros, zeros, controls, layout)
@@ -232,11 +232,11 @@ def test_full_strength_balances_a_site() -> None:
 def test_steps_are_equivariant_under_permutation_of_hidden_units() -> None:
     """Training permuted units is permuting trained units: no feature and no direction looks at their order."""
     model = perceptron(5, 8, 8, 3)
-    spec = find_symmetries(model).of_group("permutation")
-    scalings = find_symmetries(model).of_group("scaling")
     meta_optimizer = trained_meta_optimizer()
-    element = spec.random_element(generator())
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
+    found = find_symmetries(model, x)
+    spec, scalings = found.of_group("permutation"), found.of_group("scaling")
+    element = spec.random_element(generator())
     params = named(model)
     state = UpdateState.initial(params, meta_optimizer.initial_hidden(len(params)))
     layout, hyper = Layout.of(params, scalings), Hyper.default(len(params), 20)
@@ -261,7 +261,7 @@ def test_features_do_not_see_the_scale_of_the_loss(seed: int, scale: float) -> N
     model = perceptron(4, 7, 6, 2, seed=seed)
     params = named(model)
     source = generator(seed)
-    layout = Layout.of(params, find_symmetries(model))
+    layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     grads, momenta = ({n: torch.randn(p.shape, generator=source).double() for n, p in params.items()} for _ in range(2))
     unseen = torch.full((len(params), 2), math.nan)
 
@@ -341,7 +341,7 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
 def test_update_leaves_its_arguments_alone() -> None:
     model = perceptron(4, 6, 2)
     params = named(model)
-    layout = Layout.of(params, find_symmetries(model))
+    layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     state = UpdateState.initial(params, torch.zeros(len(params), 12))
     grads = {name: torch.ones_like(param) for name, param in params.items()}
     before = copy.deepcopy((params, grads, state))
@@ -353,20 +353,20 @@ def test_update_leaves_its_arguments_alone() -> None:
 def test_teleported_momentum_is_the_dual_not_the_vector() -> None:
     """A negative control: moving the momentum like a parameter would be something else."""
     model = perceptron(4, 6, 2)
-    spec = find_symmetries(model).of_group("scaling")
+    spec = find_symmetries(model, torch.zeros(2, 4).double()).of_group("scaling")
     element = spec.random_element(generator())
     params = named(model)
     assert not torch.allclose(act(spec, element, params)["0.weight"], act_dual(spec, element, params)["0.weight"])
 
 
 def stacked_runs(
-    make: Callable[[int], nn.Module], num_runs: int, seed: int
+    make: Callable[[int], nn.Module], inputs: Tensor, num_runs: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Layout]:
     """Parameters and made-up gradients of several networks of one architecture, and its layout."""
     models = [make(seed + run) for run in range(num_runs)]
     params = {name: value.detach() for name, value in stack_module_state(models)[0].items()}
     grads = {name: torch.randn(v.shape, generator=generator(seed), dtype=v.dtype) for name, v in params.items()}
-    return params, grads, Layout.of(named(models[0]), find_symmetries(models[0]))
+    return params, grads, Layout.of(named(models[0]), find_symmetries(models[0], inputs))
 
 
 def convolutional(seed: int) -> nn.Sequential:
@@ -378,6 +378,12 @@ def convolutional(seed: int) -> nn.Sequential:
         ).double()
 
 
+ARCHITECTURES: dict[str, tuple[Callable[[int], nn.Module], Tensor]] = {
+    "perceptron": (partial(perceptron_of, (4, 7, 6, 6, 2)), torch.zeros(2, 4).double()),
+    "convolutional": (convolutional, torch.zeros(2, 1, 6, 6).double()),
+}
+
+
 def one_run(x: Any, run: tuple[int, ...]) -> Any:
     if isinstance(x, Tensor):
         return x[run]
@@ -387,11 +393,11 @@ def one_run(x: Any, run: tuple[int, ...]) -> Any:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sampled_from(["perceptron", "convolutional"]), st.sampled_from([(1,), (4,), (2, 3)]), st.integers(0, 10**6))
+@given(st.sampled_from([*ARCHITECTURES]), st.sampled_from([(1,), (4,), (2, 3)]), st.integers(0, 10**6))
 def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, ...], seed: int) -> None:
     """With weights, controls and teleports of their own; float64, up to features and log-scales, which are float32."""
-    make = convolutional if architecture == "convolutional" else partial(perceptron_of, (4, 7, 6, 6, 2))
-    params, grads, layout = stacked_runs(make, math.prod(runs), seed)
+    make, inputs = ARCHITECTURES[architecture]
+    params, grads, layout = stacked_runs(make, inputs, math.prod(runs), seed)
     assert len(layout.spec) >= 2
     unflatten = lambda tensors: {name: x.unflatten(0, runs) for name, x in tensors.items()}  # noqa: E731
     params, grads = unflatten(params), unflatten(grads)
@@ -424,10 +430,10 @@ def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, 
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sampled_from(["perceptron", "convolutional"]), st.integers(0, 10**6))
+@given(st.sampled_from([*ARCHITECTURES]), st.integers(0, 10**6))
 def test_momentum_steps_of_many_runs_equal_those_of_each(architecture: str, seed: int) -> None:
-    make = convolutional if architecture == "convolutional" else partial(perceptron_of, (4, 7, 6, 6, 2))
-    params, grads, layout = stacked_runs(make, 3, seed)
+    make, inputs = ARCHITECTURES[architecture]
+    params, grads, layout = stacked_runs(make, inputs, 3, seed)
     momenta = {name: torch.randn(x.shape, generator=generator(seed + 1)).double() for name, x in params.items()}
     outputs = torch.randn(3, len(params), len(Controls._fields), generator=generator(seed)).double()
     step = partial(descend, step=3, hyper=Hyper.default(len(params), 20), layout=layout)
@@ -443,7 +449,7 @@ def test_momentum_steps_of_many_runs_equal_those_of_each(architecture: str, seed
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, -1]))
 def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> None:
-    params, _, layout = stacked_runs(convolutional, 3, seed)
+    params, _, layout = stacked_runs(*ARCHITECTURES["convolutional"], 3, seed)
     assert any(leg.within for symmetry in layout.spec for leg in symmetry.legs)
     assert any(leg.repeat > 1 for symmetry in layout.spec for leg in symmetry.legs)
     for symmetry in layout.spec:
@@ -456,12 +462,12 @@ def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> No
 
 def test_training_can_be_differentiated_where_gradients_vanish() -> None:
     """Two steps, differentiated in the controls, through the gradients too; those of one run are zero in places."""
-    params, _, layout = stacked_runs(partial(perceptron_of, (4, 6, 5, 2)), 3, 0)
+    x = torch.randn(9, 4, generator=generator()).double()
+    params, _, layout = stacked_runs(partial(perceptron_of, (4, 6, 5, 2)), x, 3, 0)
     params["0.bias"] = params["0.bias"] - torch.tensor([0.0, 0.0, 100.0]).double()[:, None]  # The last run is dead.
     outputs = (0.1 * torch.randn(3, len(params), len(Controls._fields), generator=generator())).double()
     outputs.requires_grad_()
     model, hyper = perceptron(4, 6, 5, 2), Hyper.default(len(params), 20)
-    x = torch.randn(9, 4, generator=generator()).double()
     state = UpdateState.initial(params, torch.zeros(3, len(params), 1))
     loss = torch.zeros(())
     for step in (0, 1):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import (
     APPROXIMATE_TOLERANCE,
+    Inputs,
     Leg,
     Refusal,
     Symmetry,
@@ -19,7 +21,9 @@ from teleport_optim.symmetry import (
     find_symmetries,
     verify_symmetries,
 )
+from teleport_optim.symmetry.inputs import ExampleInputs
 
+Build = Callable[[nn.Module, Tensor], Symmetry]
 IMAGES, VECTORS, SIXES = torch.randn(3, 3, 6, 6), torch.randn(6, 3), torch.randn(5, 6)
 
 
@@ -33,36 +37,36 @@ def convnet() -> nn.Sequential:
     )
 
 
-def planted(group: str) -> Callable[[nn.Module], Symmetry]:
+def planted(group: str) -> Build:
     legs = (Leg("0.weight", 0, 1), Leg("0.bias", 0, 1), Leg("2.weight", 1, -1))
-    return lambda model: Symmetry("0:planted", GROUPS[group], 6, legs)
+    return lambda model, inputs: Symmetry("0:planted", GROUPS[group], 6, legs)
 
 
-def without(site: str, name: str) -> Callable[[nn.Module], Symmetry]:
-    def build(model: nn.Module) -> Symmetry:
-        right = find_symmetries(model)[site]
+def without(site: str, name: str) -> Build:
+    def build(model: nn.Module, inputs: Tensor) -> Symmetry:
+        right = find_symmetries(model, inputs)[site]
         assert name in {leg.name for leg in right.legs}
         return replace(right, legs=tuple(leg for leg in right.legs if leg.name != name))
 
     return build
 
 
-def with_leg(site: str, name: str, **changes: int) -> Callable[[nn.Module], Symmetry]:
-    def build(model: nn.Module) -> Symmetry:
-        right = find_symmetries(model)[site]
+def with_leg(site: str, name: str, **changes: Any) -> Build:
+    def build(model: nn.Module, inputs: Tensor) -> Symmetry:
+        right = find_symmetries(model, inputs)[site]
         assert name in {leg.name for leg in right.legs}
         return replace(right, legs=tuple(replace(x, **changes) if x.name == name else x for x in right.legs))
 
     return build
 
 
-def shifted(model: nn.Module) -> Symmetry:
+def shifted(model: nn.Module, inputs: Tensor) -> Symmetry:
     """Writers of the first five channels, readers of the last five."""
-    right = find_symmetries(model)["0:scaling"]
+    right = find_symmetries(model, inputs)["0:scaling"]
     return replace(right, size=5, legs=tuple(replace(leg, offset=int(leg.degree < 0)) for leg in right.legs))
 
 
-WRONG: dict[str, tuple[nn.Module, Callable[[nn.Module], Symmetry], Tensor]] = {
+WRONG: dict[str, tuple[nn.Module, Build, Tensor]] = {
     "scaling through GELU": (mlp(nn.GELU()), planted("scaling"), VECTORS),
     "scaling through tanh": (mlp(nn.Tanh()), planted("scaling"), VECTORS),
     "scaling through softmax": (mlp(nn.Softmax(-1)), planted("scaling"), VECTORS),
@@ -86,13 +90,17 @@ WRONG: dict[str, tuple[nn.Module, Callable[[nn.Module], Symmetry], Tensor]] = {
     "wrong repeat": (convnet(), with_leg("1:scaling", "6.weight", repeat=2), IMAGES),
     "wrong repeat of a permutation": (convnet(), with_leg("0:permutation", "6.weight", repeat=1), IMAGES),
     "wrong offset": (mlp(nn.ReLU()), shifted, VECTORS),
+    "linear map through ReLU": (mlp(nn.ReLU()), planted("linear"), VECTORS),
+    "linear map through tanh": (mlp(nn.Tanh()), planted("linear"), VECTORS),
+    "linear map that forgets a bias": (mlp(nn.Identity()), without("0:linear", "0.bias"), VECTORS),
+    "wrong order of entries": (mlp(nn.ReLU()), with_leg("0:scaling", "2.weight", index=(1, 0, 2, 3, 4, 5)), VECTORS),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_symmetry_is_caught(name: str) -> None:
     model, build, inputs = WRONG[name]
-    symmetry = build(model)
+    symmetry = build(model, inputs)
     report = verify_symmetries(model, SymmetrySpec((symmetry,)), inputs)
     assert not report.ok
     assert report.failed == (symmetry.id,)
@@ -103,7 +111,7 @@ def test_a_wrong_symmetry_is_caught(name: str) -> None:
 
 def test_one_wrong_symmetry_among_right_ones_is_named() -> None:
     model = mlp(nn.ReLU())
-    spec = find_symmetries(model)
+    spec = find_symmetries(model, VECTORS)
     wrong = replace(spec["0:scaling"], id="wrong", legs=spec["0:scaling"].legs[:2])
     report = verify_symmetries(model, SymmetrySpec((*spec, wrong)), VECTORS)
     assert report.failed == ("wrong",)
@@ -129,7 +137,7 @@ def test_a_symmetry_of_evaluation_mode_only_is_caught() -> None:
 def test_a_tied_weight_that_moves_under_one_name_only_is_caught() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     model[2].weight = model[0].weight
-    assert not verify_symmetries(model, SymmetrySpec((planted("scaling")(model),)), torch.randn(5, 6)).ok
+    assert not verify_symmetries(model, SymmetrySpec((planted("scaling")(model, SIXES),)), SIXES).ok
 
 
 def test_special_values_hide_nothing() -> None:
@@ -138,10 +146,10 @@ def test_special_values_hide_nothing() -> None:
     for parameter in (model[0].bias, model[1].bias):
         nn.init.zeros_(parameter)
     for site, name in (("0:permutation", "0.bias"), ("0:permutation", "1.weight"), ("0:permutation", "1.running_mean")):
-        assert not verify_symmetries(model, SymmetrySpec((without(site, name)(model),)), IMAGES).ok
+        assert not verify_symmetries(model, SymmetrySpec((without(site, name)(model, IMAGES),)), IMAGES).ok
     dead = mlp(nn.ReLU())
     nn.init.zeros_(dead[2].weight)
-    assert not verify_symmetries(dead, SymmetrySpec((without("0:scaling", "2.weight")(dead),)), VECTORS).ok
+    assert not verify_symmetries(dead, SymmetrySpec((without("0:scaling", "2.weight")(dead, VECTORS),)), VECTORS).ok
 
 
 def test_everything_is_left_as_it_was() -> None:
@@ -149,20 +157,22 @@ def test_everything_is_left_as_it_was() -> None:
     model[1].eval()
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     inputs, random_state = IMAGES.clone(), torch.get_rng_state()
-    report = verify_symmetries(model, find_symmetries(model), inputs)
+    report = verify_symmetries(model, find_symmetries(model, inputs), inputs)
     assert report.ok
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(inputs, IMAGES)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert verify_symmetries(model, find_symmetries(model), inputs) == report
+    assert verify_symmetries(model, find_symmetries(model, inputs), inputs) == report
 
 
 def test_a_generator_draws_other_elements() -> None:
     model = mlp(nn.ReLU())
     reports = [
-        verify_symmetries(model, find_symmetries(model), VECTORS, generator=torch.Generator().manual_seed(seed))
+        verify_symmetries(
+            model, find_symmetries(model, VECTORS), VECTORS, generator=torch.Generator().manual_seed(seed)
+        )
         for seed in range(3)
     ]
     assert all(report.ok for report in reports)
@@ -171,7 +181,7 @@ def test_a_generator_draws_other_elements() -> None:
 
 def test_approximate_symmetries_have_a_tolerance_of_their_own() -> None:
     model = convnet()
-    spec = find_symmetries(model, include_approximate=True)
+    spec = find_symmetries(model, IMAGES, include_approximate=True)
     report = verify_symmetries(model, spec, IMAGES)
     assert report.ok
     assert report.approximate == {"0:scaling"}
@@ -179,7 +189,7 @@ def test_approximate_symmetries_have_a_tolerance_of_their_own() -> None:
     assert "approximate" in str(report)
     exact = SymmetrySpec((replace(spec["0:scaling"], exact=True),))
     assert verify_symmetries(model, exact, IMAGES).failed == ("0:scaling",)
-    pretended = SymmetrySpec((replace(planted("scaling")(model), exact=False),))
+    pretended = SymmetrySpec((replace(planted("scaling")(model, VECTORS), exact=False),))
     assert not verify_symmetries(mlp(nn.GELU()), pretended, VECTORS).ok
 
 
@@ -225,7 +235,7 @@ def test_outputs_that_are_not_numbers_fail() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(model: nn.Module, inputs: Tensor, message: str) -> None:
-    spec = SymmetrySpec((planted("permutation")(model),))
+    spec = SymmetrySpec((planted("permutation")(model, inputs),))
     with pytest.raises(ValueError, match=message):
         verify_symmetries(model, spec, inputs)
 
@@ -240,8 +250,18 @@ def test_legs_outside_of_their_tensor_are_refused(leg: Leg) -> None:
 
 
 def test_inputs_of_another_type_are_refused() -> None:
-    with pytest.raises(TypeError, match="a tensor or a tuple"):
-        verify_symmetries(mlp(nn.ReLU()), SymmetrySpec(), {"x": VECTORS})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a tensor, a tuple of inputs or a dictionary of named ones, got list"):
+        verify_symmetries(mlp(nn.ReLU()), SymmetrySpec(), [VECTORS])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inputs", [VECTORS, (VECTORS,), {"input": VECTORS}, Inputs((VECTORS,), {}), Inputs((), {"input": VECTORS})])
+def test_every_form_of_inputs_gives_the_same_report(inputs: ExampleInputs) -> None:
+    model = mlp(nn.ReLU())
+    spec = find_symmetries(model, inputs)
+    assert spec == find_symmetries(model, VECTORS)
+    assert verify_symmetries(model, spec, inputs) == verify_symmetries(model, spec, VECTORS)
+    wrong = SymmetrySpec((planted("sign")(model, VECTORS),))
+    assert verify_symmetries(model, wrong, inputs).failed == ("0:planted",)
 
 
 def test_a_model_without_tensor_outputs_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from teleport_optim.symmetry.find import find_symmetries
 from teleport_optim.symmetry.inputs import Inputs
+from teleport_optim.symmetry.picture import draw_symmetries
 from teleport_optim.symmetry.spec import Element, Leg, Refusal, Symmetry, SymmetrySpec
 from teleport_optim.symmetry.verify import APPROXIMATE_TOLERANCE, VerificationReport, verify_symmetries
 
@@ -14,6 +15,7 @@ __all__ = [
     "Symmetry",
     "SymmetrySpec",
     "VerificationReport",
+    "draw_symmetries",
     "find_symmetries",
     "verify_symmetries",
 ]

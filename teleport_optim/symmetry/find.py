@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
+from teleport_optim.symmetry.multiplication import Multiplication
 from teleport_optim.symmetry.solve import symmetries_of
 from teleport_optim.symmetry.spec import Refusal, SymmetrySpec
-from teleport_optim.symmetry.theories import Exchange, Multiplication, Theory
+from teleport_optim.symmetry.theories import Theory
 from teleport_optim.symmetry.trace import Untraceable, trace
 
 __all__ = ["find_symmetries"]

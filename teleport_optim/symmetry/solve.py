@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from teleport_optim.groups import GROUPS
+from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.labels import FIXED, Array, mix
 from teleport_optim.symmetry.spec import Leg, Symmetry
-from teleport_optim.symmetry.theories import Exchange, Slot, Theory
+from teleport_optim.symmetry.theories import Slot, Theory
 
 __all__ = ["symmetries_of"]
 
@@ -60,7 +61,7 @@ def symmetries_of(theory: Theory, names: Mapping[str, Sequence[str]], *, include
                 legs[site] += _legs(slot, np.flatnonzero(site_of[slot.roots] == site), channel_of, sizes[site], names)
     is_exact = ~np.isin(np.arange(len(sizes)), site_of[roots[theory.units.is_inexact(roots)]])
     least = 2 if isinstance(theory, Exchange) else 1
-    found = [site for site in zip(legs, sizes, is_exact.tolist()) if site[1] >= least]
+    found = [(tuple(own), size, exact) for own, size, exact in zip(legs, sizes, is_exact.tolist()) if size >= least]
     return _named(theory, found)
 
 
@@ -97,7 +98,7 @@ def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
         places += [(1 << 50 | node, units, roles, place) for node, units, roles, place in theory.records]
     parts: list[tuple[Array, ...]] = []
     for place in places:
-        shape = np.broadcast_shapes(*(array.shape for array in place[1:]))  # type: ignore[union-attr]
+        shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
         parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
     node, units, roles, where = (np.concatenate(column) for column in zip(*parts))
     roots, roles_in_class, signs = theory.units.find(units, roles)

@@ -8,6 +8,7 @@ graph. Control flow that depends on data cannot be followed this way and is refu
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ __all__ = ["Untraceable", "leaves", "trace"]
 
 _NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
 _NAMED_IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "zero_", "fill_"})
-_MAX_LABELS = 2**16
+_MAX_OUTPUTS = 2**16
 _MAX_DATA = 2**20
 """Most entries of a buffer whose values are looked at as indices."""
 
@@ -40,11 +41,11 @@ class Untraceable(ValueError):
     """The model cannot be followed; the message says why."""
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears of every operation and applies its rule in every theory."""
 
     def __init__(self, theories: Sequence[Theory]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.theories = theories
         self.refusals: list[Refusal] = []
         self.module = ""
@@ -156,10 +157,9 @@ class _Recorder(TorchDispatchMode):
         results = []
         for theory in self.theories:
             if is_known:
-                result = RULES[call.name](call, theory)
-                # each label of each output is a place of its own
-                for number, one in enumerate(one for labels in result for one in labels):
-                    theory.record(call.node * _MAX_LABELS + number + 1, one)
+                outputs = RULES[call.name](call, theory)
+                # each output is a place of its own
+                result = [theory.record(call.node * _MAX_OUTPUTS + k, labels) for k, labels in enumerate(outputs, 1)]
             else:
                 result = nothing
                 for value in values:
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
         """The tensors that an operation writes in place."""
         if not func._schema.is_mutable:
             return []
-        arguments = zip([argument for argument in func._schema.arguments], args)
+        arguments = zip(func._schema.arguments, args)
         pairs = [*arguments, *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
         written = [
             value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write
@@ -282,16 +282,20 @@ def trace(
 
 @contextmanager
 def _untouched_state() -> Iterator[None]:
-    """Leave random states and torch's fast path for attention, which is one opaque operation, as they are."""
-    state, numpy_state, is_fast = random.getstate(), np.random.get_state(), torch.backends.mha.get_fastpath_enabled()
+    """Leave random states, logging and torch's fast path for attention, which is one opaque operation, as they are."""
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models may draw from
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    is_silent, log.disabled = log.disabled, True  # errors are raised, too
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fast)
+        log.disabled = is_silent
         random.setstate(state)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _constants(model: nn.Module) -> dict[str, Any]:

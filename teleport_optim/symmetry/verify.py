@@ -107,7 +107,8 @@ def verify_symmetries(
     Example:
         >>> from teleport_optim.symmetry import find_symmetries
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-        >>> report = verify_symmetries(model, find_symmetries(model), torch.randn(5, 3))
+        >>> x = torch.randn(5, 3)
+        >>> report = verify_symmetries(model, find_symmetries(model, x), x)
         >>> report.ok, sorted(report.errors)
         (True, ['0:permutation', '0:sign'])
     """
@@ -195,7 +196,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             buffer.mul_(noise(buffer).exp())
 
 
-class _NoDropout(TorchDispatchMode):
+class _NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Leave out dropout, wherever it is called: its masks are drawn position by position and do not move along."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -221,7 +222,7 @@ def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_
     torch.manual_seed(_SEED)
     mode = "training" if is_training else "evaluation"
     try:
-        with torch.inference_mode(), _NoDropout():
+        with torch.inference_mode(), _NoDropout():  # type: ignore[no-untyped-call]
             own = inputs.copy()
             output = model(*own.args, **own.kwargs)
     except Exception as error:
