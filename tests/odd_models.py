@@ -466,6 +466,16 @@ MODELS: dict[str, Entry] = {
         x_vector,
         "a:permutation",
     ),
+    "part of a copied bias set to zero": (
+        lambda: Model(
+            lambda m, x: F.linear(F.linear(x, m.w, in_place(m.c.clone(), lambda c: c[2:4].zero_())).relu(), m.v),
+            w=param(N, 3),
+            c=param(N),
+            v=param(2, N),
+        ),
+        x_vector,
+        "c:permutation[0] c:permutation[1] c:scaling",
+    ),
     "written into a buffer of zeros": (
         mlp(lambda m, x: m.b(in_place(x.new_zeros(len(x), N), lambda h: h[:, :N].copy_(m.a(x).relu())))),
         x_vector,

@@ -141,7 +141,7 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("log", "log10", "log1p", "log2", "sqrt", "rsqrt"), lambda h: h.square() + 0.1),
 }
 """What brings hidden values to where a function is defined."""
-UNNATURAL = {"native_dropout", "rrelu_with_noise", "lift", "lift_fresh", "_to_copy", "to", "alias", "detach"}
+UNNATURAL = {"zero_", "native_dropout", "rrelu_with_noise", "lift", "lift_fresh", "_to_copy", "to", "alias", "detach"}
 """Operations that models call under other names, or as a part of others."""
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, find_symmetries
 
 OPTIMIZERS: dict[str, Callable[[Iterable[Any]], Optimizer]] = {
     "ours": lambda params: LearnedTeleportOptimizer(params, total_steps=50),
@@ -253,6 +253,8 @@ def test_it_teleports_only_with_a_model_and_when_allowed() -> None:
 
     assert teleports()
     assert not teleports(teleport=False)
+    assert teleports(example_inputs=X)
+    assert not teleports(teleport=False, example_inputs=X)
     assert not teleports(with_model=False)
     assert not teleports(checkpoint=MetaOptimizer())
 
@@ -260,9 +262,231 @@ def test_it_teleports_only_with_a_model_and_when_allowed() -> None:
 def test_sites_outside_the_parameters_are_dropped_with_a_warning() -> None:
     model = network()
     params = [param for name, param in model.named_parameters() if not name.startswith("0.")]
+    optimizer = LearnedTeleportOptimizer(params, model=model)
     with pytest.warns(UserWarning, match="0.bias, 0.weight"):
-        optimizer = LearnedTeleportOptimizer(params, model=model)
+        train(model, optimizer, 1)
     assert [symmetry.id for symmetry in optimizer.spec] == ["2:scaling"]
+    train(model, optimizer, 11)
+    with pytest.warns(UserWarning, match="0.bias, 0.weight"):
+        optimizer = LearnedTeleportOptimizer(params, model=model, example_inputs=X)
+    assert [symmetry.id for symmetry in optimizer.spec] == ["2:scaling"]
+
+
+def test_warnings_point_at_the_line_that_makes_or_steps_the_optimizer() -> None:
+    model = network()
+    params = [param for name, param in model.named_parameters() if not name.startswith("0.")]
+    optimizer = LearnedTeleportOptimizer(params, model=model)
+    for action in (
+        lambda: optimizer.step(),
+        lambda: LearnedTeleportOptimizer(params, model=model, example_inputs=X),
+    ):
+        F.cross_entropy(model(X), Y).backward()
+        with pytest.warns(UserWarning, match="no teleports where") as record:
+            action()
+        assert [warning.filename for warning in record] == [__file__]
+
+
+class Residual(nn.Module):
+    """A network that is no sequence of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
+        self.outer = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.hidden, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        for norm in (self.stem[1], self.inner[1], self.outer[1]):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        x = (x + self.outer(self.inner(x))).relu()
+        return self.head(self.hidden(x.mean((2, 3))).relu())  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    """One weight and one bias under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(10, 3)
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).relu() + self.second(-x).relu())  # type: ignore[no-any-return]
+
+
+class Named(nn.Module):
+    """Takes its inputs by name only, and one of them is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, *, x: Tensor, sign: float) -> Tensor:
+        return sign * self.inner(x)  # type: ignore[no-any-return]
+
+
+class Branching(nn.Module):
+    """Which way the data go depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() > 0 else self.inner(-x)  # type: ignore[no-any-return]
+
+
+IMAGES = torch.randn(32, 2, 5, 5, generator=torch.Generator().manual_seed(2))
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def step_on(optimizer: Optimizer, output: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(output, Y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def assert_teleports_alone(model: nn.Module, optimizer: LearnedTeleportOptimizer, inputs: Tensor) -> None:
+    """A first step at rate 0 teleports: it moves the parameters of the spec and leaves the function as it is."""
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert not len(optimizer.spec)
+    state = copy.deepcopy(model.state_dict())
+    outputs = {mode: model.train(mode)(inputs).detach() for mode in (False, True)}
+    step_on(optimizer, model(inputs))
+    assert optimizer.teleport_size > 1e-3
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, state[name])}
+    assert {leg.name for symmetry in optimizer.spec for leg in symmetry.legs} == moved
+    for name, buffer in model.named_buffers():
+        buffer.copy_(state[name])
+    for mode, output in outputs.items():
+        torch.testing.assert_close(model.train(mode)(inputs), output, rtol=1e-9, atol=1e-11)
+
+
+def test_a_network_that_is_no_sequence_teleports() -> None:
+    model = seeded(Residual).double()
+    optimizer = LearnedTeleportOptimizer.for_model(model, lr=0.0, total_steps=20)
+    assert_teleports_alone(model, optimizer, IMAGES.double())
+    assert {"inner.1:scaling", "hidden:scaling"} <= {symmetry.id for symmetry in optimizer.spec}
+
+
+def test_tied_parameters_teleport_under_one_name() -> None:
+    model = seeded(Tied).double()
+    optimizer = LearnedTeleportOptimizer.for_model(model, lr=0.0, total_steps=20)
+    assert_teleports_alone(model, optimizer, X.double())
+    (symmetry,) = optimizer.spec
+    assert [str(leg) for leg in symmetry.legs] == ["first.weight[0]^+1", "first.bias[0]^+1", "head.weight[1]^-1"]
+    assert model.second.weight is model.first.weight
+
+
+def test_inputs_by_name_are_learned() -> None:
+    model = Named()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20)
+    before = step_on(optimizer, model(x=X, sign=-1.0))
+    assert [symmetry.id for symmetry in optimizer.spec] == ["inner.0:scaling", "inner.2:scaling"]
+    assert optimizer.teleport_size > 0
+    for _ in range(15):
+        step_on(optimizer, model(x=X, sign=-1.0))
+    assert F.cross_entropy(model(x=X, sign=-1.0), Y).item() < before
+
+
+def test_a_model_that_is_never_called_trains_and_warns_once() -> None:
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=40)
+    with pytest.warns(UserWarning, match=r"the model \(Sequential\) has not been called.*example_inputs") as record:
+        before = step_on(optimizer, model.forward(X))
+    assert [warning.filename for warning in record] == [__file__]
+    for _ in range(14):
+        step_on(optimizer, model.forward(X))
+        assert optimizer.teleport_size == 0.0
+    assert F.cross_entropy(model.forward(X), Y).item() < before
+    train(model, optimizer, 6)  # The last of them is the first one since the call at which it may teleport.
+    assert len(optimizer.spec) == 2
+    assert optimizer.teleport_size > 0
+    given = LearnedTeleportOptimizer.for_model(model, total_steps=20, example_inputs=X)
+    step_on(given, model.forward(X))
+    assert given.teleport_size > 0
+
+
+def test_a_model_whose_way_depends_on_data_trains_without_teleports() -> None:
+    model = Branching()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=30)
+    before = step_on(optimizer, model(X))
+    for _ in range(24):
+        step_on(optimizer, model(X))
+        assert optimizer.teleport_size == 0.0
+    assert F.cross_entropy(model(X), Y).item() < before
+    assert not len(optimizer.spec)
+    assert [refusal.name for refusal in optimizer.spec.refusals] == ["(root)"]
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(network, X), (Residual, IMAGES), (Tied, X)])
+def test_inputs_that_are_given_and_those_that_are_learned_train_alike(
+    make: Callable[[], nn.Module], inputs: Tensor
+) -> None:
+    ends = []
+    for options in ({}, {}, {"example_inputs": inputs}, {"example_inputs": (inputs[:2],)}):
+        model = seeded(make)
+        optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=25, **options)
+        assert (len(optimizer.spec) > 0) == ("example_inputs" in options)
+        sizes = []
+        for _ in range(25):
+            step_on(optimizer, model(inputs))
+            sizes.append(optimizer.teleport_size)
+        assert sum(size > 0 for size in sizes) == 3
+        ends.append((model.state_dict(), sizes))
+    for state, sizes in ends[1:]:
+        assert sizes == ends[0][1]
+        assert all(torch.equal(value, ends[0][0][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("step", [1, 10, 13])
+def test_a_state_dict_continues_teleports_bit_for_bit(step: int) -> None:
+    model, other = network(), network(seed=9)
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=40)
+    train(model, optimizer, step)
+    resumed = LearnedTeleportOptimizer.for_model(other, total_steps=40)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    sizes = []
+    for _ in range(20):
+        assert train(model, optimizer, 1) == train(other, resumed, 1)
+        assert resumed.teleport_size == optimizer.teleport_size
+        sizes.append(resumed.teleport_size)
+    assert sum(size > 0 for size in sizes) == 2
+    assert all(torch.equal(first, second) for first, second in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_made_before_the_first_step_teleport(clone: Callable[[Any], Any]) -> None:
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20)
+    other, copied = clone((model, optimizer))
+    assert train(other, copied, 12) == train(model, optimizer, 12)
+    assert len(copied.spec) == len(optimizer.spec) == 2
+    assert all(torch.equal(first, second) for first, second in zip(model.parameters(), other.parameters()))
+
+
+def test_waiting_for_the_first_call_leaves_no_trace_in_the_model() -> None:
+    """Neither in what others find in it, nor in copies, which average models make."""
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20)
+    assert find_symmetries(model, X) == find_symmetries(network(), X)
+    averaged = copy.deepcopy(model)
+    averaged(X[:2])
+    assert find_symmetries(averaged, X) == find_symmetries(network(), X)
+    train(model, optimizer, 1)
+    assert optimizer.teleport_size > 0
+    assert find_symmetries(model, X) == find_symmetries(network(), X)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Python blocks of the README run, one after the other, as they stand."""
+"""The Python blocks of the README and of the pages that no other test runs work as they stand, and their links lead somewhere."""
 
 import os
 import re
@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = [*blocks_of(README), *blocks_of(ROOT / "docs" / "symmetries.md")]
 
 
 def test_there_are_blocks() -> None:
@@ -22,7 +30,8 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(compile(block, str(README), "exec"), {"__name__": "readme"})
 
 
-def test_paths_that_are_named_exist() -> None:
-    text = README.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text) + re.findall(r'src="([^":]+)"', text)
-    assert [link for link in links if not os.path.exists(README.parent / link)] == []
+    assert [link for link in links if not os.path.exists(page.parent / link)] == []

@@ -131,12 +131,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for position, output in enumerate(outputs):
             own = {theory.name: each[position] for theory, each in zip(self.theories, labels)}
             if any(output is target for target in written):
-                self._overwrite(output, own)
+                self._overwrite(output, own, fill)
             else:
                 self.introduce(output, Value(tuple(output.shape), own, fill=fill, data=data))
         for target in written:
             if not any(target is output for output in outputs):
-                self._overwrite(target, {theory.name: () for theory in self.theories})
+                self._overwrite(target, {theory.name: () for theory in self.theories}, None)
         return result
 
     def _call(
@@ -197,7 +197,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
-    def _overwrite(self, tensor: Tensor, labels: dict[str, tuple[Labels, ...]]) -> None:
+    def _overwrite(self, tensor: Tensor, labels: dict[str, tuple[Labels, ...]], fill: float | None) -> None:
         """Take note that a tensor has been written in place, and what that means for those that share its memory."""
         before = self.value(tensor)
         others = [x for x in self._aliases[tensor.untyped_storage()._cdata] if x is not tensor]
@@ -220,7 +220,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for other in [tensor, *others]:
                     theory.freeze(self.value(other))
         if before.source is None:
-            self._known[id(tensor)] = (tensor, Value(tuple(tensor.shape), labels))
+            self._known[id(tensor)] = (tensor, Value(tuple(tensor.shape), labels, fill=fill))
         for other in others:
             value = self.value(other)
             value.fill, value.data = None, None

@@ -17,7 +17,7 @@ from teleport_optim.symmetry.moves import move
 from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
 from teleport_optim.symmetry.trace import leaves
 
-__all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "verify_symmetries"]
+__all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "randomise", "verify_symmetries"]
 
 APPROXIMATE_TOLERANCE = 0.05
 """What a symmetry with ``exact=False`` may change. A wrong symmetry changes the function by about 0.3 and more."""
@@ -119,7 +119,7 @@ def verify_symmetries(
     _check_fit(model, spec)
     with torch.random.fork_rng(_cuda_devices(model)), torch.no_grad():
         twin = copy.deepcopy(model).double()
-        _randomise(twin, generator)
+        randomise(twin, generator)
         start = {name: tensor.clone() for name, tensor in _tensors(twin)}
         reference = [_run(twin, start, inputs, is_training=is_training) for is_training in (False, True)]
 
@@ -179,7 +179,7 @@ def _check_fit(model: nn.Module, spec: SymmetrySpec) -> None:
                 )
 
 
-def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Leave no tensor at a special value: zero biases, unit weights and variances would hide a wrong symmetry."""
 
     def noise(tensor: Tensor) -> Tensor:

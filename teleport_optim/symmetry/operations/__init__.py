@@ -37,13 +37,14 @@ CREATIONS = frozenset({
     "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm",
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like",
     "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "tril_indices", "triu_indices",
-    "normal_", "uniform_", "bernoulli_", "random_", "empty_strided", "new_empty_strided", "zero_", "fill_",
+    "normal_", "uniform_", "bernoulli_", "random_", "empty_strided", "new_empty_strided", "fill_",
 })  # fmt: skip
 """Operations whose result takes at most its shape from their tensors."""
 
 
 RULES: dict[str, Rule] = {
     **_names(f"neg positive {' '.join(COPIES)}", partial(entrywise.each_entry, tags=LINEAR)),
+    "zero_": partial(entrywise.each_entry, tags=LINEAR),  # in place, on a part of a tensor, it is a mask
     **_names("dropout feature_dropout native_dropout", partial(entrywise.each_entry, tags=MASK)),
     **_names("relu leaky_relu rrelu rrelu_with_noise", partial(entrywise.each_entry, tags=HOMOGENEOUS)),
     **_names("abs", partial(entrywise.each_entry, tags=HOMOGENEOUS | EVEN)),
