@@ -162,7 +162,9 @@ def align(
         raise ValueError(f"max_iterations is {max_iterations}, but at least one sweep is needed")
     parameters, targets = _parameters(model, "the model"), _parameters(reference, "the reference")
     _check_alike(parameters, targets)
-    spec = (find_symmetries(model, example_inputs) if spec is None else spec).of_group("permutation")
+    spec = (find_symmetries(model, example_inputs, groups=["permutation"]) if spec is None else spec).of_group(
+        "permutation"
+    )
     _check_spec(spec, model)
     generator = generator or torch.Generator().manual_seed(_SEED)
     matching = _Matching(spec, parameters, targets, assign)

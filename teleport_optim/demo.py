@@ -191,7 +191,7 @@ def make_network(seed: int, rescaling: float = 0.0) -> nn.Sequential:
     model = nn.Sequential(*layers[:-1])
     if rescaling:
         generator = torch.Generator().manual_seed(seed)
-        spec = find_symmetries(model, torch.zeros(2, WIDTHS[0])).of_group("scaling")
+        spec = find_symmetries(model, torch.zeros(2, WIDTHS[0]), groups=["scaling"])
         noise = {s.id: torch.randn(s.size, generator=generator, dtype=torch.float64) for s in spec}
         element = {site: GROUPS["scaling"].exp(rescaling * values) for site, values in noise.items()}
         model.load_state_dict(act(spec, element, model.state_dict()))

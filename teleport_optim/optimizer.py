@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils._pytree import tree_map_only
 
@@ -120,7 +122,9 @@ class LearnedTeleportOptimizer(Optimizer):
         if model is not None:
             self._embeddings = embedding_names(model)
             if teleport and example_inputs is not None:
-                self._spec = self._managed(find_symmetries(model, example_inputs), model)
+                self._spec = self._managed(
+                    find_symmetries(model, example_inputs, groups=["scaling"]), model, stacklevel=3
+                )
             elif teleport:
                 self._first_call = _FirstCall(model)
 
@@ -218,7 +222,9 @@ class LearnedTeleportOptimizer(Optimizer):
             return
         self._first_call = None
         try:
-            self._spec = self._managed(find_symmetries(call.model, call.inputs), call.model)
+            self._spec = self._managed(
+                find_symmetries(call.model, call.inputs, groups=["scaling"]), call.model, stacklevel=6
+            )
         except ValueError as error:
             warnings.warn(f"no teleports: {error}", stacklevel=5)
         self._layouts = {}
@@ -289,12 +295,12 @@ class LearnedTeleportOptimizer(Optimizer):
             self._layouts = {key: Layout.of(params, self._spec, self._embeddings)}
         return self._layouts[key]
 
-    def _managed(self, spec: SymmetrySpec, model: nn.Module) -> SymmetrySpec:
+    def _managed(self, spec: SymmetrySpec, model: nn.Module, *, stacklevel: int) -> SymmetrySpec:
         """The exact scalings of ``spec`` whose tensors are all parameters of this optimizer, under its names for them."""
         managed = set(self._names)
         names = {name: self._tensor_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         scalings = []
-        for symmetry in spec.of_group("scaling"):
+        for symmetry in spec:
             legs = dict.fromkeys(replace(leg, name=names.get(leg.name, leg.name)) for leg in symmetry.legs)
             scalings.append(replace(symmetry, legs=tuple(legs)))
         outside = sorted({leg.name for s in scalings for leg in s.legs} - managed)
@@ -302,7 +308,7 @@ class LearnedTeleportOptimizer(Optimizer):
             warnings.warn(
                 f"no teleports where {', '.join(outside)} take part: these tensors are not among the parameters of the "
                 "optimizer",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
         return SymmetrySpec(tuple(s for s in scalings if all(leg.name in managed for leg in s.legs)), spec.refusals)
 
@@ -312,17 +318,15 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._first_call = None
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        shared = self.state.get(_SHARED)  # type: ignore[call-overload]
-        if shared:
-            self.state[_SHARED] = {key: value.clone() for key, value in shared.items()}  # type: ignore[index]
+        for owner, slots in list(self.state.items()):  # what is loaded may be in use elsewhere
+            self.state[owner] = {key: value.clone() for key, value in slots.items()}
 
 
 class _FirstCall:
-    """Waits for the first call of a model and keeps the shapes of its inputs.
+    """Waits for the first call of a model and keeps the shapes of its inputs; it leaves no trace in the model.
 
     Attributes:
         model: The model.
@@ -334,20 +338,47 @@ class _FirstCall:
         self.model = model
         self.inputs: Inputs | None = None
         self.has_warned = False
-        keep = torch.compiler.disable(self._keep)  # type: ignore[no-untyped-call]
-        self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+        self._wait()
 
-    def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._handle.remove()
-        self.inputs = tree_map_only(
-            Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), Inputs(args, kwargs)
-        )
+    def _wait(self) -> None:
+        waiting = weakref.ref(self)  # an optimizer that is dropped must not be kept alive by torch
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first_call = waiting()
+            if first_call is None or module is first_call.model:
+                handle.remove()
+            if first_call is not None and module is first_call.model:
+                inputs = Inputs(args, kwargs)
+                first_call.inputs = tree_map_only(
+                    Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs
+                )
+
+        hook = torch.compiler.disable(keep)  # type: ignore[no-untyped-call]
+        handle = register_module_forward_hook(hook, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "inputs": self.inputs, "has_warned": self.has_warned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.inputs is None:
+            self._wait()
 
 
 _ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
 """The fields of UpdateState that hold one row per tensor, in their order there."""
 _OWN_ATTRIBUTES = frozenset(
-    ("_meta_optimizer", "_tensor_names", "_model_name", "_names", "_layouts", "_has_warned", "_spec", "_embeddings")
+    (
+        "_meta_optimizer",
+        "_tensor_names",
+        "_model_name",
+        "_names",
+        "_layouts",
+        "_has_warned",
+        "_spec",
+        "_embeddings",
+        "_first_call",
+    )
 )
 
 

@@ -32,6 +32,7 @@ class Exchange(Theory):
         super().__init__(name, Units(parity_matters=name == "linear", use_roles=True))
         self.records: list[tuple[int, Array, Array, Array]] = []
         self.tied: list[Array] = []
+        self._recorded: set[tuple[bytes, bytes]] = set()
         self._is_linear = name == "linear"
         self.moves_heads = name == "heads"
 
@@ -44,6 +45,10 @@ class Exchange(Theory):
             one for one in labels if not one.axes
         )  # a channel that is a tensor by itself has no other to change with
         for number, one in enumerate(moving):
+            key = (one.units.tobytes(), one.roles.tobytes())
+            if key in self._recorded:  # they have passed a place together before: this one tells no two of them apart
+                continue
+            self._recorded.add(key)
             nowhere = np.zeros([1] * one.rank, np.uint64)
             self.records.append((node * MAX_LABELS + number, one.units, one.roles, nowhere))
         return moving
@@ -88,12 +93,8 @@ class Exchange(Theory):
             for value in values:
                 self.freeze(value)
             return ()
-        if self._is_linear:
+        if self._is_linear:  # zero is the one constant that a linear map keeps
             values = [value for value in values if value.fill != 0.0] or values[:1]
-            if any(value.source is None and not self.known(value) for value in values):
-                for value in values:
-                    self.fix(self.known(value))
-                return ()
         result = values[0]
         for value in values[1:]:
             letters = [broadcast_letters(one, shape, side) for side, one in enumerate((result, value))]
@@ -130,7 +131,9 @@ class Exchange(Theory):
             for entry in side:
                 met = [second for second in sides[1 - number] if varying(entry) & varying(second)]
                 rivals = [first for first in side if met and varying(first) & varying(met[0])]
-                if not met:
+                if not met and is_sum and self._is_linear:
+                    self.fix([entry[0]])
+                elif not met:
                     result += self._alone(node, entry, *opposites[number], letters)
                 elif len(met) > 1 or len(rivals) > 1:
                     self.units.fix(entry[0].units)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.multiplication import Multiplication
@@ -20,7 +21,11 @@ __all__ = ["find_symmetries"]
 
 
 def find_symmetries(
-    model: nn.Module, example_inputs: ExampleInputs, *, include_approximate: bool = False
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    groups: Iterable[str] = tuple(GROUPS),
+    include_approximate: bool = False,
 ) -> SymmetrySpec:
     r"""Find the hidden channels of a model that can be moved without changing its function.
 
@@ -37,6 +42,7 @@ def find_symmetries(
         model: The model.
         example_inputs: An input that the model takes, the tuple of its inputs, the dictionary of those that have names, or
             an :class:`Inputs` with both; with at least two examples in the batch. Only shapes and dtypes matter.
+        groups: Names of the groups to look for, all by default: ``"permutation"``, ``"scaling"``, ``"sign"``, ``"linear"``.
         include_approximate: Also list scaling in front of a normalisation, which holds only up to its eps
             (``exact=False``).
 
@@ -46,7 +52,7 @@ def find_symmetries(
 
     Raises:
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
-        ValueError: if the model cannot take ``example_inputs``.
+        ValueError: if the model cannot take ``example_inputs``, or there is no group of such a name.
 
     Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision.
 
@@ -61,18 +67,15 @@ def find_symmetries(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_symmetries takes a torch.nn.Module, got {type(model).__name__}")
+    wanted = set(groups)
+    if not wanted <= set(GROUPS):
+        raise ValueError(f"there are no groups {sorted(wanted - set(GROUPS))}, but {sorted(GROUPS)}")
     inputs = Inputs.of(example_inputs)
     lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
-    theories: list[Theory] = [
-        Exchange("permutation"),
-        Exchange("heads"),
-        Multiplication("scaling"),
-        Multiplication("sign"),
-        Exchange("linear"),
-    ]
+    theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
     try:
         refusals = trace(model, inputs, theories, pinned=_shared_memory(model))
     except Untraceable as error:
@@ -87,6 +90,12 @@ def find_symmetries(
         for symmetry in symmetries_of(theory, all_names, include_approximate=include_approximate)
     ]
     return SymmetrySpec(tuple(found), tuple(refusals))
+
+
+def _theories_of(group: str) -> list[Theory]:
+    if group == "permutation":
+        return [Exchange("permutation"), Exchange("heads")]
+    return [Exchange("linear") if group == "linear" else Multiplication(group)]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

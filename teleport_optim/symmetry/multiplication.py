@@ -66,7 +66,12 @@ class Multiplication(Theory):
         others = _widen(self.known(value), len(shape))
         absorbed: list[Labels] = []
         for axis in free:
-            fitting = [one for one in reference if one.axes == (offset + axis,) or (axis == free[0] and not one.axes)]
+            is_broadcast = value.shape[axis] != shape[offset + axis]
+            fitting = [
+                one
+                for one in reference
+                if (not one.axes and axis == free[0]) or (one.axes == (offset + axis,) and not is_broadcast)
+            ]
             self.bind(value, axis, fitting)
             absorbed += fitting
         result = list(absorbed)

@@ -174,8 +174,8 @@ class SymmetrySpec:
     def compose(self, first: Element, second: Element) -> Element:
         """Site by site, the element that acts like ``second`` followed by ``first``.
 
-        Elements of one site compose exactly. Where a tensor carries legs of several groups on the same channels
-        (a permutation and a scaling, say) the groups do not commute, and a chain of actions is applied one by one.
+        Elements of one site compose exactly. Where several sites move the same channels (a permutation and a scaling, whole
+        heads and the channels inside of them) they do not commute, and a chain of actions is applied one by one.
         """
         self.check(first)
         self.check(second)
@@ -183,7 +183,7 @@ class SymmetrySpec:
         return {s.id: s.group.compose(everywhere_first[s.id], everywhere_second[s.id]) for s in self.symmetries}
 
     def inverse(self, element: Element) -> Element:
-        """Site by site, the inverse of ``element`` (see :meth:`compose` for specs with several groups)."""
+        """Site by site, the inverse of ``element`` (see :meth:`compose` where several sites move the same channels)."""
         self.check(element)
         return {s.id: s.group.inverse(element[s.id]) for s in self.symmetries if s.id in element}
 

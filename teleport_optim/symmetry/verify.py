@@ -171,7 +171,10 @@ def _check_fit(model: nn.Module, spec: SymmetrySpec) -> None:
                 )
             shape = shapes[leg.name]
             axis, start, length = leg.within or (0, 0, 0)
-            is_inside = leg.axis < len(shape) and leg.offset + symmetry.size * leg.repeat <= shape[leg.axis]
+            count = symmetry.size * leg.repeat
+            entries = range(leg.offset, leg.offset + count) if leg.index is None else leg.index
+            is_inside = leg.axis < len(shape) and all(0 <= entry < shape[leg.axis] for entry in entries)
+            is_inside = is_inside and len(entries) == count
             if not is_inside or (leg.within and (axis >= len(shape) or start + length > shape[axis])):
                 raise ValueError(
                     f"site {symmetry.id!r} has {symmetry.size} channels and acts by {leg}, which does not fit the "

@@ -84,7 +84,7 @@ class InnerProblem:
             tasks, lower being better, at most ``WORST``.
         orbit: The group action of a test function; the inputs of ``model`` are then its coefficients.
         optimum: Where the minimum of a test function lies, ``[num_problems, dim]``, if that is known.
-        symmetries: Those of ``model``; found when they are needed if they are not given.
+        symmetries: The positive scalings of ``model``; found when they are needed if they are not given.
 
     Raises:
         ValueError: if the model keeps running statistics, which batches of runs cannot update.
@@ -146,7 +146,7 @@ class InnerProblem:
         spec = self.symmetries
         if spec is None:
             inputs, _ = self.sample_batch(torch.Generator().manual_seed(0))
-            spec = find_symmetries(self.model, inputs[0])
+            spec = find_symmetries(self.model, inputs[0], groups=["scaling"])
         return Layout.of(tensors, spec, embedding_names(self.model))
 
     def to(self, device: torch.device | str) -> InnerProblem:
