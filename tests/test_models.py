@@ -61,9 +61,9 @@ def test_whole_heads_are_exchanged(is_grouped: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "least"),
     [
-        ("resnet18", 32, 0.999),
-        ("shufflenet_v2_x0_5", 32, 0.998),
-        ("mobilenet_v3_small", 32, 0.999),
+        ("resnet18", 64, 0.999),
+        ("shufflenet_v2_x0_5", 64, 0.998),
+        ("mobilenet_v3_small", 64, 0.999),
         ("densenet121", 64, 0.999),
         ("regnet_y_400mf", 64, 0.999),
         ("squeezenet1_1", 64, 0.998),

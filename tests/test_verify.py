@@ -94,7 +94,7 @@ WRONG: dict[str, tuple[nn.Module, Build, Tensor]] = {
     "linear map through ReLU": (mlp(nn.ReLU()), planted("linear"), VECTORS),
     "linear map through tanh": (mlp(nn.Tanh()), planted("linear"), VECTORS),
     "linear map that forgets a bias": (mlp(nn.Identity()), without("0:linear", "0.bias"), VECTORS),
-    "wrong order of entries": (mlp(nn.ReLU()), with_leg("0:scaling", "2.weight", index=(1, 0, 2, 3, 4, 5)), VECTORS),
+    "wrong order of entries": (mlp(nn.ReLU()), with_leg("0:scaling", "2.weight", index=(5, 4, 3, 2, 1, 0)), VECTORS),
 }
 
 

@@ -199,18 +199,22 @@ class Units:
 
     def find(self, units: Array, roles: Array | None = None) -> tuple[Array, Array, Array]:
         """The class of each entry, its role there and its sign relative to the class."""
-        roles = np.zeros(units.shape, np.uint64) if roles is None else roles
-        signs = np.ones(units.shape, np.int8)
-        current = units
+        self._shorten(units)
+        roots, prefix = self._parent[units], self._prefix[units]
+        return roots, prefix if roles is None else _within(prefix, roles), self._sign[units]
+
+    def _shorten(self, units: Array) -> None:
+        """Let ``units`` hang from the roots of their classes directly."""
+        roots, prefix, signs = self._parent[units], self._prefix[units], self._sign[units]
         while True:
-            parents = self._parent[current]
-            moved = parents != current
+            above = self._parent[roots]
+            moved = above != roots
             if not moved.any():
-                return current, roles, signs
-            if self.use_roles:
-                roles = np.where(moved, _within(self._prefix[current], roles), roles)
-            signs = np.where(moved, signs * self._sign[current], signs)
-            current = parents
+                break
+            prefix = np.where(moved, _within(self._prefix[roots], prefix), prefix)
+            signs = np.where(moved, signs * self._sign[roots], signs)
+            roots = above
+        self._parent[units], self._prefix[units], self._sign[units] = roots, prefix, signs
 
     def fix(self, units: Array) -> None:
         """Let the classes of ``units`` move no more."""
@@ -249,8 +253,11 @@ class Units:
         if not len(todo):
             return
         a, p, b, q, parity = (array[todo] for array in (roots_a, roles_a, roots_b, roles_b, relative))
+        if not self.use_roles or np.array_equal(p, q):
+            self._unite_roots(a, b, parity)
+            return
         for child, role, parent, parent_role in ((a, p, b, q), (b, q, a, p)):
-            is_own = role == parent_role if self.use_roles else np.ones_like(role, dtype=bool)
+            is_own = role == parent_role
             are_all_new = len(np.unique(child)) == len(child) and not np.isin(child, parent).any()
             if are_all_new and (is_own | (role == 0)).all():
                 self._attach(child, parent, np.where(is_own, 0, parent_role), parity)
@@ -258,14 +265,28 @@ class Units:
         for entry in zip(a, p, b, q, parity):
             self._unite_one(*entry)
 
+    def _unite_roots(self, a: Array, b: Array, relative: Array) -> None:
+        """Unite classes whose members keep their roles, all at once: the newer root of each pair hangs from the older one."""
+        while len(a):
+            child, parent = np.maximum(a, b), np.minimum(a, b)
+            _, first = np.unique(child, return_index=True)
+            self._attach(child[first], parent[first], 0, relative[first])
+            a, _, signs_a = self.find(a)
+            b, _, signs_b = self.find(b)
+            relative = (relative * signs_a * signs_b).astype(np.int8)
+            same = a == b
+            if self.parity_matters:
+                self._is_fixed[a[same & (relative < 0)]] = True
+            a, b, relative = a[~same], b[~same], relative[~same]
+
     def _unite_one(self, a: Any, p: Any, b: Any, q: Any, relative: Any) -> None:
         (root_a,), (role_a,), (sign_a,) = self.find(np.array([a]), np.array([p]))
         (root_b,), (role_b,), (sign_b,) = self.find(np.array([b]), np.array([q]))
         relative = relative * sign_a * sign_b
         if root_a == root_b:
-            if (self.parity_matters and relative < 0) or (self.use_roles and role_a != role_b):
+            if (self.parity_matters and relative < 0) or role_a != role_b:
                 self._is_fixed[root_a] = True
-        elif not self.use_roles or role_a == role_b:
+        elif role_a == role_b:
             self._attach(root_a, root_b, 0, relative)
         elif role_a == 0:
             self._attach(root_a, root_b, role_b, relative)

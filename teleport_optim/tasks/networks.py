@@ -158,13 +158,14 @@ def network_problem(
     """
     gain = draw.log_uniform(0.5, 2.0) if draw.chance(0.3) else 1.0
     sample_batch, batch_text = batches
-    inputs, _ = sample_batch(torch.Generator().manual_seed(0))
-    spec = find_symmetries(model, inputs[0], groups=["scaling"])
-    has_scalings = len(spec.of_group("scaling")) > 0
-    sigma = draw.uniform(0.5, 2.5) if has_scalings and draw.chance(0.35) else 0.0
+    spec = None
+    if draw.chance(0.35):
+        inputs, _ = sample_batch(torch.Generator().manual_seed(0))
+        spec = find_symmetries(model, inputs[0], groups=["scaling"])
+    sigma = draw.uniform(0.5, 2.5) if spec else 0.0
     embedding_scale = draw.log_uniform(0.02, 1.0)
     params = initial_params(model, num_problems, draw, gain=gain, embedding_scale=embedding_scale)
-    if sigma:
+    if spec:
         params = rescale_units(spec, params, sigma, draw)
     loss_scale = 10.0 ** draw.uniform(-3, 3)
     horizon = draw.horizon(*horizons)

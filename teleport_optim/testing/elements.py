@@ -40,6 +40,7 @@ def group_elements(spec: SymmetrySpec) -> st.SearchStrategy[Element]:
 
     Example:
         >>> from hypothesis import find
+        >>> from torch import nn
         >>> from teleport_optim import find_symmetries
         >>> spec = find_symmetries(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3))
         >>> find(group_elements(spec), lambda element: True)
