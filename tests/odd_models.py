@@ -857,6 +857,7 @@ def certified(model: nn.Module, inputs: Any) -> SymmetrySpec:
     spec = find_symmetries(model, inputs)
     report = verify_symmetries(model, spec, inputs)
     assert report.ok, f"{spec}\n{report}"
+    assert not any("could not be followed" in refusal.reason for refusal in spec.refusals), spec.refusals
     return spec
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from teleport_optim.action import act
-from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries, trace
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -165,3 +165,14 @@ def test_a_lazy_model_is_understood_after_its_first_batch() -> None:
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Sequential(), nn.Sequential(nn.Linear(3, 2)), nn.ReLU()])
 def test_models_without_hidden_channels_have_no_symmetries(model: nn.Module) -> None:
     assert find_symmetries(model, torch.randn(2, 3)) == SymmetrySpec()
+
+
+def test_a_form_that_a_rule_does_not_foresee_lets_nothing_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: object, theory: object) -> None:
+        raise KeyError("unforeseen")
+
+    model, inputs = mlp(), torch.randn(5, 4)
+    monkeypatch.setitem(trace.RULES, "relu", fail)
+    spec = find_symmetries(model, inputs)
+    assert len(spec) == 0
+    assert "relu could not be followed: KeyError: 'unforeseen'" in reasons_of(spec)["1"]

@@ -83,10 +83,6 @@ class Labels:
         """Number of axes of the tensor."""
         return self.units.ndim
 
-    def flat(self, axis: int) -> tuple[Array, Array]:
-        """Units and roles of labels that change along ``axis`` at most, each ``[size]``."""
-        return self.units.reshape(self.units.shape[axis]), self.roles.reshape(self.units.shape[axis])
-
     def dual(self) -> Labels:
         """The same labels with the opposite sign."""
         return Labels(self.units, self.roles, -self.sign)

@@ -101,7 +101,6 @@ class Theory(ABC):
 
     Attributes:
         name: Name of the theory.
-        passes: What an element-wise function must be known to commute with to let the group through.
         units: The channels.
         slots: The parameters that move, and with which channels.
     """
@@ -187,8 +186,9 @@ class Theory(ABC):
             return value.labels.get(self.name, ())
         name, axes = value.source
         rank = len(axes)
-        if self._is_in_blocks(name):
-            self._dissolve(name)
+        for (owner, _), labels in self._blocked.items():
+            if owner == name:  # used as a whole, too: what its blocks hold may not move
+                self.units.fix(labels.units)
         result = []
         for axis, own in enumerate(axes):
             for one in (self._parameters[name][own] or ()) if own is not None else ():
@@ -202,15 +202,6 @@ class Theory(ABC):
                 if self.is_free(value, axis):
                     self.write(value, axis)
         return self.known(value)
-
-    def _is_in_blocks(self, name: str) -> bool:
-        return any(key[0] == name for key in self._blocked)
-
-    def _dissolve(self, name: str) -> None:
-        """Fix the channels of a parameter that is used both in blocks and as a whole."""
-        for key, labels in self._blocked.items():
-            if key[0] == name:
-                self.units.fix(labels.units)
 
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""

@@ -157,7 +157,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = []
         for theory in self.theories:
             if is_known:
-                outputs = RULES[call.name](call, theory)
+                outputs = self._follow(call, theory, values)
                 # each output is a place of its own
                 result = [theory.record(call.node * _MAX_OUTPUTS + k, labels) for k, labels in enumerate(outputs, 1)]
             else:
@@ -168,6 +168,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 theory.close(value)
             results.append(result)
         return results
+
+    def _follow(self, call: Call, theory: Theory, values: list[Value]) -> list[tuple[Labels, ...]]:
+        """Apply the rule of an operation; a form of it that the rule does not foresee lets nothing through."""
+        try:
+            return RULES[call.name](call, theory)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            self.refuse(self.module, f"{call.name} could not be followed: {type(error).__name__}: {error}")
+            for value in values:
+                theory.freeze(value)
+            return [()] * len(call.shapes)
 
     @staticmethod
     def _fill(call: Call) -> float | None:

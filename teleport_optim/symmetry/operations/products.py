@@ -86,8 +86,7 @@ def einsum(call: Call, theory: Theory) -> Result:
     if len(values) == 1:
         axes = [axis for axis, letter in enumerate(letters[0]) if letter not in out]
         labels = theory.reduce(call.node, values[0], axes, LINEAR)
-        kept = list(labels)
-        return [tuple(_moved(one, [letters[0].index(letter) for letter in out], axes) for one in kept)]
+        return [tuple(_moved(one, [letters[0].index(letter) for letter in out], axes) for one in labels)]
     sizes = {letter: size for own, value in zip(letters, values) for letter, size in zip(own, value.shape) if size > 1}
     for own, value in zip(letters, values):
         for axis, letter in enumerate(own):

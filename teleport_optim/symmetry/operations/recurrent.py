@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,12 @@ def recurrent(call: Call, theory: Theory) -> Result:
     per_layer = 4 if call["has_biases"] else 2
     directions = 2 if call["bidirectional"] else 1
     num_layers = call["num_layers"]
-    if params is None or len(params) != per_layer * directions * num_layers or any(p.source is None for p in params):
+    if (
+        value is None
+        or params is None
+        or len(params) != per_layer * directions * num_layers
+        or any(p.source is None for p in params)
+    ):
         return opaque(call, theory)
     for state in states:
         if state.fill != 0.0:
@@ -67,7 +71,7 @@ def recurrent(call: Call, theory: Theory) -> Result:
         value = relabelled(
             value,
             theory,
-            _recurrent_output(theory, outputs, params, start, len(value.shape)),
+            _sequence_labels(outputs, len(value.shape)),
             (*value.shape[:-1], size * directions),
         )
     result: Result = [theory.known(value)]
@@ -104,7 +108,8 @@ def _bind_gates(
         bind_axis(theory, parameter, 0, [Labels(rows, roles, hidden.sign)])
 
 
-def _recurrent_output(theory: Theory, outputs: list[Labels | None], params: Any, start: int, rank: int) -> list[Labels]:
+def _sequence_labels(outputs: list[Labels | None], rank: int) -> list[Labels]:
+    """The labels of the outputs of a layer, both directions side by side."""
     if any(one is None for one in outputs):
         return []
     units, roles = (np.concatenate([getattr(one, key).ravel() for one in outputs]) for key in ("units", "roles"))
