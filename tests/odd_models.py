@@ -309,6 +309,20 @@ MODELS: dict[str, Entry] = {
         x_image,
         "a:permutation c:permutation a:scaling c:scaling",
     ),
+    "mixture that a third layer decides": (
+        mlp(
+            lambda m, x: m.b(torch.lerp(m.a(x), m.c(x).tanh(), m.d(x).sigmoid())),
+            c=lambda: nn.Linear(3, N),
+            d=lambda: nn.Linear(3, N),
+        ),
+        x_vector,
+        "a:permutation a:sign",
+    ),
+    "number of active channels": (
+        mlp(lambda m, x: m.b(torch.linalg.vector_norm(m.a(x).relu().unsqueeze(2), 0, dim=2))),
+        x_vector,
+        "a:permutation",
+    ),
     "gate for one half": (
         mlp(lambda m, x: m.b(torch.cat([(h := m.a(x).relu())[:, :3] * h[:, 3:].sigmoid(), h[:, 3:]], 1))),
         x_vector,

@@ -88,7 +88,6 @@ def _grouped(
                 groups,
                 fan_out,
                 is_written=is_written,
-                is_transposed=is_transposed,
             ),
         )
     for one in reads:
@@ -107,7 +106,6 @@ def _write_rows(
     fan_out: int,
     *,
     is_written: bool,
-    is_transposed: bool,
 ) -> tuple[Labels, ...]:
     """The outputs of a grouped convolution whose axis 0 holds what is read: all channels, or one channel's kernels."""
     rank = len(call.shape)

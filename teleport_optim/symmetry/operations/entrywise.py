@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.operations.call import Call, Result, aligned, as_value, opaque, relabelled, values_in
 from teleport_optim.symmetry.theories import EVEN, HOMOGENEOUS, LINEAR, NOTHING, ODD, Theory, Value
 
-__all__ = ["clamp", "combined", "divide", "each_entry", "masked_fill", "multiply", "power", "prelu", "where"]
+__all__ = ["clamp", "combined", "divide", "each_entry", "lerp", "masked_fill", "multiply", "power", "prelu", "where"]
 
 
 def each_entry(call: Call, theory: Theory, tags: frozenset[str]) -> Result:
@@ -18,7 +20,7 @@ def each_entry(call: Call, theory: Theory, tags: frozenset[str]) -> Result:
 
 def combined(call: Call, theory: Theory, tags: frozenset[str]) -> Result:
     """A function of the entries of several tensors, together."""
-    values = [as_value(call[key]) for key in ("self", "other", "tensor1", "tensor2", "end") if call[key] is not None]
+    values = [as_value(call[key]) for key in ("self", "other", "end") if call[key] is not None]
     if tags == NOTHING and not isinstance(theory, Exchange):
         for value in values:
             theory.freeze(value)
@@ -43,10 +45,21 @@ def divide(call: Call, theory: Theory) -> Result:
 
 
 def where(call: Call, theory: Theory) -> Result:
-    condition, *values = (as_value(call[key]) for key in ("condition", "self", "other"))
+    return _chosen(call, theory, call["condition"], call["other"])
+
+
+def lerp(call: Call, theory: Theory) -> Result:
+    if isinstance(call["weight"], Value):
+        return _chosen(call, theory, call["weight"], call["end"])
+    return combined(call, theory, LINEAR)
+
+
+def _chosen(call: Call, theory: Theory, selector: Value, other: Any) -> Result:
+    """Entry by entry a choice or a mixture of two tensors, which a third decides."""
+    values = [as_value(call["self"]), as_value(other)]
     if isinstance(theory, Exchange):
-        return [theory.add(call.node, [condition, *values], call.shape, NOTHING)]
-    theory.freeze(condition)
+        return [theory.add(call.node, [selector, *values], call.shape, NOTHING)]
+    theory.freeze(selector)
     return [theory.add(call.node, values, call.shape, LINEAR)]
 
 

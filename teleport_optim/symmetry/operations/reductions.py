@@ -5,9 +5,9 @@ from __future__ import annotations
 from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.operations.call import Call, Result, axes_of
 from teleport_optim.symmetry.operations.entrywise import combined
-from teleport_optim.symmetry.theories import HOMOGENEOUS, Theory, Value
+from teleport_optim.symmetry.theories import HOMOGENEOUS, NOTHING, Theory, Value
 
-__all__ = ["extreme", "reduce", "spatial"]
+__all__ = ["extreme", "norm", "reduce", "spatial"]
 
 
 def spatial(call: Call, theory: Theory, tags: frozenset[str], num_spatial: int | None = None) -> Result:
@@ -32,12 +32,17 @@ def reduce(call: Call, theory: Theory, tags: frozenset[str]) -> Result:
     keeps = bool(call["keepdim"]) and rank == len(call.shape)
     if not keeps:
         labels = tuple(one.map(lambda array: array.squeeze(tuple(axes))) for one in labels)
-    if len(call.shapes) == 2 and call.name in ("max", "min", "median", "mode"):
+    if len(call.shapes) == 2 and call.name in ("max", "min"):
         for one in theory.known(value):
             if set(one.axes) & set(axes):  # which channel it was is no property of the function
                 theory.units.fix(one.units)
         return [labels, labels if isinstance(theory, Exchange) else ()]
     return [labels] * len(call.shapes)
+
+
+def norm(call: Call, theory: Theory) -> Result:
+    """A norm over axes; that of order 0 counts entries and does not grow with them."""
+    return reduce(call, theory, HOMOGENEOUS if call["ord"] else NOTHING)
 
 
 def extreme(call: Call, theory: Theory) -> Result:

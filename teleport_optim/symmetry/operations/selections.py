@@ -15,7 +15,7 @@ from teleport_optim.symmetry.theories import LINEAR, Theory, Value
 __all__ = ["cat", "embedding", "index", "select", "split", "take_slice"]
 
 
-def _take(theory: Theory, labels: Labels, axis: int, index: Any) -> Labels:
+def _take(labels: Labels, axis: int, index: Any) -> Labels:
     """The labels of the positions ``index`` of an axis."""
     return labels.map(lambda array: array if array.shape[axis] == 1 else np.take(array, index, axis)).settled()
 
@@ -31,12 +31,12 @@ def take_slice(call: Call, theory: Theory) -> Result:
         index = np.arange(size)[start : call["end"] : step]
     if index is None:
         return opaque(call, theory)
-    return [tuple(_take(theory, one, axis, index) for one in theory.settle(value))]
+    return [tuple(_take(one, axis, index) for one in theory.settle(value))]
 
 
 def select(call: Call, theory: Theory) -> Result:
     value, axis = call.first, (call["dim"] or 0) % len(call.first.shape)
-    labels = [_take(theory, one, axis, [call["index"]]) for one in theory.settle(value)]
+    labels = [_take(one, axis, [call["index"]]) for one in theory.settle(value)]
     return [tuple(one.map(lambda array: array.squeeze(axis)) for one in labels)]
 
 
@@ -47,7 +47,7 @@ def split(call: Call, theory: Theory) -> Result:
     result, start = [], 0
     for shape in call.shapes:
         size = 1 if call.name == "unbind" else shape[axis]
-        parts = [_take(theory, one, axis, np.arange(start, start + size)) for one in labels]
+        parts = [_take(one, axis, np.arange(start, start + size)) for one in labels]
         if call.name == "unbind":
             parts = [one.map(lambda array: array.squeeze(axis)) for one in parts]
         result.append(tuple(parts))
