@@ -5,6 +5,7 @@ from teleport_optim.alignment import align, interpolation_barrier
 from teleport_optim.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
+from teleport_optim.optimizer_state import OptimizerStateError
 from teleport_optim.symmetry import (
     Leg,
     Symmetry,
@@ -19,6 +20,7 @@ __all__ = [
     "LearnedTeleportOptimizer",
     "Leg",
     "MetaOptimizer",
+    "OptimizerStateError",
     "Symmetry",
     "SymmetrySpec",
     "act",

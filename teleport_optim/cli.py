@@ -1,4 +1,4 @@
-"""The ``teleport-optim`` command: the demo, a look at a model's symmetries, and meta-training."""
+"""The ``teleport-optim`` command: the demo, a look at a model's symmetries, meta-training, and the checkpoints there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from teleport_optim.checkpoints import CheckpointError, load_checkpoint
+from teleport_optim.checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, read_card
 from teleport_optim.commands import CommandError, import_from_here, mistakes, one_line, positive, require, run_command
 from teleport_optim.groups import GROUPS
 from teleport_optim.meta_training import command as meta_training
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 if a symmetry does not hold or a process of a run is lost, 2 for a mistake in the call, 130
-        after an interruption.
+        The exit code: 0, 1 if a symmetry does not hold, a checkpoint does not verify or a process of a run is lost, 2 for
+        a mistake in the call, 130 after an interruption.
     """
     return run_command(_parser(), argv)
 
@@ -69,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIGMA",
         help="standard deviation of the log-factors of the rescaled start (default: %(default)s)",
     )
-    demo.add_argument("--checkpoint", default="default", help="shipped name or path (default: %(default)s)")
+    demo.add_argument(
+        "--checkpoint",
+        default="default",
+        help="shipped name, path, or hf://owner/name@revision (default: %(default)s)",
+    )
     demo.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="30 steps, only to see that it works")
     demo.add_argument("--threads", type=positive, default=1, help="CPU threads for torch (default: %(default)s)")
@@ -109,6 +113,19 @@ def _parser() -> argparse.ArgumentParser:
         "meta-train", help="train a meta-optimizer of your own", description=meta_training.DESCRIPTION
     )
     meta_training.add_arguments(train)
+
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="list and verify checkpoints",
+        description="Load every checkpoint with all checks, and print what its card says about it, or what is wrong with it.",
+    )
+    checkpoints.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="shipped name, path, or hf://owner/name@revision (default: all that are shipped)",
+    )
+    checkpoints.set_defaults(command=_checkpoints)
     return parser
 
 
@@ -277,3 +294,36 @@ def _inspect(arguments: argparse.Namespace) -> int:
     failed = f"; these do not hold: {', '.join(report.failed) or 'all together'}" if not report.ok else ""
     console.print(Text(f"largest relative error of the function: {report.worst:.1e} (float64){failed}"), soft_wrap=True)
     return 0 if report.ok else 1
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    require("rich")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table("checkpoint", "parameters", "estimator", "minutes", "sha256")
+    failures: dict[str, CheckpointError] = {}
+    for name in arguments.checkpoints or list_checkpoints():
+        try:
+            path = find_checkpoint(name)
+            num_parameters = sum(parameter.numel() for parameter in load_checkpoint(path).parameters())
+            card = read_card(path)
+        except CheckpointError as error:
+            failures[name] = error
+            continue
+        training, minutes = card.get("meta_training"), card.get("meta_training_minutes")
+        estimator = training.get("estimator") if isinstance(training, dict) else None
+        table.add_row(
+            Text(name),
+            str(num_parameters),
+            Text(estimator if isinstance(estimator, str) and estimator.isprintable() else "-"),
+            f"{minutes:.1f}" if isinstance(minutes, (int, float)) and 0 <= minutes < 1e9 else "-",
+            card["sha256"][:12],
+        )
+    if table.row_count:
+        console.print(table)
+    for name, failure in failures.items():
+        console.print(Text(f"{name} does not verify: {failure}"), soft_wrap=True)
+    return 1 if failures else 0

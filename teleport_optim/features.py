@@ -17,7 +17,7 @@ from teleport_optim.layout import NUM_STATIC_FEATURES, Layout, Table
 from teleport_optim.symmetry.moves import channels_of
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
-__all__ = ["NUM_FEATURES", "compute_features", "site_log_ratios"]
+__all__ = ["NUM_FEATURES", "compute_features", "in_full_precision", "log_ratio", "site_log_norms"]
 
 NUM_TIME_FEATURES = 6
 NUM_TENSOR_FEATURES = 6
@@ -29,10 +29,10 @@ _TINY = 1e-36
 """Where squares are cut off, so that zeros have finite roots, logs and derivatives."""
 
 
-def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: int = 0) -> Tensor:
-    """Per channel, log of the squared norm of what reads it over that of what writes it, shape ``[*runs, size]``.
+def site_log_norms(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: int = 0) -> Tensor:
+    """Per channel, the logs of the squared norms of what reads it and of what writes it, shape ``[*runs, 2, size]``.
 
-    A channel with nothing (or nothing finite) on one side gives 0: there is nothing to balance.
+    A channel with nothing (or nothing finite) on one side gives zeros: there is nothing to balance.
 
     Args:
         symmetry: The site.
@@ -41,16 +41,23 @@ def site_log_ratios(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes:
     """
 
     def total(legs: tuple[Leg, ...]) -> Tensor:
-        views = (channels_of(symmetry, leg, tensors[leg.name], run_axes) for leg in legs)
+        views = (channels_of(symmetry, leg, in_full_precision(tensors[leg.name]), run_axes) for leg in legs)
         norms = [view.square().sum(dim=tuple(range(run_axes + 1, view.dim()))) for view in views]
         return functools.reduce(torch.add, norms)
 
-    read, written = total(symmetry.readers), total(symmetry.writers)
-    is_usable = (read > 0) & (written > 0) & torch.isfinite(read) & torch.isfinite(written)
-    log_read, log_written = (
-        torch.log(torch.where(is_usable, norms, torch.ones_like(norms))) for norms in (read, written)
-    )
-    return (log_read - log_written).float()
+    norms = torch.stack([total(symmetry.readers), total(symmetry.writers)], dim=-2)
+    is_usable = ((norms > 0) & torch.isfinite(norms)).all(dim=-2, keepdim=True)
+    return torch.log(torch.where(is_usable, norms, 1.0)).float()
+
+
+def log_ratio(log_norms: Tensor) -> Tensor:
+    """Reading over writing: ``[*runs, 2, size]`` of :func:`site_log_norms` to ``[*runs, size]``."""
+    return log_norms[..., 0, :] - log_norms[..., 1, :]
+
+
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 if it has 16 bits, else as it is."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def time_features(step: int, total_steps: int | None) -> list[float]:
@@ -82,7 +89,7 @@ def compute_features(
     Args:
         params, grads, momenta: Tensors by name, all with the names of ``layout``, each ``[*runs, *shape]``.
         log_grad_rms: ``[*runs, num_tensors, 2]``: the log of the gradient's RMS as a running mean, and at its first value; NaN
-            for a tensor that has not been seen before.
+            for a tensor that has had no gradient but zeros.
         layout: Shapes, roles and symmetries.
         step: Steps taken so far.
         total_steps: Length of the run, or None.
@@ -117,8 +124,8 @@ def compute_features(
         [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, layout, runs, table)],
         dim=-1,
     )
-    running = torch.lerp(running, log_g, 0.2)
-    return _BOUND * torch.tanh(features / _BOUND), torch.stack([running, first], dim=-1)
+    seen = torch.stack([torch.lerp(running, log_g, 0.2), first], dim=-1)
+    return _BOUND * torch.tanh(features / _BOUND), torch.where(gg.unsqueeze(-1) > 0, seen, log_grad_rms)
 
 
 def _inner_products(param: Tensor, grad: Tensor, momentum: Tensor, runs: torch.Size) -> Tensor:
@@ -135,7 +142,7 @@ def _site_features(
         return table.size.new_zeros(*runs, len(layout.names), NUM_SITE_FEATURES)
     rows = []
     for symmetry in layout.spec:
-        weight, momentum = (site_log_ratios(symmetry, tensors, len(runs)) for tensors in (params, momenta))
+        weight, momentum = (log_ratio(site_log_norms(symmetry, tensors, len(runs))) for tensors in (params, momenta))
         std, mean = torch.std_mean(torch.stack([weight, -momentum], dim=-2), dim=-1, correction=0)
         rows.append(torch.stack([mean, std], dim=-1).flatten(-2))
     spread = table.site_weights.mT

@@ -143,6 +143,14 @@ class Layout:
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Table]:
         return {}
 
+    def teleport_sizes(self, site_sizes: Tensor) -> dict[str, float]:
+        """RMS over sites, for every tensor that is on one, of the sizes ``[num_sites]`` of a teleport."""
+        squares: dict[str, list[float]] = {}
+        for symmetry, size in zip(self.spec, site_sizes.tolist()):
+            for name in {leg.name for leg in symmetry.legs}:
+                squares.setdefault(name, []).append(size**2)
+        return {name: math.sqrt(sum(own) / len(own)) for name, own in squares.items()}
+
     def _site_weights(self) -> Tensor:
         weights = torch.zeros(len(self.spec), len(self.names))
         for site, symmetry in enumerate(self.spec):

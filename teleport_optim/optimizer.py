@@ -3,33 +3,108 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import sys
 import warnings
-import weakref
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, NamedTuple, Protocol, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils._pytree import tree_map_only
 
 from teleport_optim.checkpoints import load_checkpoint
+from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names
-from teleport_optim.meta_optimizer import MetaOptimizer
-from teleport_optim.symmetry import Inputs, find_symmetries
+from teleport_optim.meta_optimizer import Controls, MetaOptimizer
+from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
+from teleport_optim.sharding import local, part_like, whole
+from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
-from teleport_optim.update import Hyper, UpdateState, update
+from teleport_optim.update import Hyper, Prepared, UpdateState, descend, prepare, step_factors
 
-__all__ = ["LearnedTeleportOptimizer"]
+__all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
-_SHARED = "meta_optimizer"
-"""Key of ``state`` under which lies what is kept for all tensors together. Values under a string key are not cast to
-the dtype of a parameter when a state dict is loaded."""
+_MAX_NORM = 1e18
+"""A gradient whose norm is larger than this counts as not finite: its square is not a float32."""
+_SMALLEST_USUAL_LR = 0.03
+
+_UNSUPPORTED = {
+    "betas": "momentum is learned",
+    "momentum": "momentum is learned",
+    "dampening": "momentum is learned",
+    "nesterov": "it always looks ahead as Nesterov's momentum does",
+    "eps": "directions are normalised",
+    "amsgrad": "there is no second moment",
+    "foreach": "tensors of one shape always go together",
+    "fused": "there is no fused kernel; torch.compile(optimizer.step) is supported",
+    "capturable": "a step cannot be captured in a CUDA graph",
+    "differentiable": "use teleport_optim.update, which is pure and differentiable",
+}
+"""Options of torch's optimizers that would have no effect here, and why."""
+
+
+class TensorStats(NamedTuple):
+    """What the last step did to one tensor."""
+
+    rate: float
+    """RMS of the step, decay not counted."""
+    decay: float
+    """Share by which the values were shrunk."""
+    momentum: float
+    """Decay of the gradient average."""
+    row_weight: float
+    """Weight of the row-normalised direction beside the orthogonalised one."""
+    balance: float
+    """Strength of the teleport that balances the norms of weights."""
+    gradient_balance: float
+    """Strength of the teleport that balances the norms of gradients."""
+    teleport_size: float
+    """RMS of the log-scales of the sites on the tensor, at the last teleport."""
+    num_skipped_steps: int
+    """Steps skipped since the gradient of this tensor was not finite."""
+
+
+class OptimizerStats(NamedTuple):
+    """What an optimizer has done so far, as plain numbers.
+
+    Attributes:
+        num_steps: Steps taken.
+        num_skipped_steps: Steps not taken because a gradient was not finite.
+        num_guarded_steps: Steps that the guard made safe ones.
+        teleport_size: RMS over channels of the log-scale of the last step's teleport; 0 if it took none.
+        tensors: By name, for every tensor that has had a step.
+    """
+
+    num_steps: int
+    num_skipped_steps: int
+    num_guarded_steps: int
+    teleport_size: float
+    tensors: dict[str, TensorStats]
+
+
+class ScalarWriter(Protocol):
+    """What writes scalars, such as ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> object:
+        """Write one number."""
+        ...
+
+
+@dataclass
+class _Plan:
+    """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
+
+    arguments: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, Layout]
+    ready: Prepared
+    targets: list[Tensor]
+    slots: list[dict[str, Tensor]]
+    progress: Progress
 
 
 class LearnedTeleportOptimizer(Optimizer):
@@ -62,16 +137,21 @@ class LearnedTeleportOptimizer(Optimizer):
         checkpoint: Name of a shipped checkpoint, a path, or a :class:`~teleport_optim.MetaOptimizer`.
         teleport: Whether to teleport.
         maximize: Climb instead of descending.
+        guard: Watch for divergence (a sudden rise of the gradient norm, or of the loss where a closure gives it) and take
+            plain steps at a tenth of the rate, without teleports, until it has passed.
         example_inputs: Inputs of ``model`` as :func:`~teleport_optim.find_symmetries` takes them, to find its symmetries at
             once; needed only where a training loop never calls ``model`` itself.
+        symmetries: The symmetries of ``model`` where they were found beforehand, as before ``fully_shard``.
 
     Raises:
-        ValueError: for an empty parameter list, a negative or non-finite hyper-parameter, or parameters that are not in
-            ``model``.
+        ValueError: for an empty parameter list, a negative or non-finite hyper-parameter, options of other optimizers that
+            would have no effect, or parameters that are not in ``model``, have no data or are shards that cannot be put together.
         TypeError: if ``model`` is not a module.
         CheckpointError: if the checkpoint cannot be used.
 
-    State: ``exp_avg`` (a covector) and ``step`` per parameter, and about 60 numbers per tensor.
+    State: ``exp_avg`` (a covector) per parameter, and about 40 numbers per tensor.
+
+    A step whose gradients are not all finite is skipped, counted in :meth:`stats` and warned about once.
 
     References: Zamir et al., 2025, arXiv 2504.15399 (learned teleportation); Jordan et al., 2024 (Muon).
 
@@ -99,7 +179,9 @@ class LearnedTeleportOptimizer(Optimizer):
         checkpoint: str | Path | MetaOptimizer = "default",
         teleport: bool = True,
         maximize: bool = False,
+        guard: bool = False,
         example_inputs: ExampleInputs | None = None,
+        symmetries: SymmetrySpec | None = None,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,26 +189,35 @@ class LearnedTeleportOptimizer(Optimizer):
             self._meta_optimizer = copy.deepcopy(checkpoint)
         else:
             self._meta_optimizer = load_checkpoint(checkpoint)
+        if model is not None:
+            model = unwrapped(model)
         self._tensor_names: dict[Tensor, str] = (
             {} if model is None else {p: name for name, p in model.named_parameters()}
         )
         self._model_name = type(model).__name__
-        self._names: list[str] = []
         self._layouts: dict[tuple[str, ...], Layout] = {}
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._spec = SymmetrySpec()
-        self._first_call: _FirstCall | None = None
+        self._first_call: FirstCall | None = None
         self._embeddings: frozenset[str] = frozenset()
+        self._progress = Progress()
+        self._is_guarded = guard
+        self._teleport_sizes: dict[str, float] = {}
+        self._teleport_size = 0.0
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
         super().__init__(params, defaults)
+        if 0.0 < float(lr) < _SMALLEST_USUAL_LR:
+            self._warn(
+                f"lr={float(lr)} is a factor on the learned rate, not a rate such as Adam's: leave it out (it is 1 by default)"
+            )
         if model is not None:
             self._embeddings = embedding_names(model)
-            if teleport and example_inputs is not None:
-                self._spec = self._managed(
-                    find_symmetries(model, example_inputs, groups=["scaling"]), model, stacklevel=3
-                )
+            if teleport and symmetries is not None:
+                self._spec = self._managed(symmetries, model)
+            elif teleport and example_inputs is not None:
+                self._spec = self._managed(find_symmetries(model, example_inputs, groups=["scaling"]), model)
             elif teleport:
-                self._first_call = _FirstCall(model)
+                self._first_call = FirstCall(model)
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
@@ -147,34 +238,44 @@ class LearnedTeleportOptimizer(Optimizer):
     @property
     def teleport_size(self) -> float:
         """RMS over channels of the log-scale by which the last step teleported; 0 if it did not."""
-        shared = self.state.get(_SHARED)  # type: ignore[call-overload]
-        return float(shared["teleport_size"]) if shared else 0.0
+        return self._teleport_size
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``lr``, ``weight_decay`` and ``maximize``.
 
         Raises:
-            ValueError: for bad hyper-parameters, or parameters that are not in the model.
+            ValueError: for bad or unsupported options, or parameters that cannot be optimized or are not in the model.
         """
-        checked = {**self.defaults, **param_group}
-        _check_hyper_parameters(checked)
-        if self.param_groups and checked["total_steps"] != self.param_groups[0]["total_steps"]:
-            raise ValueError(
-                f"total_steps is one number for the whole run: got {checked['total_steps']} beside "
-                f"{self.param_groups[0]['total_steps']}"
-            )
-        previous = len(self.param_groups)
-        super().add_param_group(param_group)
-        names: list[str] = []
-        for param in self.param_groups[-1]["params"]:
-            if self._tensor_names and param not in self._tensor_names:
-                del self.param_groups[previous:]
+        if isinstance(param_group, dict) and "params" in param_group:
+            checked = {**self.defaults, **param_group}
+            _check_group(checked)
+            if self.param_groups and checked["total_steps"] != self.param_groups[0]["total_steps"]:
                 raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} is not in the model ({self._model_name}): pass the model "
-                    "that owns all parameters, or no model"
+                    f"total_steps is one number for the whole run: got {checked['total_steps']} beside "
+                    f"{self.param_groups[0]['total_steps']}"
                 )
-            names.append(self._tensor_names.get(param, str(len(self._names) + len(names))))
-        self._names += names
+            params = param_group["params"]
+            if not isinstance(params, Tensor | set):
+                param_group["params"] = params = list(params)
+            if isinstance(params, Tensor | list):
+                entries = [params] if isinstance(params, Tensor) else params
+                param_group["params"] = [self._checked_entry(entry) for entry in entries]
+        super().add_param_group(param_group)
+
+    def _checked_entry(self, entry: Any) -> Any:
+        """One entry of the parameters of a group, with its name in the model if there is a model."""
+        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not isinstance(param, Tensor):
+            return entry
+        _check_parameter(param)
+        if not self._tensor_names:
+            return entry
+        if param not in self._tensor_names:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is not in the model ({self._model_name}): pass the model "
+                "that owns all parameters, or no model"
+            )
+        return self._tensor_names[param], param
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -188,103 +289,125 @@ class LearnedTeleportOptimizer(Optimizer):
             closure: Evaluates the model again and returns the loss; not needed.
 
         Raises:
-            RuntimeError: for sparse or complex gradients; nothing has changed then.
+            RuntimeError: for sparse or complex gradients, or parameters on several devices; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [
-            (row, param, group)
-            for row, (param, group) in enumerate((p, group) for group in self.param_groups for p in group["params"])
-            if param.grad is not None
-        ]
-        for row, param, _ in active:
-            _check_gradient(self._names[row], param)
-        if active:
-            self._learn_symmetries()
-            self._step(active)
+        plan = self._prepare(loss)
+        if plan is not None:
+            self._finish(plan, *descend(*plan.arguments))  # torch.compile(optimizer.step) compiles descend
         return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _prepare(self, loss: Any) -> _Plan | None:
+        """Everything before the momentum step; None if there is no step to take."""
+        names = [str(name) for name in self._names()]
+        entries = [(param, group) for group in self.param_groups for param in group["params"]]
+        active = [(name, p, group) for name, (p, group) in zip(names, entries) if p.grad is not None]
+        self._teleport_size = 0.0
+        if not active:
+            return None
+        _check_active([(name, param) for name, param, _ in active])
+        params = {name: whole(param.detach()) for name, param, _ in active}
+        grads = {name: _gradient(whole(_grad_of(param)), group["maximize"]) for name, param, group in active}
+        norms = dict(zip(grads, torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float64)).tolist()))
+        slots = [self._slots(param) for _, param, _ in active]
+        if not all(norm <= _MAX_NORM for norm in norms.values()):
+            self._skip([name for name, norm in norms.items() if not norm <= _MAX_NORM], dict(zip(grads, slots)))
+            return None
+        progress, is_safe = self._progress, False
+        if self._is_guarded:
+            guard = progress.guard.watch(math.hypot(*norms.values()), None if loss is None else float(loss))
+            is_safe = guard.num_safe_steps > 0
+            progress = replace(progress, guard=guard, num_guarded_steps=progress.num_guarded_steps + is_safe)
+        has_gradient = any(norms.values())
+        if has_gradient:  # Others, when they load a state, first take a step that is to change nothing.
+            self._learn_symmetries()
+        rows = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
+        momenta = {name: whole(own["exp_avg"]) for name, own in zip(grads, slots)}
+        layout = self._layout(params)
+        ready = prepare(
+            self._meta_optimizer.to(rows["hidden"].device),
+            params,
+            grads,
+            UpdateState(momenta=momenta, **rows),
+            step=progress.num_steps,
+            hyper=self._hyper([group for _, _, group in active], progress.num_steps),
+            layout=layout,
+            may_teleport=has_gradient,
+            is_safe=is_safe,
+        )
+        arguments = (dict(ready.params), dict(ready.grads), dict(ready.momenta), ready.factors, layout)
+        return _Plan(arguments, ready, [param.detach() for _, param, _ in active], slots, progress)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _finish(self, plan: _Plan, params: dict[str, Tensor], momenta: dict[str, Tensor]) -> None:
+        """Write what a step computed."""
+        targets = [*plan.targets, *(own["exp_avg"] for own in plan.slots)]
+        values = [*params.values(), *momenta.values()]
+        for key in ROW_KEYS:
+            targets += [own[key] for own in plan.slots]
+            values += getattr(plan.ready.state, key).unbind(0)
+        parts = [local(part_like(value, target)) for value, target in zip(values, targets)]
+        torch._foreach_copy_([local(target) for target in targets], parts)
+        torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
+        self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
+        sizes, layout = plan.ready.teleport_sizes, plan.arguments[-1]
+        if sizes is not None:
+            channels = torch.tensor([float(symmetry.size) for symmetry in layout.spec], device=sizes.device)
+            self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
+            self._teleport_sizes = layout.teleport_sizes(sizes)
+
+    def _names(self) -> list[Any]:
+        """A name for every parameter: its own, or its number."""
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        return names or list(range(sum(len(group["params"]) for group in self.param_groups)))
+
+    def _slots(self, param: Tensor) -> dict[str, Tensor]:
+        slots: dict[str, Tensor] = self.state[param]
+        if not slots:
+            slots.update(initial_slots(param, self._meta_optimizer.initial_hidden(1)[0]))
+        return slots
+
+    def _skip(self, names: list[str], slots: Mapping[str, dict[str, Tensor]]) -> None:
+        self._progress = replace(self._progress, num_skipped_steps=self._progress.num_skipped_steps + 1)
+        for name in names:
+            slots[name]["skipped"].add_(1.0)
+        self._warn(
+            f"a step is skipped, since the gradient of {_list(names)} is not finite. Further ones will be skipped without "
+            "a warning; optimizer.stats() counts them",
+            once="skipped",
+        )
 
     def _learn_symmetries(self) -> None:
         """Find the symmetries of the model with the inputs of its first call, once it has been called."""
         call = self._first_call
         if call is None:
             return
-        if call.inputs is None:
-            if not call.has_warned:
-                call.has_warned = True
-                warnings.warn(
-                    f"no teleports yet: the model ({self._model_name}) has not been called since the optimizer was made, so "
-                    "that the shapes of its inputs are not known. Pass example_inputs, or teleport=False",
-                    stacklevel=5,
-                )
+        inputs = call.take()
+        if inputs is None:
+            self._warn(
+                f"no teleports yet: the model ({self._model_name}) has not been called since the optimizer was made, so "
+                "that the shapes of its inputs are not known. Pass example_inputs, or teleport=False",
+                once="not called",
+            )
             return
         self._first_call = None
         try:
-            self._spec = self._managed(
-                find_symmetries(call.model, call.inputs, groups=["scaling"]), call.model, stacklevel=6
-            )
+            self._spec = self._managed(find_symmetries(call.model, inputs, groups=["scaling"]), call.model)
         except ValueError as error:
-            warnings.warn(f"no teleports: {error}", stacklevel=5)
+            self._warn(f"no teleports: {error}")
         self._layouts = {}
-
-    def _step(self, active: list[tuple[int, nn.Parameter, dict[str, Any]]]) -> None:
-        rows = [row for row, _, _ in active]
-        names = [self._names[row] for row in rows]
-        params: dict[str, Tensor] = {name: param.detach() for name, (_, param, _) in zip(names, active)}
-        grads = {name: _gradient(param, group["maximize"]) for name, (_, param, group) in zip(names, active)}
-        shared = self._shared_state(active[0][1].device)
-        for _, param, _ in active:
-            if not self.state[param]:
-                self.state[param]["step"] = torch.zeros(())
-                self.state[param]["exp_avg"] = torch.zeros_like(param)
-        momenta = {name: self.state[param]["exp_avg"] for name, (_, param, _) in zip(names, active)}
-        own_rows = {key: shared[key][rows] for key in _ROW_KEYS}
-        state = UpdateState(momenta=momenta, teleport_size=shared["teleport_size"], **own_rows)
-        step = int(shared["step"])
-        new_params, new_state = update(
-            self._meta_optimizer,
-            params,
-            grads,
-            state,
-            step=step,
-            hyper=self._hyper([group for _, _, group in active], step),
-            layout=self._layout(params),
-        )
-        torch._foreach_copy_(list(params.values()), [new_params[name] for name in names])
-        torch._foreach_copy_(list(momenta.values()), [new_state.momenta[name] for name in names])
-        torch._foreach_add_([self.state[param]["step"] for _, param, _ in active], 1.0)
-        for key in _ROW_KEYS:
-            shared[key][rows] = getattr(new_state, key)
-        shared["teleport_size"].copy_(new_state.teleport_size)
-        shared["step"].add_(1.0)
-
-    def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
-        """What is kept for all tensors together, with a row for every parameter of every group."""
-        shared = self.state[_SHARED]  # type: ignore[index]
-        if self._meta_optimizer.bias.device != device:
-            self._meta_optimizer.to(device)
-        if shared and len(shared["hidden"]) == len(self._names) and shared["hidden"].device == device:
-            return shared  # type: ignore[no-any-return]
-        hidden = self._meta_optimizer.initial_hidden(len(self._names))
-        initial = UpdateState.initial({name: torch.zeros(()) for name in self._names}, hidden)
-        if not shared:
-            shared.update({key: getattr(initial, key) for key in (*_ROW_KEYS, "teleport_size")}, step=torch.zeros(()))
-        for key in _ROW_KEYS:
-            known = len(shared[key])
-            shared[key] = torch.cat([shared[key].to(device), getattr(initial, key)[known:]])
-        shared["teleport_size"] = shared["teleport_size"].to(device)
-        return shared  # type: ignore[no-any-return]
 
     def _hyper(self, groups: list[dict[str, Any]], step: int) -> Hyper:
         total_steps = self.param_groups[0]["total_steps"]
-        if total_steps is not None and step >= total_steps and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
+        if total_steps is not None and step >= total_steps:
+            self._warn(
                 f"step {step + 1} lies past total_steps={total_steps}: going on at the last rate. Give the length of the "
                 "whole run, or leave total_steps out.",
-                stacklevel=5,
+                once="past total_steps",
             )
         decays = [math.nan if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
         return Hyper(torch.tensor([float(group["lr"]) for group in groups]), torch.tensor(decays), total_steps)
@@ -295,22 +418,125 @@ class LearnedTeleportOptimizer(Optimizer):
             self._layouts = {key: Layout.of(params, self._spec, self._embeddings)}
         return self._layouts[key]
 
-    def _managed(self, spec: SymmetrySpec, model: nn.Module, *, stacklevel: int) -> SymmetrySpec:
+    def _managed(self, spec: SymmetrySpec, model: nn.Module) -> SymmetrySpec:
         """The exact scalings of ``spec`` whose tensors are all parameters of this optimizer, under its names for them."""
-        managed = set(self._names)
+        managed = set(self._names())
         names = {name: self._tensor_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         scalings = []
-        for symmetry in spec:
+        for symmetry in spec.of_group("scaling"):
             legs = dict.fromkeys(replace(leg, name=names.get(leg.name, leg.name)) for leg in symmetry.legs)
             scalings.append(replace(symmetry, legs=tuple(legs)))
         outside = sorted({leg.name for s in scalings for leg in s.legs} - managed)
         if outside:
-            warnings.warn(
+            self._warn(
                 f"no teleports where {', '.join(outside)} take part: these tensors are not among the parameters of the "
-                "optimizer",
-                stacklevel=stacklevel,
+                "optimizer"
             )
         return SymmetrySpec(tuple(s for s in scalings if all(leg.name in managed for leg in s.legs)), spec.refusals)
+
+    def _warn(self, message: str, once: str | None = None) -> None:
+        """Warn at the line of the user that made or stepped the optimizer."""
+        if once is not None:
+            if once in self._warned:
+                return
+            self._warned.add(once)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(message, stacklevel=level)
+
+    def stats(self) -> OptimizerStats:
+        """What the optimizer has done so far.
+
+        Cost: a few operations per tensor; on an accelerator it waits for the last step.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=10, teleport=False)
+            >>> model(torch.ones(3, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> stats = optimizer.stats()
+            >>> stats.num_steps, stats.num_skipped_steps, sorted(stats.tensors)
+            (1, 0, ['bias', 'weight'])
+        """
+        progress = self._progress
+        names = map(str, self._names())
+        entries = [(param, group) for group in self.param_groups for param in group["params"]]
+        active = [(name, p, group) for name, (p, group) in zip(names, entries) if self.state.get(p)]
+        tensors = {}
+        if active:
+            step = max(progress.num_steps - 1, 0)
+            outputs = torch.stack([self.state[param]["outputs"] for _, param, _ in active])
+            controls = Controls.from_outputs(outputs)
+            layout = Layout.of({name: param for name, param, _ in active}, None, self._embeddings)
+            hyper = self._hyper([group for _, _, group in active], step)
+            factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
+            momentum, shrink, length, row_weight = factors
+            table = torch.stack(
+                [
+                    length / layout.table(length).size.sqrt(),
+                    1.0 - shrink,
+                    momentum,
+                    row_weight,
+                    controls.balance,
+                    controls.gradient_balance,
+                ],
+                dim=-1,
+            )
+            for (name, param, _), row in zip(active, table.tolist()):
+                skipped = int(self.state[param]["skipped"])
+                tensors[name] = TensorStats._make([*row, self._teleport_sizes.get(name, 0.0), skipped])
+        counts = (progress.num_steps, progress.num_skipped_steps, progress.num_guarded_steps)
+        return OptimizerStats(*counts, self._teleport_size, tensors)
+
+    def log(self, writer: ScalarWriter, step: int | None = None, prefix: str = "optimizer") -> None:
+        """Write :meth:`stats` to TensorBoard, one scalar for every tensor and number.
+
+        Args:
+            writer: Such as ``torch.utils.tensorboard.SummaryWriter``.
+            step: Where on the time axis; the number of steps taken by default.
+            prefix: What the tags begin with.
+        """
+        stats = self.stats()
+        step = stats.num_steps if step is None else step
+        for key, value in stats._asdict().items():
+            if key != "tensors":
+                writer.add_scalar(f"{prefix}/{key}", value, step)
+        for name, tensor in stats.tensors.items():
+            for key, value in tensor._asdict().items():
+                writer.add_scalar(f"{prefix}_{key}/{name}", value, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer; the counts that all tensors share lie in the groups."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group.update(self._progress.entries())
+        return state_dict
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of this or an earlier version; training then goes on bit for bit.
+
+        Parameters are matched by name where both sides have the same names, else by order. The meta-optimizer's state is
+        never rounded to the dtype of a parameter.
+
+        Raises:
+            OptimizerStateError: saying what does not fit; nothing has changed then.
+        """
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        hidden = self._meta_optimizer.initial_hidden(1)[0]
+        state, groups, progress = read_state_dict(state_dict, self.param_groups, hidden, self._check_loaded)
+        self.__setstate__({"state": state, "param_groups": groups})
+        self._progress = progress
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_loaded(self, group: Mapping[str, Any]) -> None:
+        _check_group({**self.defaults, **group})
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
@@ -321,68 +547,33 @@ class LearnedTeleportOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        for owner, slots in list(self.state.items()):  # what is loaded may be in use elsewhere
-            self.state[owner] = {key: value.clone() for key, value in slots.items()}
 
 
-class _FirstCall:
-    """Waits for the first call of a model and keeps the shapes of its inputs; it leaves no trace in the model.
-
-    Attributes:
-        model: The model.
-        inputs: Its inputs, without data; None before the call.
-        has_warned: Whether the user has been told that it has not been called.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.inputs: Inputs | None = None
-        self.has_warned = False
-        self._wait()
-
-    def _wait(self) -> None:
-        waiting = weakref.ref(self)  # an optimizer that is dropped must not be kept alive by torch
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            first_call = waiting()
-            if first_call is None or module is first_call.model:
-                handle.remove()
-            if first_call is not None and module is first_call.model:
-                inputs = Inputs(args, kwargs)
-                first_call.inputs = tree_map_only(
-                    Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs
-                )
-
-        hook = torch.compiler.disable(keep)  # type: ignore[no-untyped-call]
-        handle = register_module_forward_hook(hook, with_kwargs=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "inputs": self.inputs, "has_warned": self.has_warned}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.inputs is None:
-            self._wait()
-
-
-_ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
-"""The fields of UpdateState that hold one row per tensor, in their order there."""
+_OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+"""Where the code lies between a user's line and a warning."""
 _OWN_ATTRIBUTES = frozenset(
     (
         "_meta_optimizer",
         "_tensor_names",
         "_model_name",
-        "_names",
         "_layouts",
-        "_has_warned",
+        "_warned",
         "_spec",
         "_embeddings",
         "_first_call",
+        "_progress",
+        "_is_guarded",
+        "_teleport_sizes",
+        "_teleport_size",
     )
 )
 
 
-def _check_hyper_parameters(group: dict[str, Any]) -> None:
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for options of a group that are bad or would be ignored."""
+    for key, reason in _UNSUPPORTED.items():
+        if group.get(key):
+            raise ValueError(f"LearnedTeleportOptimizer has no {key} (got {group[key]!r}): {reason}")
     lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
@@ -390,28 +581,67 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
         raise ValueError(
             f"Invalid learning rate: {lr}: it multiplies the learned rate and must be finite and at least 0"
         )
-    if weight_decay is not None and not (weight_decay >= 0.0 and math.isfinite(weight_decay)):
+    if weight_decay is not None and not (float(weight_decay) >= 0.0 and math.isfinite(float(weight_decay))):
         raise ValueError(f"Invalid weight_decay value: {weight_decay}: it must be finite and at least 0, or None")
     if total_steps is not None and (
         isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
     ):
         raise ValueError(f"Invalid total_steps value: {total_steps}: it must be an integer of at least 1, or None")
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
 
 
-def _gradient(param: nn.Parameter, maximize: bool) -> Tensor:
-    assert param.grad is not None
-    return -param.grad if maximize else param.grad
-
-
-def _check_gradient(name: str, param: nn.Parameter) -> None:
-    assert param.grad is not None
-    if param.grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of parameter {name} is sparse, which LearnedTeleportOptimizer does not support: make it dense "
-            "(nn.Embedding(..., sparse=False)) or give that parameter to torch.optim.SparseAdam"
+def _check_parameter(param: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor that can never be optimized here."""
+    if isinstance(param, UninitializedParameter):
+        return
+    reason = ""
+    if param.is_meta:
+        reason = "is on the meta device: give it data first (module.to_empty(device=...), then initialise or load it)"
+    elif param.is_quantized:
+        reason = "is quantised: optimize the float weights, then quantise"
+    elif getattr(param, "_fsdp_flattened", False):
+        reason = (
+            "is a flattened shard of FullyShardedDataParallel, whose layers cannot be seen: use "
+            "torch.distributed.fsdp.fully_shard"
         )
-    if param.grad.is_complex():
+    if reason:
+        raise ValueError(f"a parameter of shape {tuple(param.shape)} {reason}")
+
+
+def _check_active(active: list[tuple[str, Tensor]]) -> None:
+    """Raise ``RuntimeError`` for gradients that cannot be used."""
+    for name, param in active:
+        grad = _grad_of(param)
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of parameter {name} is sparse, which LearnedTeleportOptimizer does not support: make it "
+                "dense (nn.Embedding(..., sparse=False)) or give that parameter to torch.optim.SparseAdam"
+            )
+        if grad.is_complex():
+            raise RuntimeError(
+                f"the gradient of parameter {name} is complex, which LearnedTeleportOptimizer does not support: keep real "
+                "and imaginary parts as two real parameters"
+            )
+    devices = {str(param.device) for _, param in active}
+    if len(devices) > 1:
         raise RuntimeError(
-            f"the gradient of parameter {name} is complex, which LearnedTeleportOptimizer does not support: keep real and "
-            "imaginary parts as two real parameters"
+            f"parameters lie on several devices ({', '.join(sorted(devices))}): make one optimizer for each device"
         )
+
+
+def _grad_of(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _gradient(grad: Tensor, maximize: bool) -> Tensor:
+    """The gradient to descend; that of float16 in float32, whose range teleports need."""
+    grad = grad.float() if grad.dtype == torch.float16 else grad
+    return -grad if maximize else grad
+
+
+def _list(names: list[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(itertools.islice(names, 3)) + more

@@ -24,12 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.action import SlotKind
-from teleport_optim.features import compute_features, site_log_ratios
+from teleport_optim.features import compute_features, in_full_precision, log_ratio, site_log_norms
 from teleport_optim.layout import Layout
 from teleport_optim.meta_optimizer import Controller, Controls
 from teleport_optim.symmetry.moves import move_scaling
+from teleport_optim.symmetry.spec import Symmetry
 
-__all__ = ["CONTROL_INTERVAL", "TELEPORT_INTERVAL", "Hyper", "UpdateState", "orthogonalise", "prior_rate", "update"]
+__all__ = [
+    "CONTROL_INTERVAL",
+    "TELEPORT_INTERVAL",
+    "Hyper",
+    "Prepared",
+    "UpdateState",
+    "descend",
+    "orthogonalise",
+    "prepare",
+    "prior_rate",
+    "step_factors",
+    "update",
+]
 
 CONTROL_INTERVAL = 5
 """Steps between two runs of the meta-optimizer; its controls are held in between."""
@@ -37,6 +50,8 @@ TELEPORT_INTERVAL = 10
 """Steps between two teleports."""
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
+SAFE_RATE = 0.1
+"""Factor on the rate of a safe step."""
 
 _ITERATIONS = ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194))
 """Coefficients of x, x^3 and x^5 in the polynomials that move singular values in (0, 1] towards 1.
@@ -83,8 +98,6 @@ class UpdateState(NamedTuple):
     """The meta-optimizer's last raw outputs, ``[*runs, num_tensors, 6]``."""
     log_grad_rms: Tensor
     """Running and first log-RMS of each gradient, ``[*runs, num_tensors, 2]``; NaN before the first gradient."""
-    teleport_size: Tensor
-    """RMS over channels of ``log s`` in the last step's teleport, ``[*runs]``; 0 if it took none."""
 
     @classmethod
     def initial(cls, params: Mapping[str, Tensor], hidden: Tensor) -> UpdateState:
@@ -100,7 +113,6 @@ class UpdateState(NamedTuple):
             hidden=hidden,
             outputs=hidden.new_zeros(*runs, num_tensors, len(Controls._fields)),
             log_grad_rms=hidden.new_full((*runs, num_tensors, 2), math.nan),
-            teleport_size=hidden.new_zeros(runs),
         )
 
 
@@ -188,6 +200,20 @@ def _has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+class Prepared(NamedTuple):
+    """Everything that the momentum step needs, all of it at the point of the orbit where the step is taken."""
+
+    params: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+    momenta: Mapping[str, Tensor]
+    factors: Tensor
+    """What steers the step: see :func:`step_factors`."""
+    state: UpdateState
+    """The state after the step, but for its momenta."""
+    teleport_sizes: Tensor | None
+    """RMS over channels of the log-scale by which every site was teleported, ``[*runs, num_sites]``; None if none was."""
+
+
 def update(
     controller: Controller,
     params: Mapping[str, Tensor],
@@ -212,6 +238,30 @@ def update(
     Returns:
         New parameters and state; the arguments are unchanged.
     """
+    ready = prepare(controller, params, grads, state, step=step, hyper=hyper, layout=layout)
+    new_params, new_momenta = descend(ready.params, ready.grads, ready.momenta, ready.factors, layout)
+    return new_params, ready.state._replace(momenta=new_momenta)
+
+
+def prepare(
+    controller: Controller,
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    state: UpdateState,
+    *,
+    step: int,
+    hyper: Hyper,
+    layout: Layout,
+    may_teleport: bool = True,
+    is_safe: bool = False,
+) -> Prepared:
+    """The part of :func:`update` before the momentum step.
+
+    Args:
+        controller, params, grads, state, step, hyper, layout: As for :func:`update`.
+        may_teleport: Whether to teleport if it is time to.
+        is_safe: Prepare a plain step instead: nothing learned, no teleport, a tenth of the rate.
+    """
     if step % CONTROL_INTERVAL == 0:
         features, log_grad_rms = compute_features(
             params,
@@ -224,13 +274,15 @@ def update(
         )
         outputs, hidden = controller(features, state.hidden)
         state = state._replace(outputs=outputs, hidden=hidden, log_grad_rms=log_grad_rms)
-    controls = Controls.from_outputs(state.outputs)
+    controls = Controls.from_outputs(torch.zeros_like(state.outputs) if is_safe else state.outputs)
+    if is_safe:
+        hyper = hyper._replace(lr=SAFE_RATE * hyper.lr)
     momenta: Mapping[str, Tensor] = state.momenta
-    teleport_size = torch.zeros_like(state.teleport_size)
-    if step % TELEPORT_INTERVAL == 0 and len(layout.spec):
-        params, grads, momenta, teleport_size = teleport(params, grads, momenta, controls, layout)
-    new_params, new_momenta = descend(params, grads, momenta, controls, step=step, hyper=hyper, layout=layout)
-    return new_params, state._replace(momenta=new_momenta, teleport_size=teleport_size)
+    teleport_sizes = None
+    if may_teleport and not is_safe and step % TELEPORT_INTERVAL == 0 and len(layout.spec):
+        params, grads, momenta, teleport_sizes = teleport(params, grads, momenta, controls, layout)
+    factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
+    return Prepared(params, grads, momenta, factors, state, teleport_sizes)
 
 
 def teleport(
@@ -244,40 +296,51 @@ def teleport(
 
     At strength 1 the weights (or the averaged gradients) that write into a channel and those that read from it get equal
     norms; the two strengths of a site are the means of those of the matrices on its legs. ``|log s|`` is at most
-    ``MAX_LOG_SCALE``, since along a scaling orbit the gradient norm has no maximum.
+    ``MAX_LOG_SCALE``, since along a scaling orbit the gradient norm has no maximum. Channels whose weights could leave the
+    range of their dtype stay where they are. Next to weights of 16 bits the scales are powers of two, so that nothing is
+    rounded.
 
     Returns:
-        Parameters, gradients and momenta, all at the same new point of the orbit, and the RMS of ``log s``.
+        Parameters, gradients and momenta, all at the same new point of the orbit, and for every site the RMS of ``log s``.
     """
     weights = layout.table(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
     run_axes = controls.balance.dim() - 1
-    log_scales = []
+    sizes = []
     for symmetry, strength in zip(layout.spec, strengths.unbind(-2)):
         balance, gradient_balance = strength.unsqueeze(-2).unbind(-1)
+        norms = site_log_norms(symmetry, params, run_axes)
         # A channel's log-scale that equalises squared norms is a quarter of their log-ratio: s^2 w^2 = r^2 / s^2.
         log_scale = 0.25 * (
-            balance * site_log_ratios(symmetry, params, run_axes)
-            - gradient_balance * site_log_ratios(symmetry, momenta, run_axes)
+            balance * log_ratio(norms) - gradient_balance * log_ratio(site_log_norms(symmetry, momenta, run_axes))
         ).clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
-        log_scales.append(log_scale)
+        log_scale = _in_range(log_scale, norms, symmetry, params)
+        sizes.append(log_scale.square().mean(dim=-1).sqrt())
         scales = symmetry.group.exp(log_scale.double())
         params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
         grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
-    return params, grads, momenta, torch.cat(log_scales, dim=-1).square().mean(dim=-1).sqrt()
+    return params, grads, momenta, torch.stack(sizes, dim=-1)
 
 
-def descend(
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    momenta: Mapping[str, Tensor],
-    controls: Controls,
-    *,
-    step: int,
-    hyper: Hyper,
-    layout: Layout,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The momentum step under given controls: new parameters and momenta. Tensors of one shape go as one batch."""
+def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: Mapping[str, Tensor]) -> Tensor:
+    """``log_scale``, but 0 for channels whose norms could leave the range of the dtypes of their weights."""
+    dtypes = {params[leg.name].dtype for leg in symmetry.legs}
+    if not dtypes <= {torch.float32, torch.float64}:
+        log_scale = math.log(2.0) * torch.round(log_scale / math.log(2.0))
+    reach = max(abs(leg.degree) for leg in symmetry.legs) * log_scale.abs()
+    highest = min(math.log(torch.finfo(dtype).max) for dtype in dtypes)
+    lowest = max(math.log(torch.finfo(dtype).tiny) for dtype in dtypes)
+    norms = 0.5 * log_norms
+    is_inside = (norms.amax(dim=-2) + reach < highest) & (norms.amin(dim=-2) - reach > lowest)
+    return torch.where(is_inside, log_scale, 0.0)
+
+
+def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Tensor:
+    """What steers one momentum step, ``[4, *runs, num_tensors]``.
+
+    In this order: the decay beta of the gradient average, what the weights are multiplied by, the Euclidean length of the
+    step, and the weight of the row-normalised direction.
+    """
     rate, decay = prior_rate(step, hyper.total_steps, layout.num_layers)
     table = layout.table(controls.rate)
     rates = controls.rate * (rate * hyper.lr.to(controls.rate))
@@ -285,9 +348,19 @@ def descend(
     learned_decay = controls.decay * (decay * table.is_matrix)
     shrinks = 1.0 - rates * torch.where(torch.isnan(user_decay), learned_decay, user_decay)
     lengths = rates * (table.step_scale * table.size.sqrt())
-    factors = torch.stack([controls.momentum, shrinks, lengths, controls.row_weight])
-    factors = factors.index_select(-1, table.group_order)
-    runs = controls.rate.shape[:-1]
+    return torch.stack([controls.momentum, shrinks, lengths, controls.row_weight])
+
+
+def descend(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    factors: Tensor,
+    layout: Layout,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The momentum step under given factors: new parameters and momenta. Tensors of one shape go as one batch."""
+    runs = factors.shape[1:-1]
+    factors = factors.index_select(-1, layout.table(factors).group_order)
     new_params, new_momenta = {}, {}
     start = 0
     for matrix, rows in layout.groups:
@@ -315,7 +388,7 @@ def _gather(tensors: Mapping[str, Tensor], names: Sequence[str], runs: torch.Siz
         group = tensors[names[0]].reshape(*runs, 1, *entries)
     else:
         group = torch.stack([tensors[name].reshape(*runs, *entries) for name in names], dim=len(runs))
-    return group if group.dtype in (torch.float32, torch.float64) else group.float()
+    return in_full_precision(group)
 
 
 def _inverse_norm(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from mistakes import assert_mistake
 from torch import nn
 
-from teleport_optim import cli
+from teleport_optim import MetaOptimizer, cli, save_checkpoint
+from teleport_optim.checkpoints import list_checkpoints, read_card
 from teleport_optim.cli import load_model, main
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
@@ -147,7 +148,64 @@ class TestInspect:
         assert isinstance(load_model("zoo_of_models:holder.model"), nn.Sequential)
 
 
-@pytest.mark.parametrize("command", [["demo"], ["inspect", "zoo_of_models:mlp", "--input", "5,4"], ["meta-train"]])
+class TestCheckpoints:
+    def test_all_that_are_shipped_verify(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["checkpoints"]) == 0
+        output = capsys.readouterr().out
+        for name, path in list_checkpoints().items():
+            card = read_card(path)
+            row = next(line for line in output.splitlines() if f" {name} " in line)
+            estimator = card["meta_training"].get("estimator", "-")
+            values = [str(card["num_parameters"]), estimator, str(card["meta_training_minutes"]), card["sha256"][:12]]
+            assert row.replace("│", " ").split() == [name, *values]
+
+    def test_those_that_are_given(self, capsys: pytest.CaptureFixture[str]) -> None:
+        save_checkpoint(MetaOptimizer(3), "mine.safetensors")
+        assert main(["checkpoints", "mine.safetensors", "standard"]) == 0
+        output = capsys.readouterr().out
+        assert "mine.safetensors" in output
+        assert "standard" in output
+        assert "default" not in output
+
+    @pytest.mark.parametrize(
+        "card",
+        [
+            {"meta_training": {"estimator": "\x1b[31m[bold]"}, "meta_training_minutes": float("nan")},
+            {"meta_training": {"estimator": "\ud800"}, "meta_training_minutes": 10**4000},
+            {"meta_training": {"estimator": ["es"]}, "meta_training_minutes": -1},
+            {"meta_training": ["es"], "meta_training_minutes": "long"},
+        ],
+    )
+    def test_a_card_by_a_stranger_is_not_trusted(
+        self, card: dict[str, object], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = save_checkpoint(MetaOptimizer(3), "odd.safetensors", card)
+        assert main(["checkpoints", str(path)]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if "odd.safetensors" in line)
+        assert row.replace("│", " ").split()[2:4] == ["-", "-"]
+
+    def test_one_that_does_not_verify_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
+        path = save_checkpoint(MetaOptimizer(3), "mine.safetensors")
+        path.write_bytes(path.read_bytes()[:-1])
+        assert main(["checkpoints", "default", str(path), "missing", "hf://owner/name"]) == 1
+        output = capsys.readouterr().out
+        assert read_card("mine.safetensors")["sha256"][:12] in output
+        for reason in (
+            "mine.safetensors does not verify: mine.safetensors has sha256",
+            "missing does not verify: no checkpoint 'missing'",
+            "hf://owner/name does not verify: 'hf://owner/name' is no address",
+        ):
+            assert reason in output
+        assert " default " in output
+
+    def test_nothing_but_failures(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["checkpoints", "missing"]) == 1
+        assert capsys.readouterr().out.startswith("missing does not verify: ")
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["inspect", "zoo_of_models:mlp", "--input", "5,4"], ["meta-train"], ["checkpoints"]]
+)
 def test_missing_extra_is_named(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +213,7 @@ def test_missing_extra_is_named(
     assert_mistake(main, command, "pip install 'teleport-optim[cli]'", capsys)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["meta-train"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["meta-train"], ["checkpoints"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "teleport_optim"
 
 LAYERS = (
-    ("commands", "streams"),
+    ("commands", "guard", "sharding", "streams"),
     ("groups",),
     ("symmetry",),
     ("action",),
@@ -16,7 +16,7 @@ LAYERS = (
     ("features",),
     ("meta_optimizer",),
     ("update",),
-    ("checkpoints",),
+    ("checkpoints", "first_call", "optimizer_state"),
     ("optimizer", "tasks"),
     ("meta_training",),
     ("demo",),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["ExampleInputs", "Inputs"]
+__all__ = ["ExampleInputs", "InputWatch", "Inputs"]
 
 
 class Inputs(NamedTuple):
@@ -50,3 +51,45 @@ class Inputs(NamedTuple):
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs
 """What functions take as an example of a model's inputs."""
+
+
+class _Shape(NamedTuple):
+    """A tensor without its data."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class InputWatch:
+    """A forward pre-hook that keeps the shapes of the last call's inputs, and of which the search takes no notice.
+
+    It may be compiled with the model: it holds no data, asks nothing and does the same at every call.
+
+    Attributes:
+        is_compiled: Whether it was compiled with the model, which would be compiled again if the hook were taken away.
+    """
+
+    def __init__(self) -> None:
+        self.is_compiled = False
+        self._last: tuple[Any, Any] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.is_compiled = torch.compiler.is_compiling()
+        self._last = tree_map_only(Tensor, _shape_of, (args, kwargs))
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """What the module was last called with, on the meta device; None if it was not called."""
+        if self._last is None:
+            return None
+        args, kwargs = tree_map_only(
+            _Shape,
+            lambda shape: torch.empty(shape.sizes, dtype=shape.dtype, device="meta"),
+            self._last,
+            is_leaf=lambda node: isinstance(node, _Shape),
+        )
+        return Inputs(args, kwargs)
+
+
+def _shape_of(tensor: Tensor) -> _Shape:
+    return _Shape(tuple(tensor.shape), tensor.dtype)

@@ -1,0 +1,218 @@
+"""What an optimizer keeps for a tensor, and reading it from a state dict: checked as a whole before anything is used."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_optim.guard import Guard
+from teleport_optim.sharding import local, part_like
+from teleport_optim.update import UpdateState
+
+__all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
+
+ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
+"""Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
+_COUNTS = ("step", "skipped")
+_SHARED = "meta_optimizer"
+"""Key under which version 0.1 kept the rows of all tensors together."""
+
+Slots = dict[str, Tensor]
+
+
+class OptimizerStateError(ValueError):
+    """A state dict that is damaged, or is not one of this optimizer with these parameters."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is counted for all tensors together. In a state dict it lies in every parameter group, as plain numbers.
+
+    Attributes:
+        num_steps: Steps taken; skipped ones do not count.
+        num_skipped_steps: Steps that were not taken because a gradient was not finite.
+        num_guarded_steps: Steps that the guard made safe ones.
+        guard: The guard's memory.
+    """
+
+    num_steps: int = 0
+    num_skipped_steps: int = 0
+    num_guarded_steps: int = 0
+    guard: Guard = field(default_factory=Guard)
+
+    def entries(self) -> dict[str, int | float]:
+        """As entries of a parameter group."""
+        counts = {name: getattr(self, name) for name in _COUNTERS}
+        return counts | {f"guard_{name}": value for name, value in asdict(self.guard).items()}
+
+    @classmethod
+    def pop_from(cls, group: dict[str, Any], num_steps: int) -> Progress:
+        """Take the entries out of a group again; where ``num_steps`` is not among them, it is as given."""
+        known = cls(num_steps=num_steps)
+        values = {}
+        for key, default in known.entries().items():
+            value = group.pop(key, default)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+            if not is_number or (isinstance(default, int) and not (isinstance(value, int) and value >= 0)):
+                raise OptimizerStateError(f"{key} in a parameter group is {value!r}, expected a number as {default!r}")
+            values[key] = value
+        guard = Guard(**{entry.name: values[f"guard_{entry.name}"] for entry in fields(Guard)})
+        return cls(**{name: values[name] for name in _COUNTERS}, guard=guard)
+
+
+_COUNTERS = tuple(entry.name for entry in fields(Progress) if entry.name != "guard")
+
+
+def initial_slots(param: Tensor, hidden: Tensor) -> Slots:
+    """What is kept for ``param`` before its first step.
+
+    Momentum has the dtype of the parameter, but float32 for float16, whose range is too small for what a teleport can make
+    of a gradient. All else is float32 whatever the parameter.
+
+    Args:
+        param: The parameter.
+        hidden: The meta-optimizer's initial hidden state of one tensor, ``[2 * hidden_size]``.
+    """
+    initial = UpdateState.initial({}, hidden.unsqueeze(0))
+    rows = {key: getattr(initial, key)[0].to(param.device) for key in ROW_KEYS}
+    momentum_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
+    counts = {key: torch.zeros((), dtype=torch.float32) for key in _COUNTS}
+    return {**counts, "exp_avg": torch.zeros_like(param, dtype=momentum_dtype), **rows}
+
+
+def read_state_dict(
+    state_dict: Any,
+    groups: Sequence[Mapping[str, Any]],
+    hidden: Tensor,
+    check_group: Callable[[Mapping[str, Any]], None],
+) -> tuple[dict[Tensor, Slots], list[dict[str, Any]], Progress]:
+    """The state of every parameter, the parameter groups, and the counts that are in a state dict; nothing is aliased.
+
+    Parameters are matched by name where both sides have the same names, else by order.
+
+    Args:
+        state_dict: What ``state_dict()`` gave, of this or an earlier version.
+        groups: The groups of the optimizer that loads it.
+        hidden: The meta-optimizer's initial hidden state of one tensor.
+        check_group: Raises ``ValueError`` or ``TypeError`` for bad options of a group.
+
+    Raises:
+        OptimizerStateError: saying what does not fit.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise OptimizerStateError("a state dict of an optimizer has the keys 'state' and 'param_groups'")
+    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    keys = _keys_of(saved_groups)
+    if not isinstance(saved_state, Mapping):
+        raise OptimizerStateError(f"'state' must be a mapping, got {type(saved_state).__name__}")
+    if [len(own) for own in keys] != [len(group["params"]) for group in groups]:
+        raise OptimizerStateError(
+            f"the parameter groups loaded have {[len(own) for own in keys]} parameters, those of the optimizer "
+            f"{[len(group['params']) for group in groups]}: make the optimizer with the same parameters"
+        )
+    params = _matched(saved_groups, keys, groups)
+    saved_state = _separated(saved_state, [key for own in keys for key in own])
+    state = {}
+    for key, slots in saved_state.items():
+        if key not in params:
+            raise OptimizerStateError(f"there is state for {key!r}, which is in no parameter group")
+        if slots:
+            state[params[key]] = _read_slots(key, slots, params[key], hidden)
+    num_steps = max((int(slots["step"]) for slots in state.values()), default=0)
+    new_groups = []
+    progress = Progress(num_steps)
+    for saved, group in zip(saved_groups, groups):
+        try:
+            new = copy.deepcopy({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+            progress = Progress.pop_from(new, num_steps)
+            own = {key: group[key] for key in ("params", "param_names") if key in group}
+            check_group({**group, **new, **own})
+        except OptimizerStateError:
+            raise
+        except Exception as error:
+            raise OptimizerStateError(f"a parameter group cannot be used: {error}") from error
+        new_groups.append({**new, **own})
+    return state, new_groups, progress
+
+
+def _keys_of(groups: Any) -> list[list[Any]]:
+    """The keys of the parameters in every group."""
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Mapping) for group in groups):
+        raise OptimizerStateError("'param_groups' must be a list of dictionaries")
+    keys = [group.get("params") for group in groups]
+    if not all(isinstance(own, list | tuple) and all(isinstance(key, int | str) for key in own) for own in keys):
+        raise OptimizerStateError("every parameter group must list its parameters, by number or name, under 'params'")
+    flat = [key for own in keys for key in own]
+    if len(set(flat)) != len(flat):
+        raise OptimizerStateError("a parameter is in the groups more than once")
+    return keys
+
+
+def _matched(
+    saved_groups: Sequence[Mapping[str, Any]], keys: Sequence[Sequence[Any]], groups: Sequence[Mapping[str, Any]]
+) -> dict[Any, Tensor]:
+    """Which parameter a key of the state dict stands for."""
+    params = [param for group in groups for param in group["params"]]
+    names = [name for group in groups for name in group.get("param_names", ())]
+    flat = [key for own in keys for key in own]
+    saved_names = [name for group in saved_groups for name in group.get("param_names") or ()]
+    if all(isinstance(key, str) for key in flat):
+        saved_names = flat
+    if names and len(saved_names) == len(flat) and sorted(map(str, saved_names)) == sorted(names):
+        by_name = dict(zip(names, params))
+        return {key: by_name[name] for key, name in zip(flat, saved_names)}
+    return dict(zip(flat, params))
+
+
+def _separated(state: Mapping[Any, Any], keys: Sequence[Any]) -> Mapping[Any, Any]:
+    """The state with the rows of version 0.1, which kept them together, given to the tensors whose they are."""
+    shared = state.get(_SHARED)
+    if _SHARED in keys or not isinstance(shared, Mapping):
+        return state
+    separated = {key: slots for key, slots in state.items() if key != _SHARED}
+    for row, key in enumerate(keys):
+        slots = separated.get(key)
+        if isinstance(slots, Mapping) and slots:
+            rows = {name: value[row] for name, value in shared.items() if name in ROW_KEYS and _has_row(value, row)}
+            separated[key] = {**slots, "skipped": torch.zeros(()), **rows}
+    return separated
+
+
+def _has_row(value: Any, row: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and row < len(value)
+
+
+def _read_slots(key: Any, slots: Any, param: Tensor, hidden: Tensor) -> Slots:
+    expected = initial_slots(param, hidden)
+    if not isinstance(slots, Mapping) or set(slots) != set(expected):
+        found: object = sorted(map(str, slots)) if isinstance(slots, Mapping) else type(slots).__name__
+        raise OptimizerStateError(
+            f"the state of parameter {key!r} holds {found}, expected {sorted(expected)}: it is of another optimizer or a "
+            "newer version"
+        )
+    read = {}
+    for name, like in expected.items():
+        value = slots[name]
+        if not isinstance(value, Tensor) or not _is_plain(value) or value.shape != like.shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise OptimizerStateError(
+                f"{name} of parameter {key!r} is {found}, expected a tensor of real numbers of shape {tuple(like.shape)}"
+            )
+        values = local(value)
+        is_good = values.isfinite() | values.isnan() if name == "log_grad_rms" else values.isfinite()
+        if not bool(is_good.all()) or (name in _COUNTS and not (value >= 0 and value == value.floor())):
+            raise OptimizerStateError(
+                f"{name} of parameter {key!r} holds values that cannot be: {values.flatten()[:4].tolist()}"
+            )
+        read[name] = part_like(value.detach().to(device=like.device, dtype=like.dtype, copy=True), like)
+    return read
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.is_floating_point() and value.layout == torch.strided and not value.is_meta

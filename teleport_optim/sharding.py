@@ -1,0 +1,39 @@
+"""Tensors that are split over processes: what an optimizer reads is whole, what it writes is the part that lies here."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["local", "part_like", "whole"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or all of a ``DTensor``, gathered from all processes."""
+    return tensor.full_tensor() if _is_distributed(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or the part of a ``DTensor`` that lies in this process."""
+    return tensor.to_local() if _is_distributed(tensor) else tensor
+
+
+def part_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which every process has as a whole, placed as ``like`` is; without communication."""
+    if not _is_distributed(like) or _is_distributed(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)
+
+
+def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # Slow to import, and needed only where it has been.
+    return module is not None and isinstance(tensor, module.DTensor)
