@@ -118,7 +118,7 @@ def compute_features(
         dim=-1,
     )
     shared = tensor_features.mean(dim=-2, keepdim=True).expand_as(tensor_features)
-    time = torch.tensor(time_features(step, total_steps), device=dots.device)
+    time = torch.tensor(time_features(step, total_steps), dtype=torch.float32, device=dots.device)
     constant = torch.cat([table.static_features, time.expand(len(layout.names), -1)], dim=-1)
     features = torch.cat(
         [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, layout, runs, table)],

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 __all__ = ["Guard"]
 
-_AVERAGING = 0.05
-_MAX_LOG_RISE = 3.0
-"""A gradient norm that is larger than its running mean by this much (20 times) counts as divergence."""
+_LOG_DECAY = 0.02
+"""By how much the log of the peak falls at every step."""
+_MAX_LOG_RISE = math.log(10.0)
 _NUM_SAFE_STEPS = 20
 
 
@@ -17,13 +17,13 @@ _NUM_SAFE_STEPS = 20
 class Guard:
     """What is remembered of a run to tell when it diverges; plain numbers, of which infinity stands for none yet.
 
-    A run diverges where its gradient norm is 20 times the running (geometric) mean, or where a loss is not finite or higher
-    than the first one by more than the loss has ever fallen and by more than a tenth. From then on the next 20 steps are to
-    be safe ones; every further sign of divergence starts them anew. The running mean moves on meanwhile, so that a gradient
-    that has grown for good passes in the end.
+    A run diverges where its gradient norm is 10 times its recent peak, a peak that is forgotten by 2 % at every step, or where
+    a loss is not finite or higher than the first one by more than the loss has ever fallen and by more than a tenth. (A peak
+    rather than a mean, since late in training most minibatches have small gradients and a few have large ones.) From then on
+    the next 20 steps are to be safe ones; every further sign of divergence starts them anew.
 
     Attributes:
-        log_norm: Running mean of the log of the gradient norm.
+        log_peak: Log of the recent peak of the gradient norm. It does not rise faster than by the factor that is an alarm.
         first_loss: The first loss that was seen.
         least_loss: The least loss that was seen.
         num_safe_steps: How many steps are still to be safe, this one included.
@@ -36,7 +36,7 @@ class Guard:
         20
     """
 
-    log_norm: float = math.inf
+    log_peak: float = math.inf
     first_loss: float = math.inf
     least_loss: float = math.inf
     num_safe_steps: int = 0
@@ -52,9 +52,10 @@ class Guard:
         is_alarm = False
         if norm > 0.0:
             log_norm = math.log(norm)
-            known = self.log_norm if math.isfinite(self.log_norm) else log_norm
-            is_alarm = log_norm - known > _MAX_LOG_RISE
-            guard = replace(guard, log_norm=known + _AVERAGING * (log_norm - known))
+            if math.isfinite(self.log_peak):
+                is_alarm = log_norm > self.log_peak + _MAX_LOG_RISE
+                log_norm = max(self.log_peak - _LOG_DECAY, min(log_norm, self.log_peak + _MAX_LOG_RISE))
+            guard = replace(guard, log_peak=log_norm)
         if loss is not None:
             is_alarm |= not math.isfinite(loss)
             if math.isfinite(self.first_loss):

@@ -129,8 +129,8 @@ class Layout:
             scales = [self.matrices[name][1] ** -0.5 if name in self.matrices else 0.25 for name in self.names]
             table = Table(
                 step_scale=torch.tensor(scales, dtype=torch.float64),
-                is_matrix=torch.tensor([float(name in self.matrices) for name in self.names]),
-                size=torch.tensor([float(max(shape.numel(), 1)) for shape in self.shapes.values()]),
+                is_matrix=torch.tensor([name in self.matrices for name in self.names], dtype=torch.float32),
+                size=torch.tensor([max(shape.numel(), 1) for shape in self.shapes.values()], dtype=torch.float32),
                 static_features=self._static_features(),
                 site_weights=self._site_weights(),
                 group_order=torch.tensor([row for _, rows in self.groups for row in rows], dtype=torch.int64),
@@ -152,7 +152,7 @@ class Layout:
         return {name: math.sqrt(sum(own) / len(own)) for name, own in squares.items()}
 
     def _site_weights(self) -> Tensor:
-        weights = torch.zeros(len(self.spec), len(self.names))
+        weights = torch.zeros(len(self.spec), len(self.names), dtype=torch.float32)
         for site, symmetry in enumerate(self.spec):
             for leg in symmetry.legs:
                 if leg.name in self.matrices:

@@ -34,7 +34,7 @@ class Controls(NamedTuple):
     @classmethod
     def prior(cls, num_tensors: int) -> Controls:
         """The constant controls under which the rule is its unlearned prior."""
-        return cls.from_outputs(torch.zeros(num_tensors, len(cls._fields)))
+        return cls.from_outputs(torch.zeros(num_tensors, len(cls._fields), dtype=torch.float32))
 
     @classmethod
     def from_outputs(cls, outputs: Tensor) -> Controls:
@@ -92,18 +92,23 @@ class MetaOptimizer(nn.Module):
         num_outputs = len(Controls._fields)
 
         def normal(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(rows, columns, generator=generator) / math.sqrt(columns))
+            values = torch.randn(rows, columns, generator=generator, dtype=torch.float32)
+            return nn.Parameter(values / math.sqrt(columns))
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
         self.input_weight = normal(4 * hidden_size, NUM_FEATURES)
         self.hidden_weight = normal(4 * hidden_size, hidden_size)
-        self.bias = nn.Parameter(torch.cat([torch.ones(hidden_size), torch.zeros(3 * hidden_size)]))
-        self.readout_weight = nn.Parameter(torch.zeros(num_outputs, hidden_size))
-        self.skip_weight = nn.Parameter(torch.zeros(num_outputs, NUM_FEATURES))
-        self.readout_bias = nn.Parameter(torch.zeros(num_outputs))
+        self.bias = zeros(4 * hidden_size)
+        self.bias.data[:hidden_size] = 1.0  # remember at first
+        self.readout_weight = zeros(num_outputs, hidden_size)
+        self.skip_weight = zeros(num_outputs, NUM_FEATURES)
+        self.readout_bias = zeros(num_outputs)
 
     def initial_hidden(self, num_tensors: int) -> Tensor:
         """Hidden and cell state side by side, zeros of shape ``[num_tensors, 2 * hidden_size]``."""
-        return torch.zeros(num_tensors, 2 * self.hidden_size, device=self.bias.device)
+        return self.bias.new_zeros(num_tensors, 2 * self.hidden_size).detach()
 
     def forward(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One control step.

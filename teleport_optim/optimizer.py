@@ -410,7 +410,8 @@ class LearnedTeleportOptimizer(Optimizer):
                 once="past total_steps",
             )
         decays = [math.nan if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
-        return Hyper(torch.tensor([float(group["lr"]) for group in groups]), torch.tensor(decays), total_steps)
+        rates = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float32)
+        return Hyper(rates, torch.tensor(decays, dtype=torch.float32), total_steps)
 
     def _layout(self, params: dict[str, Tensor]) -> Layout:
         key = tuple(params)
@@ -508,10 +509,15 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer; the counts that all tensors share lie in the groups."""
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            group.update(self._progress.entries())
-        return state_dict
+        entries = self._progress.entries()
+        try:
+            for group in self.param_groups:
+                group.update(entries)
+            return super().state_dict()
+        finally:
+            for group in self.param_groups:
+                for key in entries:
+                    group.pop(key, None)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -545,10 +551,11 @@ class LearnedTeleportOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in _OPTIONS:
+                group.setdefault(key, self.defaults[key])
 
 
+_OPTIONS = ("lr", "weight_decay", "total_steps", "maximize")
 _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 """Where the code lies between a user's line and a warning."""
 _OWN_ATTRIBUTES = frozenset(

@@ -84,7 +84,8 @@ class Hyper(NamedTuple):
     @classmethod
     def default(cls, num_tensors: int, total_steps: int | None = None) -> Hyper:
         """Nothing set: ``lr`` 1 and the learned decay."""
-        return cls(torch.ones(num_tensors), torch.full((num_tensors,), math.nan), total_steps)
+        ones = torch.ones(num_tensors, dtype=torch.float32)
+        return cls(ones, math.nan * ones, total_steps)
 
 
 class UpdateState(NamedTuple):
