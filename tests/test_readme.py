@@ -16,7 +16,11 @@ def blocks_of(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-BLOCKS = [*blocks_of(README), *blocks_of(ROOT / "docs" / "symmetries.md")]
+BLOCKS = [
+    *blocks_of(README),
+    *blocks_of(ROOT / "docs" / "symmetries.md"),
+    "\n".join(blocks_of(ROOT / "docs" / "training.md")),
+]
 
 
 def test_there_are_blocks() -> None:
