@@ -26,7 +26,7 @@ from teleport_optim.sharding import local, part_like, whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
-from teleport_optim.update import Hyper, Prepared, UpdateState, descend, prepare, step_factors
+from teleport_optim.update import Hyper, UpdateState, descend, prepare, step_factors
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
@@ -101,7 +101,9 @@ class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
 
     arguments: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, Layout]
-    ready: Prepared
+    rows: dict[str, Tensor]
+    """The rows of the state that the step changes."""
+    teleport_sizes: Tensor | None
     targets: list[Tensor]
     slots: list[dict[str, Tensor]]
     progress: Progress
@@ -339,22 +341,24 @@ class LearnedTeleportOptimizer(Optimizer):
             may_teleport=has_gradient,
             is_safe=is_safe,
         )
+        changed = {key: value for key in rows if (value := getattr(ready.state, key)) is not rows[key]}
         arguments = (dict(ready.params), dict(ready.grads), dict(ready.momenta), ready.factors, layout)
-        return _Plan(arguments, ready, [param.detach() for _, param, _ in active], slots, progress)
+        targets = [param.detach() for _, param, _ in active]
+        return _Plan(arguments, changed, ready.teleport_sizes, targets, slots, progress)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, params: dict[str, Tensor], momenta: dict[str, Tensor]) -> None:
         """Write what a step computed."""
         targets = [*plan.targets, *(own["exp_avg"] for own in plan.slots)]
         values = [*params.values(), *momenta.values()]
-        for key in ROW_KEYS:
+        for key, rows in plan.rows.items():
             targets += [own[key] for own in plan.slots]
-            values += getattr(plan.ready.state, key).unbind(0)
+            values += rows.unbind(0)
         parts = [local(part_like(value, target)) for value, target in zip(values, targets)]
         torch._foreach_copy_([local(target) for target in targets], parts)
         torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
         self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
-        sizes, layout = plan.ready.teleport_sizes, plan.arguments[-1]
+        sizes, layout = plan.teleport_sizes, plan.arguments[-1]
         if sizes is not None:
             channels = torch.tensor([float(symmetry.size) for symmetry in layout.spec], device=sizes.device)
             self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
