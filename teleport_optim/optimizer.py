@@ -199,7 +199,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._model_name = type(model).__name__
         self._layouts: dict[tuple[str, ...], Layout] = {}
         self._warned: set[str] = set()
-        self._spec = SymmetrySpec()
+        self._spec = self._found = SymmetrySpec()
         self._first_call: FirstCall | None = None
         self._embeddings: frozenset[str] = frozenset()
         self._progress = Progress()
@@ -215,9 +215,9 @@ class LearnedTeleportOptimizer(Optimizer):
         if model is not None:
             self._embeddings = embedding_names(model)
             if teleport and symmetries is not None:
-                self._spec = self._managed(symmetries, model)
+                self._use(symmetries, model)
             elif teleport and example_inputs is not None:
-                self._spec = self._managed(find_symmetries(model, example_inputs, groups=["scaling"]), model)
+                self._use(find_symmetries(model, example_inputs, groups=["scaling"]), model)
             elif teleport:
                 self._first_call = FirstCall(model)
 
@@ -263,6 +263,8 @@ class LearnedTeleportOptimizer(Optimizer):
                 entries = [params] if isinstance(params, Tensor) else params
                 param_group["params"] = [self._checked_entry(entry) for entry in entries]
         super().add_param_group(param_group)
+        if len(self._found):
+            self._select()
 
     def _checked_entry(self, entry: Any) -> Any:
         """One entry of the parameters of a group, with its name in the model if there is a model."""
@@ -325,7 +327,7 @@ class LearnedTeleportOptimizer(Optimizer):
             is_safe = guard.num_safe_steps > 0
             progress = replace(progress, guard=guard, num_guarded_steps=progress.num_guarded_steps + is_safe)
         has_gradient = any(norms.values())
-        if has_gradient:  # Others, when they load a state, first take a step that is to change nothing.
+        if has_gradient or progress.num_steps:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
         rows = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
         momenta = {name: whole(own["exp_avg"]) for name, own in zip(grads, slots)}
@@ -400,10 +402,9 @@ class LearnedTeleportOptimizer(Optimizer):
             return
         self._first_call = None
         try:
-            self._spec = self._managed(find_symmetries(call.model, inputs, groups=["scaling"]), call.model)
+            self._use(find_symmetries(call.model, inputs, groups=["scaling"]), call.model)
         except ValueError as error:
             self._warn(f"no teleports: {error}")
-        self._layouts = {}
 
     def _hyper(self, groups: list[dict[str, Any]], step: int) -> Hyper:
         total_steps = self.param_groups[0]["total_steps"]
@@ -423,21 +424,27 @@ class LearnedTeleportOptimizer(Optimizer):
             self._layouts = {key: Layout.of(params, self._spec, self._embeddings)}
         return self._layouts[key]
 
-    def _managed(self, spec: SymmetrySpec, model: nn.Module) -> SymmetrySpec:
-        """The exact scalings of ``spec`` whose tensors are all parameters of this optimizer, under its names for them."""
-        managed = set(self._names())
+    def _use(self, spec: SymmetrySpec, model: nn.Module) -> None:
+        """Teleport along the scalings of ``spec``, as far as the optimizer manages their tensors."""
         names = {name: self._tensor_names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         scalings = []
         for symmetry in spec.of_group("scaling"):
             legs = dict.fromkeys(replace(leg, name=names.get(leg.name, leg.name)) for leg in symmetry.legs)
             scalings.append(replace(symmetry, legs=tuple(legs)))
-        outside = sorted({leg.name for s in scalings for leg in s.legs} - managed)
+        self._found = SymmetrySpec(tuple(scalings), spec.refusals)
+        self._select()
+
+    def _select(self) -> None:
+        managed = set(self._names())
+        outside = sorted({leg.name for symmetry in self._found for leg in symmetry.legs} - managed)
         if outside:
             self._warn(
                 f"no teleports where {', '.join(outside)} take part: these tensors are not among the parameters of the "
                 "optimizer"
             )
-        return SymmetrySpec(tuple(s for s in scalings if all(leg.name in managed for leg in s.legs)), spec.refusals)
+        usable = (symmetry for symmetry in self._found if all(leg.name in managed for leg in symmetry.legs))
+        self._spec = SymmetrySpec(tuple(usable), self._found.refusals)
+        self._layouts = {}
 
     def _warn(self, message: str, once: str | None = None) -> None:
         """Warn at the line of the user that made or stepped the optimizer."""
@@ -569,6 +576,7 @@ _OWN_ATTRIBUTES = frozenset(
         "_model_name",
         "_layouts",
         "_warned",
+        "_found",
         "_spec",
         "_embeddings",
         "_first_call",
@@ -588,6 +596,9 @@ def _check_group(group: Mapping[str, Any]) -> None:
     lr, weight_decay, total_steps = group["lr"], group["weight_decay"], group["total_steps"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    for key in ("lr", "weight_decay"):
+        if isinstance(group[key], bool) or not isinstance(group[key], int | float | Tensor | None):
+            raise TypeError(f"{key} must be a number, got {group[key]!r}")
     if not (float(lr) >= 0.0 and math.isfinite(float(lr))):
         raise ValueError(
             f"Invalid learning rate: {lr}: it multiplies the learned rate and must be finite and at least 0"
@@ -595,9 +606,9 @@ def _check_group(group: Mapping[str, Any]) -> None:
     if weight_decay is not None and not (float(weight_decay) >= 0.0 and math.isfinite(float(weight_decay))):
         raise ValueError(f"Invalid weight_decay value: {weight_decay}: it must be finite and at least 0, or None")
     if total_steps is not None and (
-        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or not 1 <= total_steps <= 2**53
     ):
-        raise ValueError(f"Invalid total_steps value: {total_steps}: it must be an integer of at least 1, or None")
+        raise ValueError(f"Invalid total_steps value: {total_steps}: it must be an integer from 1 to 2**53, or None")
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
 

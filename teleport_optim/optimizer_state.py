@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -20,6 +21,8 @@ __all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read
 ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
 """Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
 _COUNTS = ("step", "skipped")
+_MAX_COUNT = 2**53
+"""Counts below it are exact as floats; nothing ever takes so many steps."""
 _SHARED = "meta_optimizer"
 """Key under which version 0.1 kept the rows of all tensors together."""
 
@@ -55,13 +58,14 @@ class Progress:
     def pop_from(cls, group: dict[str, Any], num_steps: int) -> Progress:
         """Take the entries out of a group again; where ``num_steps`` is not among them, it is as given."""
         known = cls(num_steps=num_steps)
-        values = {}
+        values: dict[str, Any] = {}
         for key, default in known.entries().items():
             value = group.pop(key, default)
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-            if not is_number or (isinstance(default, int) and not (isinstance(value, int) and value >= 0)):
+            is_count = isinstance(value, int) and 0 <= value < _MAX_COUNT
+            if not is_number or (isinstance(default, int) and not is_count):
                 raise OptimizerStateError(f"{key} in a parameter group is {value!r}, expected a number as {default!r}")
-            values[key] = value
+            values[key] = type(default)(value)
         guard = Guard(**{entry.name: values[f"guard_{entry.name}"] for entry in fields(Guard)})
         return cls(**{name: values[name] for name in _COUNTERS}, guard=guard)
 
@@ -105,6 +109,20 @@ def read_state_dict(
     Raises:
         OptimizerStateError: saying what does not fit.
     """
+    try:
+        return _read(state_dict, groups, hidden, check_group)
+    except OptimizerStateError:
+        raise
+    except Exception as error:  # A damaged state dict may hold anything.
+        raise OptimizerStateError(f"a state dict that cannot be used: {error}") from error
+
+
+def _read(
+    state_dict: Any,
+    groups: Sequence[Mapping[str, Any]],
+    hidden: Tensor,
+    check_group: Callable[[Mapping[str, Any]], None],
+) -> tuple[dict[Tensor, Slots], list[dict[str, Any]], Progress]:
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise OptimizerStateError("a state dict of an optimizer has the keys 'state' and 'param_groups'")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
@@ -118,27 +136,27 @@ def read_state_dict(
         )
     params = _matched(saved_groups, keys, groups)
     saved_state = _separated(saved_state, [key for own in keys for key in own])
-    state = {}
+    state: dict[Tensor, Slots] = defaultdict(dict)  # A tensor without state gets it at its first step.
     for key, slots in saved_state.items():
         if key not in params:
             raise OptimizerStateError(f"there is state for {key!r}, which is in no parameter group")
-        if slots:
+        if not isinstance(slots, Mapping) or slots:
             state[params[key]] = _read_slots(key, slots, params[key], hidden)
     num_steps = max((int(slots["step"]) for slots in state.values()), default=0)
     new_groups = []
-    progress = Progress(num_steps)
+    all_progress = set()
     for saved, group in zip(saved_groups, groups):
+        new = copy.deepcopy({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        all_progress.add(Progress.pop_from(new, num_steps))
+        own = {key: group[key] for key in ("params", "param_names") if key in group}
         try:
-            new = copy.deepcopy({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-            progress = Progress.pop_from(new, num_steps)
-            own = {key: group[key] for key in ("params", "param_names") if key in group}
             check_group({**group, **new, **own})
-        except OptimizerStateError:
-            raise
-        except Exception as error:
+        except (TypeError, ValueError) as error:
             raise OptimizerStateError(f"a parameter group cannot be used: {error}") from error
         new_groups.append({**new, **own})
-    return state, new_groups, progress
+    if len(all_progress) > 1 or len({group.get("total_steps") for group in new_groups}) > 1:
+        raise OptimizerStateError("the parameter groups differ in what they share: the counts of steps and total_steps")
+    return state, new_groups, all_progress.pop()
 
 
 def _keys_of(groups: Any) -> list[list[Any]]:
@@ -166,7 +184,7 @@ def _matched(
         saved_names = flat
     if names and len(saved_names) == len(flat) and sorted(map(str, saved_names)) == sorted(names):
         by_name = dict(zip(names, params))
-        return {key: by_name[name] for key, name in zip(flat, saved_names)}
+        return {key: by_name[str(name)] for key, name in zip(flat, saved_names)}
     return dict(zip(flat, params))
 
 
@@ -204,13 +222,14 @@ def _read_slots(key: Any, slots: Any, param: Tensor, hidden: Tensor) -> Slots:
             raise OptimizerStateError(
                 f"{name} of parameter {key!r} is {found}, expected a tensor of real numbers of shape {tuple(like.shape)}"
             )
-        values = local(value)
+        new = value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+        values = local(new)
         is_good = values.isfinite() | values.isnan() if name == "log_grad_rms" else values.isfinite()
-        if not bool(is_good.all()) or (name in _COUNTS and not (value >= 0 and value == value.floor())):
+        if not bool(is_good.all()) or (name in _COUNTS and not (values >= 0 and values == values.floor())):
             raise OptimizerStateError(
-                f"{name} of parameter {key!r} holds values that cannot be: {values.flatten()[:4].tolist()}"
+                f"{name} of parameter {key!r} holds values that cannot be: {local(value).flatten()[:4].tolist()}"
             )
-        read[name] = part_like(value.detach().to(device=like.device, dtype=like.dtype, copy=True), like)
+        read[name] = part_like(new, like)
     return read
 
 

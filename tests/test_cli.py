@@ -127,8 +127,8 @@ class TestInspect:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["zoo_of_models"], "write the model as package.module:callable"),
-            (["zoo_of_models:"], "write the model as package.module:callable"),
+            (["zoo_of_models"], "write it as package.module:name"),
+            (["zoo_of_models:"], "write it as package.module:name"),
             (["no_such_module:mlp"], "cannot import 'no_such_module'"),
             (["broken_module:mlp"], "ZeroDivisionError"),
             (["zoo_of_models:missing"], "'zoo_of_models' has no 'missing'"),

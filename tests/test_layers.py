@@ -18,7 +18,7 @@ LAYERS = (
     ("update",),
     ("checkpoints", "first_call", "optimizer_state"),
     ("optimizer", "tasks"),
-    ("meta_training",),
+    ("meta_training", "evaluation"),
     ("demo",),
     ("cli",),
     ("__main__",),
