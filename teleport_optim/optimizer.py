@@ -561,12 +561,12 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
         for group in self.param_groups:
-            for key in _OPTIONS:
-                group.setdefault(key, self.defaults[key])
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
 
 
-_OPTIONS = ("lr", "weight_decay", "total_steps", "maximize")
 _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 """Where the code lies between a user's line and a warning."""
 _OWN_ATTRIBUTES = frozenset(
