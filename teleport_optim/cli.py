@@ -1,9 +1,8 @@
-"""The ``teleport-optim`` command: the demo, a look at a model's symmetries, meta-training, and the checkpoints there are."""
+"""The ``teleport-optim`` command: the demo, a model's symmetries, meta-training, comparisons, and the checkpoints there are."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ import torch
 from torch import nn
 
 from teleport_optim.checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, read_card
-from teleport_optim.commands import CommandError, import_from_here, mistakes, one_line, positive, require, run_command
+from teleport_optim.commands import CommandError, load_object, mistakes, one_line, positive, require, run_command
+from teleport_optim.evaluation import command as evaluation
 from teleport_optim.groups import GROUPS
 from teleport_optim.meta_training import command as meta_training
 from teleport_optim.symmetry import draw_symmetries, find_symmetries, verify_symmetries
@@ -108,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         help="move a copy in float64 and compare what it computes (default: yes; it takes several copies of the model)",
     )
     inspect.set_defaults(command=_inspect)
+
+    bench = commands.add_parser(
+        "bench", help="compare optimizers on tasks that meta-training never sees", description=evaluation.DESCRIPTION
+    )
+    evaluation.add_arguments(bench)
 
     train = commands.add_parser(
         "meta-train", help="train a meta-optimizer of your own", description=meta_training.DESCRIPTION
@@ -209,8 +214,6 @@ def _demo_table(title: str, contenders: Sequence[Contender]) -> Table:
 def load_model(path: str) -> nn.Module:
     """The model at ``module:name``: a module, or what is called without arguments and returns one.
 
-    The current directory is importable, as it is with ``python -m``.
-
     Raises:
         CommandError: saying which part of the path is wrong.
 
@@ -218,18 +221,7 @@ def load_model(path: str) -> nn.Module:
         >>> load_model("torch.nn:Identity")
         Identity()
     """
-    module_name, separator, name = path.partition(":")
-    if not (module_name and separator and name):
-        raise CommandError(f"write the model as package.module:callable, got {path!r}")
-    import_from_here()
-    try:
-        found: object = importlib.import_module(module_name)
-    except Exception as error:
-        raise CommandError(f"cannot import {module_name!r}: {one_line(error)}") from error
-    for attribute in name.split("."):
-        if not hasattr(found, attribute):
-            raise CommandError(f"{module_name!r} has no {name!r}")
-        found = getattr(found, attribute)
+    found = load_object(path)
     if isinstance(found, nn.Module):
         return found
     if not callable(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -14,6 +15,7 @@ __all__ = [
     "CommandError",
     "complain",
     "import_from_here",
+    "load_object",
     "mistakes",
     "one_line",
     "positive",
@@ -71,17 +73,42 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
         raise CommandError(str(error)) from error
 
 
-def require(*modules: str) -> None:
-    """Fail before any work is done if something of the extra ``cli`` is missing."""
+def require(*modules: str, extra: str = "cli") -> None:
+    """Fail before any work is done if something of an extra is missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise CommandError(f"this command needs {' and '.join(missing)}: pip install 'teleport-optim[cli]'")
+        raise CommandError(f"this command needs {' and '.join(missing)}: pip install 'teleport-optim[{extra}]'")
 
 
 def import_from_here() -> None:
     """Make the modules in the current folder importable, as they are with ``python -m``."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+
+
+def load_object(path: str) -> object:
+    """What is at ``module:name``; the current directory is importable, as it is with ``python -m``.
+
+    Raises:
+        CommandError: saying which part of the path is wrong.
+
+    Example:
+        >>> load_object("math:pi") > 3
+        True
+    """
+    module_name, separator, name = path.partition(":")
+    if not (module_name and separator and name):
+        raise CommandError(f"write it as package.module:name, got {path!r}")
+    import_from_here()
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:
+        raise CommandError(f"cannot import {module_name!r}: {one_line(error)}") from error
+    for attribute in name.split("."):
+        if not hasattr(found, attribute):
+            raise CommandError(f"{module_name!r} has no {name!r}")
+        found = getattr(found, attribute)
+    return found
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,227 @@
+"""The optimizers that are compared, and the search for the rates of those that need one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from teleport_optim.checkpoints import load_checkpoint
+from teleport_optim.evaluation.training import Recipe, Stepper
+from teleport_optim.meta_optimizer import Controls, MetaOptimizer
+from teleport_optim.optimizer import LearnedTeleportOptimizer
+
+__all__ = ["ABLATIONS", "REFERENCE", "Rival", "learned", "rivals", "tuned_rate"]
+
+REFERENCE = "AdamW cosine, tuned"
+"""What others are measured against."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An optimizer that may need a rate.
+
+    Attributes:
+        make: A rate to a recipe.
+        first_rate: Where the search for its rate begins; None if it has no rate to tune.
+    """
+
+    make: Callable[[float], Recipe]
+    first_rate: float | None = None
+
+
+class Scheduled:
+    """Optimizers that step together, each with its schedule.
+
+    Args:
+        optimizers: The optimizers.
+        factor: Step to the factor on their rates; None for constant ones.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], factor: Callable[[int], float] | None) -> None:
+        self._optimizers = optimizers
+        self._schedules = [LambdaLR(optimizer, factor) for optimizer in optimizers] if factor else []
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Take one step, then move the rates."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+        for schedule in self._schedules:
+            schedule.step()
+
+
+class _MuonAndAdamW(Scheduled):
+    """Muon for hidden matrices and kernels (as matrices, one row per output channel), AdamW for everything else.
+
+    Muon's rate is rescaled to the size of AdamW's steps, so that one rate serves both.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, factor: Callable[[int], float]) -> None:
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        matrices = [p for p in model.parameters() if p.dim() >= 2 and min(p[0].numel(), len(p)) > 1]
+        hidden = [p for p in matrices[:-1] if id(p) not in embeddings]  # the last matrix is the head
+        self._hidden = hidden
+        self._flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in hidden]
+        chosen = {id(p) for p in hidden}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        optimizers: list[Optimizer] = [AdamW(others, lr=lr)] if others else []
+        if self._flat:
+            optimizers.append(Muon(self._flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        super().__init__(optimizers, factor)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for param in self._hidden:
+            param.grad = None
+
+    def step(self) -> None:
+        for flat, param in zip(self._flat, self._hidden):
+            flat.grad = None if param.grad is None else param.grad.reshape(flat.shape)
+        super().step()
+
+
+def cosine(steps: int) -> Callable[[int], float]:
+    """5 % linear warm-up, then a cosine to zero."""
+    warmup = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        progress = max(0, step - warmup) / max(1, steps - warmup)
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+    return factor
+
+
+def _adamw(lr: float, *, is_scheduled: bool = True) -> Recipe:
+    return lambda model, steps: Scheduled(
+        [AdamW(model.parameters(), lr=lr, fused=True)], cosine(steps) if is_scheduled else None
+    )
+
+
+def _sgd(lr: float) -> Recipe:
+    return lambda model, steps: Scheduled([SGD(model.parameters(), lr=lr, momentum=0.9)], cosine(steps))
+
+
+def _muon(lr: float) -> Recipe:
+    return lambda model, steps: _MuonAndAdamW(model, lr, cosine(steps))
+
+
+def _schedule_free(lr: float) -> Recipe:
+    def recipe(model: nn.Module, steps: int) -> Stepper:
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(model.parameters(), lr=lr, warmup_steps=max(1, steps // 20))
+        optimizer.train()
+        return optimizer  # type: ignore[no-any-return]
+
+    return recipe
+
+
+def learned(
+    checkpoint: str | Path | MetaOptimizer = "default", *, teleport: bool = True, horizon: bool = True
+) -> Recipe:
+    """The learned optimizer as a user would take it, with nothing set."""
+
+    def recipe(model: nn.Module, steps: int) -> Stepper:
+        return LearnedTeleportOptimizer(
+            model.parameters(),
+            model=model,
+            total_steps=steps if horizon else None,
+            checkpoint=checkpoint,
+            teleport=teleport,
+        )
+
+    return recipe
+
+
+def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
+    """The optimizers of a comparison by name; the last is ours."""
+    return {
+        "AdamW default": Rival(lambda lr: _adamw(1e-3, is_scheduled=False)),
+        "AdamW constant, tuned": Rival(lambda lr: _adamw(lr, is_scheduled=False), 2e-3),
+        REFERENCE: Rival(_adamw, 4e-3),
+        "SGD momentum cosine, tuned": Rival(_sgd, 0.1),
+        "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
+        "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
+        "rule, nothing learned": Rival(lambda lr: learned(MetaOptimizer(), teleport=False)),
+        "learned, untuned": Rival(lambda lr: learned(checkpoint)),
+    }
+
+
+def tuned_rate(score: Callable[[float], float], first: float) -> float:
+    """The rate with the lowest score on a grid of powers of two times ``first``, extended until the best has worse neighbours.
+
+    Example:
+        >>> tuned_rate(lambda rate: abs(rate - 0.5), 0.0625)
+        0.5
+    """
+    scores: dict[float, float] = {}
+
+    def scored(rate: float) -> float:
+        if rate not in scores:
+            scores[rate] = score(rate)
+        return scores[rate]
+
+    best = first
+    while True:
+        neighbours = [rate for rate in (best / 2.0, 2.0 * best) if 2.0**-16 < rate / first < 2.0**16]
+        better = min((best, *neighbours), key=scored)
+        if better == best:
+            return best
+        best = better
+
+
+def _edited(edit: Callable[[MetaOptimizer], None]) -> Callable[[str | Path], MetaOptimizer]:
+    def make(checkpoint: str | Path) -> MetaOptimizer:
+        meta_optimizer = copy.deepcopy(load_checkpoint(checkpoint))
+        with torch.no_grad():
+            edit(meta_optimizer)
+        return meta_optimizer
+
+    return make
+
+
+def _fix(names: Sequence[str], value: float = 0.0) -> Callable[[MetaOptimizer], None]:
+    """Controls held at one raw output whatever the network says; 0 is the prior."""
+
+    def edit(meta_optimizer: MetaOptimizer) -> None:
+        for name in names:
+            row = Controls._fields.index(name)
+            for weights in (meta_optimizer.readout_weight, meta_optimizer.skip_weight, meta_optimizer.readout_bias):
+                weights[row] = 0.0
+            meta_optimizer.readout_bias[row] = value
+
+    return edit
+
+
+def _without_memory(meta_optimizer: MetaOptimizer) -> None:
+    meta_optimizer.readout_weight.zero_()
+
+
+ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
+    "no teleports": lambda checkpoint: learned(checkpoint, teleport=False),
+    "weights balanced in closed form": lambda checkpoint: learned(
+        _edited(lambda m: (_fix(["balance"], 20.0)(m), _fix(["gradient_balance"])(m))[0])(checkpoint)
+    ),
+    "horizon unknown": lambda checkpoint: learned(checkpoint, horizon=False),
+    "rate fixed": lambda checkpoint: learned(_edited(_fix(["rate"]))(checkpoint)),
+    "momentum fixed": lambda checkpoint: learned(_edited(_fix(["momentum"]))(checkpoint)),
+    "decay fixed": lambda checkpoint: learned(_edited(_fix(["decay"]))(checkpoint)),
+    "orthogonalised direction only": lambda checkpoint: learned(_edited(_fix(["row_weight"]))(checkpoint)),
+    "linear controller (LSTM cut off)": lambda checkpoint: learned(_edited(_without_memory)(checkpoint)),
+    "rule with teleports, nothing else learned": lambda checkpoint: learned(
+        _edited(_fix(["rate", "momentum", "decay", "row_weight"]))(checkpoint)
+    ),
+}
+"""The learned optimizer with one part taken away, by name: a checkpoint to a recipe."""

@@ -1,0 +1,173 @@
+"""One training run, and what is read off it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from teleport_optim.evaluation.problem import Data, EvaluationTask
+
+__all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "run_training", "speed_up"]
+
+_MAX_MEASURED = 512
+"""Most examples on which a loss is measured during a run."""
+_PHASES = 10
+"""Steps after which what an optimizer does repeats itself, as far as timing goes."""
+
+
+class Stepper(Protocol):
+    """What a training loop needs of an optimizer, schedule included."""
+
+    def zero_grad(self) -> object:
+        """Forget the gradients."""
+        ...
+
+    def step(self) -> object:
+        """Take one step."""
+        ...
+
+
+Recipe = Callable[[nn.Module, int], Stepper]
+"""A model and the number of steps to an optimizer."""
+
+
+class Run(NamedTuple):
+    """What one training run gave.
+
+    Attributes:
+        steps: Steps taken at each measurement of the training loss, from 0 on.
+        losses: The training loss there, on the same examples in all runs; infinite where it is not finite.
+        held_out: The least loss on test examples that was seen on the way, at a tenth of the run each.
+        setup_seconds: Time of the first step above that of a later one, as for a search for symmetries.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    held_out: float
+    setup_seconds: float
+
+    @property
+    def final_loss(self) -> float:
+        """The mean over the last twentieth of the run."""
+        last = [loss for step, loss in zip(self.steps, self.losses) if step >= 0.95 * self.steps[-1]]
+        return statistics.fmean(last)
+
+
+def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int) -> Run:
+    """Train the network of a task once.
+
+    Args:
+        task: What is trained.
+        recipe: The optimizer.
+        steps: Length of the run.
+        seed: Decides the initial values and the minibatches, which are the same for every optimizer.
+    """
+    data = task.make_data()
+    model = task.make_model(seed)
+    optimizer = recipe(model, steps)
+    generator = torch.Generator().manual_seed(seed)
+    fixed = torch.Generator().manual_seed(2**32)
+    rows = torch.randperm(len(data.inputs), generator=fixed)[:_MAX_MEASURED]
+    measured = (_noisy(data.inputs[rows], data.noise, fixed), data.targets[rows])
+    every = max(1, steps // 80)
+    seconds = []
+    marks, losses, held_out = [0], [_loss(model, optimizer, data, *measured, training=True)], math.inf
+    for step in range(1, steps + 1):
+        start = time.perf_counter()
+        _step(task, data, model, optimizer, generator)
+        seconds.append(time.perf_counter() - start)
+        if step % every == 0 or step == steps:
+            marks.append(step)
+            losses.append(_loss(model, optimizer, data, *measured, training=True))
+        if step % max(1, steps // 10) == 0:
+            held_out = min(held_out, _loss(model, optimizer, data, data.test_inputs, data.test_targets, training=False))
+    setup = max(0.0, seconds[0] - statistics.median(seconds))
+    return Run(tuple(marks), tuple(losses), held_out, setup)
+
+
+def milliseconds_per_step(task: EvaluationTask, recipes: Mapping[str, Recipe], repeats: int = 6) -> dict[str, float]:
+    """Time of a whole training step (forward, backward, optimizer) under every recipe, which take turns step by step.
+
+    The mean over the steps of a period of ten of their medians over ``repeats`` periods, so that what is done every few steps
+    counts, and what a busy machine does in between does not.
+    """
+    data = task.make_data()
+    models = {name: task.make_model(0) for name in recipes}
+    optimizers = {name: recipe(models[name], 10_000) for name, recipe in recipes.items()}
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(_PHASES)] for name in recipes}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(_PHASES * (repeats + 1)):
+        for name in recipes:
+            start = time.perf_counter()
+            _step(task, data, models[name], optimizers[name], generator)
+            if step >= _PHASES:
+                seconds[name][step % _PHASES].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.fmean(map(statistics.median, phases)) for name, phases in seconds.items()}
+
+
+def speed_up(run: Run, reference: Run) -> float:
+    """How many times fewer steps ``run`` takes than ``reference`` to the final loss of ``reference``.
+
+    The steps counted are those after which the loss stays at the target or below it, so that a lucky dip does not count; the
+    reference against itself gives 1. Where ``run`` never gets there it is the share of its steps that the reference takes
+    to the final loss of ``run``.
+
+    Example:
+        >>> slow = Run((0, 10, 20, 30, 40), (5.0, 4.0, 3.0, 2.0, 1.0), 1.0, 0.0)
+        >>> fast = Run((0, 10, 20, 30, 40), (5.0, 1.5, 1.0, 0.5, 0.4), 1.0, 0.0)
+        >>> speed_up(fast, slow), speed_up(slow, fast), speed_up(slow, slow)
+        (2.0, 0.5, 1.0)
+    """
+    own, others = _steps_to(run, reference.losses[-1]), _steps_to(reference, reference.losses[-1])
+    if math.isfinite(own):
+        return max(others, 1) / max(own, 1)
+    return max(_steps_to(reference, run.losses[-1]), 1) / run.steps[-1]
+
+
+def _steps_to(run: Run, target: float) -> float:
+    reached = math.inf
+    for step, loss in zip(reversed(run.steps), reversed(run.losses)):
+        if not loss <= target:
+            break
+        reached = step
+    return reached
+
+
+def _step(task: EvaluationTask, data: Data, model: nn.Module, optimizer: Stepper, generator: torch.Generator) -> None:
+    rows = torch.randint(len(data.inputs), (task.batch_size,), generator=generator)
+    inputs = _noisy(data.inputs[rows], data.noise, generator)
+    optimizer.zero_grad()
+    data.loss(model(inputs), data.targets[rows]).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _noisy(inputs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    return inputs + noise * torch.randn(inputs.shape, generator=generator) if noise else inputs
+
+
+@torch.no_grad()
+def _loss(
+    model: nn.Module, optimizer: Stepper, data: Data, inputs: Tensor, targets: Tensor, *, training: bool
+) -> float:
+    """The mean loss; in training mode buffers stay as they are."""
+    switch: Sequence[Callable[[], object]] = [
+        getattr(optimizer, mode) for mode in ("eval", "train") if hasattr(optimizer, mode)
+    ]
+    for call in switch[:1]:
+        call()
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    model.train(training)
+    loss = data.loss(model(inputs), targets).item()
+    model.train()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    for call in switch[1:]:
+        call()
+    return loss if math.isfinite(loss) else math.inf

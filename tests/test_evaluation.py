@@ -1,0 +1,261 @@
+"""Comparisons: what is measured is what is said, every optimizer gets what it should, and nothing is run twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from teleport_optim import LearnedTeleportOptimizer, load_checkpoint
+from teleport_optim.cli import main
+from teleport_optim.evaluation import comparison as comparison_module
+from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
+from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
+from teleport_optim.evaluation.report import plot, score_table, task_table
+from teleport_optim.evaluation.rivals import ABLATIONS, REFERENCE, Rival, learned, rivals, tuned_rate
+from teleport_optim.evaluation.training import Run, milliseconds_per_step, run_training, speed_up
+
+
+def blobs() -> Data:
+    generator = torch.Generator().manual_seed(0)
+    inputs, centres = torch.randn(120, 6, generator=generator), torch.randn(6, 3, generator=generator)
+    targets = (inputs @ centres).argmax(dim=1)
+    return Data(inputs[:90], targets[:90], inputs[90:], targets[90:], F.cross_entropy, noise=0.1)
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+TASK = EvaluationTask("blobs", "a small perceptron", seeded(perceptron), blobs, batch_size=20, steps=40)
+
+
+def run_of(losses: list[float]) -> Run:
+    return Run(tuple(range(0, 10 * len(losses), 10)), tuple(losses), losses[-1], 0.0)
+
+
+positive = st.floats(1e-3, 1e3)
+
+
+@given(st.lists(positive, min_size=2, max_size=20), st.lists(positive, min_size=2, max_size=20))
+def test_speed_ups_are_1_for_the_reference_and_bounded(losses: list[float], others: list[float]) -> None:
+    size = min(len(losses), len(others))
+    run, reference = run_of(losses[:size]), run_of(others[:size])
+    assert speed_up(reference, reference) == 1.0
+    value = speed_up(run, reference)
+    assert 1.0 / run.steps[-1] <= value <= run.steps[-1]
+    assert (value < 1.0) <= (run.losses[-1] > reference.losses[-1] or value < 1.0)
+    if run.losses[-1] > reference.losses[-1]:
+        assert value <= 1.0
+    better = run_of([0.5 * loss for loss in run.losses])
+    assert speed_up(better, reference) >= value
+
+
+def test_a_lucky_dip_does_not_count() -> None:
+    reference = run_of([5.0, 4.0, 3.0, 2.0, 1.0])
+    assert speed_up(run_of([5.0, 0.9, 3.0, 0.9, 0.8]), reference) == pytest.approx(4 / 3)
+    assert speed_up(run_of([5.0, 0.9, 0.8, 0.9, math.inf]), reference) == pytest.approx(1 / 40)
+
+
+@given(st.integers(-8, 8), st.floats(0.2, 0.8))
+def test_the_rate_that_is_found_has_worse_neighbours(power: int, offset: float) -> None:
+    asked: list[float] = []
+
+    def score(rate: float) -> float:
+        assert rate not in asked
+        asked.append(rate)
+        return abs(math.log2(rate) - power - 0.5 * offset)
+
+    best = tuned_rate(score, 1.0)
+    assert best == 2.0**power
+    assert {best / 2, 2 * best} <= set(asked)
+
+
+def test_where_everything_diverges_the_search_ends() -> None:
+    assert tuned_rate(lambda rate: math.inf, 1.0) == 1.0
+
+
+def test_runs_repeat_and_leave_nothing_behind() -> None:
+    state = torch.random.get_rng_state()
+    first, second = (run_training(TASK, learned(), steps=25, seed=1)[:3] for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first != run_training(TASK, learned(), steps=25, seed=2)[:3]
+
+
+def test_measuring_does_not_disturb_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss at the end is the same, whether it was measured twice or eighty times on the way, with BatchNorm too."""
+    often = run_training(TASK, learned(), steps=40, seed=0)
+    seldom = run_training(TASK, learned(), steps=400, seed=0)
+    assert len(often.losses) == 41
+    assert len(seldom.losses) == 81
+    lengths = [run_training(dataclasses.replace(TASK), learned(horizon=False), steps=n, seed=0) for n in (80, 160)]
+    assert lengths[0].losses[2::2] == lengths[1].losses[1:41]
+
+
+@pytest.mark.parametrize("name", rivals())
+def test_every_rival_learns(name: str) -> None:
+    rival = rivals()[name]
+    run = run_training(TASK, rival.make(rival.first_rate or 0.0), steps=60, seed=0)
+    assert run.losses[-1] < 0.9 * run.losses[0]
+    assert math.isfinite(run.held_out)
+
+
+def test_kernels_are_matrices_to_muon_and_the_head_is_adamws() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    model = seeded(network)(0)
+    optimizer = rivals()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
+    x, y = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    before = [param.detach().clone() for param in model.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert all(not torch.equal(param, old) for param, old in zip(model.parameters(), before))
+    reference = seeded(network)(0)
+    kernel = nn.Parameter(reference[0].weight.detach().reshape(4, 9))  # type: ignore[index, operator]
+    muon = torch.optim.Muon([kernel], lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    F.cross_entropy(reference(x), y).backward()
+    kernel.grad = reference[0].weight.grad.reshape(4, 9)  # type: ignore[index, operator, union-attr]
+    muon.step()
+    model = seeded(network)(0)
+    optimizer = rivals()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight.reshape(4, 9), kernel)  # type: ignore[index, operator]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_changes_something(name: str) -> None:
+    full, part = (run_training(TASK, recipe, steps=25, seed=0) for recipe in (learned(), ABLATIONS[name]("default")))
+    assert part.losses != full.losses
+    assert part.losses[-1] < part.losses[0]
+
+
+def test_ablations_leave_the_checkpoint_as_it_is() -> None:
+    before = {name: value.clone() for name, value in load_checkpoint("default").state_dict().items()}
+    for make in ABLATIONS.values():
+        make("default")
+    assert all(torch.equal(value, before[name]) for name, value in load_checkpoint("default").state_dict().items())
+
+
+def test_times_are_of_the_step() -> None:
+    class Slow:
+        def zero_grad(self) -> None: ...
+
+        def step(self) -> None:
+            torch.randn(400, 400) @ torch.randn(400, 400)
+            torch.linalg.svd(torch.randn(120, 120))
+
+    class Idle(Slow):
+        def step(self) -> None: ...
+
+    times = milliseconds_per_step(TASK, {"slow": lambda model, steps: Slow(), "idle": lambda model, steps: Idle()}, 3)
+    assert times["slow"] > 2.0 * times["idle"] > 0.0
+
+
+def few(*names: str) -> dict[str, Rival]:
+    return {name: rival for name, rival in rivals().items() if name in names}
+
+
+def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted comparison goes on where it was, a second one runs nothing, and other weights are run anew."""
+    calls: list[int] = []
+
+    def counted(*args: object, **kwargs: object) -> Run:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return run_training(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(comparison_module, "run_training", counted)
+    monkeypatch.setattr(comparison_module, "rivals", lambda *_: few(REFERENCE, "AdamW default", "learned, untuned"))
+    make = lambda **options: Comparison(tmp_path, {"blobs": TASK}, num_seeds=3, **options)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        make().results()
+    (result,) = make().results()
+    assert set(result.runs) == {REFERENCE, "AdamW default", "learned, untuned"}
+    assert all(len(runs) == 3 for runs in result.runs.values())
+    num_calls = len(calls)
+    (again,) = make().results()
+    assert len(calls) == num_calls
+    assert again == result
+    make(checkpoint="standard").results()
+    assert len(calls) == num_calls + 3
+    other = make(others={"mine": lambda model, steps: torch.optim.Adagrad(model.parameters(), lr=0.05)})
+    assert list(other.results()[0].runs)[-1] == "mine"
+    assert len(calls) == num_calls + 6
+
+
+def result_of(name: str, losses: dict[str, list[list[float]]]) -> TaskResult:
+    runs = {key: [run_of(values) for values in seeds] for key, seeds in losses.items()}
+    return TaskResult(name, runs, {REFERENCE: 0.01}, {key: float(len(key)) for key in runs})
+
+
+def test_scores_are_geometric_means_and_count_what_is_beyond_noise() -> None:
+    reference = [[5.0, 4.0, 3.0, 2.0, 1.0]] * 3
+    results = [
+        result_of("first", {REFERENCE: reference, "ours": [[5.0, 2.0, 1.0, 0.5, 0.4]] * 3}),
+        result_of("second", {REFERENCE: reference, "ours": [[5.0, 4.5, 4.0, 3.5, 3.0]] * 3}),
+        result_of("third", {REFERENCE: reference, "ours": [[5.0, 4.0, 3.0, 2.0, 0.9], *reference[1:]]}),
+        result_of("fourth", {REFERENCE: reference, "ours": [[5.0, 4.0, 3.0, 2.0, math.inf], *reference[1:]]}),
+    ]
+    score = Score.of("ours", results[:3])
+    assert score.speed_up == pytest.approx((2.0 * 0.5 * 1.0) ** (1 / 3))
+    assert score.wall_clock == pytest.approx(score.speed_up * len(REFERENCE) / len("ours"))
+    assert (score.wins, score.defeats, score.held_out_defeats, score.diverged) == (1, 1, 1, 0)
+    assert Score.of(REFERENCE, results) == Score(1.0, 1.0, 1.0, 1.0, 0, 0, 0, 0)
+    assert Score.of("ours", results).diverged == 1
+    table = score_table(results[:3])
+    assert f"| ours | {score.speed_up:.2f} |" in table
+    assert "| 0.01 |" in task_table(results[0])
+
+
+def test_reports_are_drawn(tmp_path: Path) -> None:
+    results = [result_of(name, {REFERENCE: [[5.0, 1.0]], "learned, untuned": [[5.0, 0.5]]}) for name in ("a", "b")]
+    plot(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def my_optimizer(model: nn.Module, steps: int) -> LearnedTeleportOptimizer:
+    return LearnedTeleportOptimizer.for_model(model, total_steps=steps, teleport=False)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--quick", "--task", "tabular_classification", "--output", str(tmp_path)]
+    assert main([*arguments, "--ablations", "--optimizer", "test_evaluation:my_optimizer"]) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "test_evaluation:my_optimizer" in report
+    assert "linear controller" in report
+    scores = json.loads((tmp_path / "results.json").read_text())
+    assert scores["All tasks"][REFERENCE]["speed_up"] == 1.0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "curves.png",
+        "report.md",
+        "results.json",
+        "runs.jsonl",
+    ]
+    assert "speed-up in steps" in capsys.readouterr().out
+
+
+def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--task", "nothing"], "no task 'nothing': there are"),
+        (["--optimizer", "math:pi"], "math:pi is not callable, but float"),
+        (["--checkpoint", "nothing"], "no checkpoint"),
+    ):
+        assert main(["bench", "--quick", "--output", str(tmp_path / "report"), *arguments]) == 2
+        assert message in capsys.readouterr().err
