@@ -153,7 +153,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from teleport_optim.demo import NUM_RUNS, WIDTHS, Data, compare, make_network, plot
+    from teleport_optim.demo import NUM_RUNS, WIDTHS, compare, demo_data, make_network, plot
 
     if arguments.output.suffix not in _PICTURES:
         raise CommandError(f"the picture's name must end in {' or '.join(_PICTURES)}, got {str(arguments.output)!r}")
@@ -176,7 +176,7 @@ def _demo(arguments: argparse.Namespace) -> int:
                 progress.update(bar, advance=1, description=f"{name:21} loss {loss:7.3f}")
 
             networks = [make_network(seed, rescaling) for seed in range(arguments.seeds)]
-            contenders = compare(networks, Data.demo(), steps=steps, checkpoint=arguments.checkpoint, report=report)
+            contenders = compare(networks, demo_data(), steps=steps, checkpoint=arguments.checkpoint, report=report)
             progress.update(bar, description=title)
             comparisons.append((title, contenders))
     for title, contenders in comparisons:

@@ -16,15 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from teleport_optim.action import act
+from teleport_optim.evaluation.problem import Data
+from teleport_optim.evaluation.rivals import adamw, learned
+from teleport_optim.evaluation.training import Recipe, noisy
 from teleport_optim.groups import GROUPS
 from teleport_optim.meta_optimizer import MetaOptimizer
-from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.tasks.data import digits
 
@@ -33,15 +32,11 @@ __all__ = [
     "NUM_RUNS",
     "WIDTHS",
     "Contender",
-    "Data",
-    "Recipe",
     "TrainingRun",
-    "adamw",
     "compare",
-    "learned",
+    "demo_data",
     "make_network",
     "plot",
-    "prior",
     "run_training",
     "steps_to_target",
 ]
@@ -54,12 +49,7 @@ NUM_RUNS = len(LEARNING_RATES) + 3
 """Training runs of one comparison, for each seed."""
 
 _BATCH_SIZE = 64
-_NOISE = 0.5
-"""Standard deviation of the noise on every minibatch's inputs, which keeps the training loss away from zero."""
 _MEASURE_EVERY = 5
-
-Recipe = Callable[[nn.Module, int], tuple[Optimizer, LRScheduler | None]]
-"""A model and the number of steps to an optimizer, and its schedule if it has one."""
 
 
 @dataclass(frozen=True)
@@ -81,26 +71,9 @@ class TrainingRun:
     milliseconds: float
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a network is trained and tested on.
-
-    Attributes:
-        inputs, targets: Training examples, ``[n, ...]`` each.
-        test_inputs, test_targets: Test examples.
-        loss: Output and target to a mean loss.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-    @classmethod
-    def demo(cls) -> Data:
-        """The digits that no meta-training sees."""
-        return cls(*digits("demo"), *digits("test"))
+def demo_data() -> Data:
+    """The digits that no meta-training sees, with noise on every minibatch that keeps the training loss away from zero."""
+    return Data(*digits("demo"), *digits("test"), noise=0.5)
 
 
 @dataclass(frozen=True)
@@ -136,43 +109,6 @@ def steps_to_target(run: TrainingRun, target: float) -> float:
         (10, inf)
     """
     return next((step for step, loss in zip(run.steps, run.losses) if loss <= target), math.inf)
-
-
-def adamw(lr: float, *, is_scheduled: bool = True) -> Recipe:
-    """AdamW with torch's other defaults; the schedule is 5 % linear warmup, then a cosine to zero."""
-
-    def recipe(model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler | None]:
-        optimizer = AdamW(model.parameters(), lr=lr)
-        warmup = max(1, steps // 20)
-
-        def factor(step: int) -> float:
-            progress = max(0, step - warmup) / max(1, steps - warmup)
-            return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-        return optimizer, LambdaLR(optimizer, factor) if is_scheduled else None
-
-    return recipe
-
-
-def prior() -> Recipe:
-    """The update rule with nothing learned in it and no teleports."""
-
-    def recipe(model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler | None]:
-        optimizer = LearnedTeleportOptimizer(
-            model.parameters(), model=model, total_steps=steps, checkpoint=MetaOptimizer(), teleport=False
-        )
-        return optimizer, None
-
-    return recipe
-
-
-def learned(checkpoint: str | Path = "default") -> Recipe:
-    """The learned optimizer as a user would take it, with nothing set."""
-
-    def recipe(model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler | None]:
-        return LearnedTeleportOptimizer(model.parameters(), model=model, total_steps=steps, checkpoint=checkpoint), None
-
-    return recipe
 
 
 def make_network(seed: int, rescaling: float = 0.0) -> nn.Sequential:
@@ -221,31 +157,25 @@ def run_training(
         report: Called after every step with the training loss last measured.
     """
     model = copy.deepcopy(model)
-    optimizer, scheduler = recipe(model, steps)
+    optimizer = recipe(model, steps)
     inputs, targets = data.inputs, data.targets
-    measured_inputs = inputs + _noise(inputs, torch.Generator().manual_seed(2**32))
+    measured_inputs = noisy(inputs, data.noise, torch.Generator().manual_seed(2**32))
     generator = torch.Generator().manual_seed(seed)
     measured, losses, sizes, seconds = [0], [_loss(model, measured_inputs, data)], [], 0.0
     for step in range(1, steps + 1):
         rows = torch.randint(len(inputs), (_BATCH_SIZE,), generator=generator)
-        batch = inputs[rows] + _noise(inputs[rows], generator)
+        batch = noisy(inputs[rows], data.noise, generator)
         start = time.perf_counter()
         optimizer.zero_grad()
         data.loss(model(batch), targets[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
         seconds += time.perf_counter() - start
-        sizes.append(optimizer.teleport_size if isinstance(optimizer, LearnedTeleportOptimizer) else 0.0)
+        sizes.append(getattr(optimizer, "teleport_size", 0.0))
         if step % _MEASURE_EVERY == 0 or step == steps:
             measured.append(step)
             losses.append(_loss(model, measured_inputs, data))
         report(losses[-1])
     return TrainingRun(tuple(measured), tuple(losses), tuple(sizes), _accuracy(model, data), 1e3 * seconds / steps)
-
-
-def _noise(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    return _NOISE * torch.randn(inputs.shape, generator=generator)
 
 
 @torch.no_grad()
@@ -304,7 +234,7 @@ def compare(
     return (
         default,
         min(swept, key=lambda candidate: candidate.final_loss),
-        contender("prior, not learned", prior()),
+        contender("prior, not learned", learned(MetaOptimizer(), teleport=False)),
         contender("learned, untuned", learned(checkpoint)),
     )
 

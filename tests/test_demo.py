@@ -11,17 +11,15 @@ from teleport_optim.demo import (
     LEARNING_RATES,
     NUM_RUNS,
     Contender,
-    Data,
     TrainingRun,
-    adamw,
     compare,
-    learned,
+    demo_data,
     make_network,
     plot,
-    prior,
     run_training,
     steps_to_target,
 )
+from teleport_optim.evaluation.rivals import adamw, cosine, learned
 
 
 def run_with(losses: tuple[float, ...]) -> TrainingRun:
@@ -48,7 +46,7 @@ def test_networks_depend_on_the_seed_alone() -> None:
 def test_run_is_reproducible_and_leaves_the_model_alone() -> None:
     model = make_network(0)
     before = model[0].weight.clone()
-    first, second = (run_training(model, learned(), Data.demo(), steps=12, seed=0) for _ in range(2))
+    first, second = (run_training(model, learned(), demo_data(), steps=12, seed=0) for _ in range(2))
     assert first.losses == second.losses
     assert first.steps == (0, 5, 10, 12)
     assert first.losses[-1] < first.losses[0]
@@ -57,13 +55,16 @@ def test_run_is_reproducible_and_leaves_the_model_alone() -> None:
 
 def test_optimizers_start_from_the_same_loss() -> None:
     model = make_network(0)
-    runs = [run_training(model, recipe, Data.demo(), steps=2, seed=0) for recipe in (adamw(1e-3), prior(), learned())]
+    runs = [
+        run_training(model, recipe, demo_data(), steps=2, seed=0)
+        for recipe in (adamw(1e-3), learned(MetaOptimizer(), teleport=False), learned())
+    ]
     assert len({run.losses[0] for run in runs}) == 1
     assert len({run.losses[-1] for run in runs}) >= 2
 
 
 def test_a_run_that_diverges_ends_at_infinity() -> None:
-    run = run_training(make_network(0), adamw(1e30), Data.demo(), steps=20, seed=0)
+    run = run_training(make_network(0), adamw(1e30), demo_data(), steps=20, seed=0)
     assert run.losses[-1] == math.inf
 
 
@@ -71,19 +72,17 @@ def test_teleports_are_recorded(tmp_path: Path) -> None:
     balancing = MetaOptimizer()
     balancing.readout_bias.data[4] = 1.0
     path = save_checkpoint(balancing, tmp_path / "balancing.safetensors")
-    run = run_training(make_network(0, rescaling=2.0), learned(path), Data.demo(), steps=12, seed=0)
+    run = run_training(make_network(0, rescaling=2.0), learned(path), demo_data(), steps=12, seed=0)
     assert [step for step, size in enumerate(run.teleport_sizes) if size > 0] == [0, 10]
-    assert not any(run_training(make_network(0), prior(), Data.demo(), steps=12, seed=0).teleport_sizes)
+    assert not any(
+        run_training(
+            make_network(0), learned(MetaOptimizer(), teleport=False), demo_data(), steps=12, seed=0
+        ).teleport_sizes
+    )
 
 
 def test_schedule_warms_up_and_falls_to_zero() -> None:
-    optimizer, scheduler = adamw(1.0)(make_network(0), 100)
-    assert scheduler is not None
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+    rates = [cosine(100)(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.01
@@ -105,7 +104,7 @@ def test_medians_over_seeds() -> None:
 def test_comparison_and_picture(tmp_path: Path) -> None:
     reports: list[str] = []
     contenders = compare(
-        [make_network(0), make_network(1)], Data.demo(), steps=6, report=lambda name, loss: reports.append(name)
+        [make_network(0), make_network(1)], demo_data(), steps=6, report=lambda name, loss: reports.append(name)
     )
     assert len(reports) == NUM_RUNS * 2 * 6
     assert [len(contender.runs) for contender in contenders] == [2, 2, 2, 2]

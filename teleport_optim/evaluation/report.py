@@ -88,6 +88,9 @@ def plot(results: Sequence[TaskResult], path: Path) -> None:
         shares = [(rank + 1) / len(speeds) for rank in range(len(speeds))]
         profile.step([*speeds, 0.1], [*shares, 1.0], where="post", label=name, **_style(name, index))
     profile.set(title="share of tasks with at least this speed-up", xscale="log", xlabel="speed-up in steps")
+    ticks = (0.25, 0.5, 1, 2, 4, 8)
+    profile.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    profile.set_xticks([], minor=True)
     profile.set_xlim(0.2, 8.0)
     for axes in grid[len(results) + 1 :]:
         axes.set_axis_off()

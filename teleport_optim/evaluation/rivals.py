@@ -18,7 +18,7 @@ from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
 
-__all__ = ["ABLATIONS", "REFERENCE", "Rival", "learned", "rivals", "tuned_rate"]
+__all__ = ["ABLATIONS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
 
 REFERENCE = "AdamW cosine, tuned"
 """What others are measured against."""
@@ -78,7 +78,7 @@ class _MuonAndAdamW(Scheduled):
         others = [p for p in model.parameters() if id(p) not in chosen]
         optimizers: list[Optimizer] = [AdamW(others, lr=lr)] if others else []
         if self._flat:
-            optimizers.append(Muon(self._flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(Muon(self._flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rmsadamw"))
         super().__init__(optimizers, factor)
 
     def zero_grad(self) -> None:
@@ -103,7 +103,8 @@ def cosine(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _adamw(lr: float, *, is_scheduled: bool = True) -> Recipe:
+def adamw(lr: float, *, is_scheduled: bool = True) -> Recipe:
+    """AdamW with torch's other defaults, along :func:`cosine` or at a constant rate."""
     return lambda model, steps: Scheduled(
         [AdamW(model.parameters(), lr=lr, fused=True)], cosine(steps) if is_scheduled else None
     )
@@ -148,9 +149,9 @@ def learned(
 def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
     """The optimizers of a comparison by name; the last is ours."""
     return {
-        "AdamW default": Rival(lambda lr: _adamw(1e-3, is_scheduled=False)),
-        "AdamW constant, tuned": Rival(lambda lr: _adamw(lr, is_scheduled=False), 2e-3),
-        REFERENCE: Rival(_adamw, 4e-3),
+        "AdamW default": Rival(lambda lr: adamw(1e-3, is_scheduled=False)),
+        "AdamW constant, tuned": Rival(lambda lr: adamw(lr, is_scheduled=False), 2e-3),
+        REFERENCE: Rival(adamw, 4e-3),
         "SGD momentum cosine, tuned": Rival(_sgd, 0.1),
         "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),

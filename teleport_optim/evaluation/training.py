@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teleport_optim.evaluation.problem import Data, EvaluationTask
 
-__all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "run_training", "speed_up"]
+__all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "noisy", "run_training", "speed_up"]
 
 _MAX_MEASURED = 512
 """Most examples on which a loss is measured during a run."""
@@ -75,7 +75,7 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int)
     generator = torch.Generator().manual_seed(seed)
     fixed = torch.Generator().manual_seed(2**32)
     rows = torch.randperm(len(data.inputs), generator=fixed)[:_MAX_MEASURED]
-    measured = (_noisy(data.inputs[rows], data.noise, fixed), data.targets[rows])
+    measured = (noisy(data.inputs[rows], data.noise, fixed), data.targets[rows])
     every = max(1, steps // 80)
     seconds = []
     marks, losses, held_out = [0], [_loss(model, optimizer, data, *measured, training=True)], math.inf
@@ -142,13 +142,14 @@ def _steps_to(run: Run, target: float) -> float:
 
 def _step(task: EvaluationTask, data: Data, model: nn.Module, optimizer: Stepper, generator: torch.Generator) -> None:
     rows = torch.randint(len(data.inputs), (task.batch_size,), generator=generator)
-    inputs = _noisy(data.inputs[rows], data.noise, generator)
+    inputs = noisy(data.inputs[rows], data.noise, generator)
     optimizer.zero_grad()
     data.loss(model(inputs), data.targets[rows]).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
-def _noisy(inputs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+def noisy(inputs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """``inputs`` with Gaussian noise of this standard deviation."""
     return inputs + noise * torch.randn(inputs.shape, generator=generator) if noise else inputs
 
 
