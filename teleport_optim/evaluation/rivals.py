@@ -78,7 +78,7 @@ class _MuonAndAdamW(Scheduled):
         others = [p for p in model.parameters() if id(p) not in chosen]
         optimizers: list[Optimizer] = [AdamW(others, lr=lr)] if others else []
         if self._flat:
-            optimizers.append(Muon(self._flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rmsadamw"))
+            optimizers.append(Muon(self._flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         super().__init__(optimizers, factor)
 
     def zero_grad(self) -> None:
