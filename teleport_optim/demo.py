@@ -18,13 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.action import act
-from teleport_optim.evaluation.problem import Data
+from teleport_optim.evaluation.problem import Data, rescale
 from teleport_optim.evaluation.rivals import adamw, learned
-from teleport_optim.evaluation.training import Recipe, noisy
-from teleport_optim.groups import GROUPS
+from teleport_optim.evaluation.training import Recipe, minibatch, noisy
 from teleport_optim.meta_optimizer import MetaOptimizer
-from teleport_optim.symmetry import find_symmetries
 from teleport_optim.tasks.data import digits
 
 __all__ = [
@@ -126,11 +123,7 @@ def make_network(seed: int, rescaling: float = 0.0) -> nn.Sequential:
             layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     if rescaling:
-        generator = torch.Generator().manual_seed(seed)
-        spec = find_symmetries(model, torch.zeros(2, WIDTHS[0]), groups=["scaling"])
-        noise = {s.id: torch.randn(s.size, generator=generator, dtype=torch.float64) for s in spec}
-        element = {site: GROUPS["scaling"].exp(rescaling * values) for site, values in noise.items()}
-        model.load_state_dict(act(spec, element, model.state_dict()))
+        rescale(model, torch.zeros(2, WIDTHS[0]), rescaling, seed)
     return model
 
 
@@ -158,16 +151,14 @@ def run_training(
     """
     model = copy.deepcopy(model)
     optimizer = recipe(model, steps)
-    inputs, targets = data.inputs, data.targets
-    measured_inputs = noisy(inputs, data.noise, torch.Generator().manual_seed(2**32))
+    measured_inputs = noisy(data.inputs, data.noise, torch.Generator().manual_seed(2**32))
     generator = torch.Generator().manual_seed(seed)
     measured, losses, sizes, seconds = [0], [_loss(model, measured_inputs, data)], [], 0.0
     for step in range(1, steps + 1):
-        rows = torch.randint(len(inputs), (_BATCH_SIZE,), generator=generator)
-        batch = noisy(inputs[rows], data.noise, generator)
+        batch, batch_targets = minibatch(data, _BATCH_SIZE, generator)
         start = time.perf_counter()
         optimizer.zero_grad()
-        data.loss(model(batch), targets[rows]).backward()  # type: ignore[no-untyped-call]
+        data.loss(model(batch), batch_targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         seconds += time.perf_counter() - start
         sizes.append(getattr(optimizer, "teleport_size", 0.0))

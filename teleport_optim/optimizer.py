@@ -20,13 +20,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names
-from teleport_optim.meta_optimizer import Controls, MetaOptimizer
+from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
 from teleport_optim.sharding import local, part_like, whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
-from teleport_optim.update import Hyper, UpdateState, descend, prepare, step_factors
+from teleport_optim.update import Hyper, UpdateState, descend, prepare, step_controls, step_factors
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
@@ -307,9 +307,7 @@ class LearnedTeleportOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _prepare(self, loss: Any) -> _Plan | None:
         """Everything before the momentum step; None if there is no step to take."""
-        names = [str(name) for name in self._names()]
-        entries = [(param, group) for group in self.param_groups for param in group["params"]]
-        active = [(name, p, group) for name, (p, group) in zip(names, entries) if p.grad is not None]
+        active = [entry for entry in self._entries() if entry[1].grad is not None]
         self._teleport_size = 0.0
         if not active:
             return None
@@ -366,10 +364,11 @@ class LearnedTeleportOptimizer(Optimizer):
             self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
             self._teleport_sizes = layout.teleport_sizes(sizes)
 
-    def _names(self) -> list[Any]:
-        """A name for every parameter: its own, or its number."""
+    def _entries(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """Every parameter under its name, or its number, with its group."""
+        params = [(param, group) for group in self.param_groups for param in group["params"]]
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        return names or list(range(sum(len(group["params"]) for group in self.param_groups)))
+        return [(name, *entry) for name, entry in zip(names or map(str, range(len(params))), params)]
 
     def _slots(self, param: Tensor) -> dict[str, Tensor]:
         slots: dict[str, Tensor] = self.state[param]
@@ -435,7 +434,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._select()
 
     def _select(self) -> None:
-        managed = set(self._names())
+        managed = {name for name, *_ in self._entries()}
         outside = sorted({leg.name for symmetry in self._found for leg in symmetry.legs} - managed)
         if outside:
             self._warn(
@@ -472,16 +471,15 @@ class LearnedTeleportOptimizer(Optimizer):
             (1, 0, ['bias', 'weight'])
         """
         progress = self._progress
-        names = map(str, self._names())
-        entries = [(param, group) for group in self.param_groups for param in group["params"]]
-        active = [(name, p, group) for name, (p, group) in zip(names, entries) if self.state.get(p)]
+        active = [entry for entry in self._entries() if self.state.get(entry[1])]
         tensors = {}
         if active:
             step = max(progress.num_steps - 1, 0)
             outputs = torch.stack([self.state[param]["outputs"] for _, param, _ in active])
-            controls = Controls.from_outputs(outputs)
-            layout = Layout.of({name: param for name, param, _ in active}, None, self._embeddings)
             hyper = self._hyper([group for _, _, group in active], step)
+            is_safe = self._is_guarded and progress.guard.num_safe_steps > 0
+            controls, hyper = step_controls(outputs, hyper, is_safe=is_safe)
+            layout = Layout.of({name: param for name, param, _ in active}, None, self._embeddings)
             factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
             momentum, shrink, length, row_weight = factors
             table = torch.stack(
@@ -546,14 +544,11 @@ class LearnedTeleportOptimizer(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         hidden = self._meta_optimizer.initial_hidden(1)[0]
-        state, groups, progress = read_state_dict(state_dict, self.param_groups, hidden, self._check_loaded)
+        state, groups, progress = read_state_dict(state_dict, self.param_groups, hidden, _check_group)
         self.__setstate__({"state": state, "param_groups": groups})
         self._progress = progress
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _check_loaded(self, group: Mapping[str, Any]) -> None:
-        _check_group({**self.defaults, **group})
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}

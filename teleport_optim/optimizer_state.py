@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -90,6 +91,18 @@ def initial_slots(param: Tensor, hidden: Tensor) -> Slots:
     return {**counts, "exp_avg": torch.zeros_like(param, dtype=momentum_dtype), **rows}
 
 
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """A damaged state dict may hold anything: whatever it leads to is an error of ours."""
+    try:
+        yield
+    except OptimizerStateError:
+        raise
+    except Exception as error:
+        raise OptimizerStateError(f"a state dict that cannot be used: {error}") from error
+
+
+@_own_errors()
 def read_state_dict(
     state_dict: Any,
     groups: Sequence[Mapping[str, Any]],
@@ -109,20 +122,6 @@ def read_state_dict(
     Raises:
         OptimizerStateError: saying what does not fit.
     """
-    try:
-        return _read(state_dict, groups, hidden, check_group)
-    except OptimizerStateError:
-        raise
-    except Exception as error:  # A damaged state dict may hold anything.
-        raise OptimizerStateError(f"a state dict that cannot be used: {error}") from error
-
-
-def _read(
-    state_dict: Any,
-    groups: Sequence[Mapping[str, Any]],
-    hidden: Tensor,
-    check_group: Callable[[Mapping[str, Any]], None],
-) -> tuple[dict[Tensor, Slots], list[dict[str, Any]], Progress]:
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise OptimizerStateError("a state dict of an optimizer has the keys 'state' and 'param_groups'")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]

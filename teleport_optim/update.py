@@ -40,6 +40,7 @@ __all__ = [
     "orthogonalise",
     "prepare",
     "prior_rate",
+    "step_controls",
     "step_factors",
     "update",
 ]
@@ -275,9 +276,7 @@ def prepare(
         )
         outputs, hidden = controller(features, state.hidden)
         state = state._replace(outputs=outputs, hidden=hidden, log_grad_rms=log_grad_rms)
-    controls = Controls.from_outputs(torch.zeros_like(state.outputs) if is_safe else state.outputs)
-    if is_safe:
-        hyper = hyper._replace(lr=SAFE_RATE * hyper.lr)
+    controls, hyper = step_controls(state.outputs, hyper, is_safe=is_safe)
     momenta: Mapping[str, Tensor] = state.momenta
     teleport_sizes = None
     if may_teleport and not is_safe and step % TELEPORT_INTERVAL == 0 and len(layout.spec):
@@ -334,6 +333,13 @@ def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: 
     norms = 0.5 * log_norms
     is_inside = (norms.amax(dim=-2) + reach < highest) & (norms.amin(dim=-2) - reach > lowest)
     return torch.where(is_inside, log_scale, 0.0)
+
+
+def step_controls(outputs: Tensor, hyper: Hyper, *, is_safe: bool) -> tuple[Controls, Hyper]:
+    """The controls of a step and what the user set; of a safe step, the prior and a tenth of the rate."""
+    if is_safe:
+        return Controls.from_outputs(torch.zeros_like(outputs)), hyper._replace(lr=SAFE_RATE * hyper.lr)
+    return Controls.from_outputs(outputs), hyper
 
 
 def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Tensor:

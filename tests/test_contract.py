@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,29 +27,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 everyone = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(3, (32,), generator=torch.Generator().manual_seed(1))
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 3))
-
 
 def backward(model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
     loss = F.cross_entropy(model(X.to(dtype)).float(), Y)
     loss.backward()
     return loss.item()
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: int) -> float:
-    loss = 0.0
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = backward(model)
-        optimizer.step()
-    return loss
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -325,7 +308,7 @@ def test_tensors_of_one_shape_go_together_as_they_go_alone(monkeypatch: pytest.M
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-UNSUPPORTED: dict[str, object] = {
+UNSUPPORTED: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "momentum": 0.9,
     "dampening": 0.1,

@@ -342,9 +342,9 @@ class Branching(nn.Module):
 IMAGES = torch.randn(32, 2, 5, 5, generator=torch.Generator().manual_seed(2))
 
 
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return make()
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_optimizer import X, Y, network, seeded, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.tensorboard import SummaryWriter
@@ -22,31 +23,6 @@ from torch.utils.tensorboard import SummaryWriter
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.guard import Guard
 from teleport_optim.testing import sequential_models
-
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(3, (32,), generator=torch.Generator().manual_seed(1))
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
-def network() -> nn.Sequential:
-    return seeded(  # type: ignore[return-value]
-        lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 3))
-    )
-
-
-def train(model: nn.Module, optimizer: LearnedTeleportOptimizer, steps: int) -> float:
-    loss = torch.zeros(())
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(X), Y)
-        loss.backward()
-        optimizer.step()
-    return loss.item()
 
 
 def snapshot(model: nn.Module, optimizer: LearnedTeleportOptimizer) -> list[Tensor]:
@@ -279,6 +255,22 @@ def test_stats_tell_what_the_steps_did() -> None:
         assert 0.35 < own.momentum < 0.97
         assert all(-1.0 < value < 1.0 for value in (own.row_weight, own.balance, own.gradient_balance))
         assert (own.decay > 0) == name.endswith("weight")
+
+
+def test_stats_of_a_safe_step_are_those_of_that_step() -> None:
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=40, guard=True)
+    train(model, optimizer, 12)
+    before = model[4].weight.detach().clone()
+    usual = optimizer.stats().tensors["4.weight"]
+    (100.0 * F.cross_entropy(100.0 * model(100.0 * X), (Y + 1) % 3)).backward()
+    optimizer.step()
+    own = optimizer.stats().tensors["4.weight"]
+    assert optimizer.stats().num_guarded_steps == 1
+    step = model[4].weight.detach() - (1.0 - own.decay) * before
+    assert step.square().mean().sqrt().item() == pytest.approx(own.rate, rel=1e-3)
+    assert own.rate < 0.3 * usual.rate
+    assert own.momentum == pytest.approx(0.8)
 
 
 def test_stats_are_logged(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_contract import UNSUPPORTED
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
@@ -67,20 +68,6 @@ def our_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerI
 OUR_WORDS = {"Tensor lr must be 1-element": r"a tensor lr must have one element, got shape \(2,\)"}
 """Messages of torch for which ours has its own, since they do not say what was given."""
 
-WITHOUT = {
-    "betas": (0.9, 0.99),
-    "momentum": 0.9,
-    "dampening": 0.1,
-    "nesterov": True,
-    "eps": 1e-8,
-    "amsgrad": True,
-    "foreach": True,
-    "fused": True,
-    "capturable": True,
-    "differentiable": True,
-}
-"""Options of other optimizers, which a group may not hold since they would have no effect."""
-
 
 def our_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     errors = get_error_inputs_for_all_optims(device, dtype)
@@ -102,7 +89,7 @@ def our_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInpu
         ErrorOptimizerInput(OptimizerInput(None, kwargs, desc), error_type=kind, error_regex=regex)
         for desc, kwargs, kind, regex in bad
     ]
-    for key, value in WITHOUT.items():
+    for key, value in UNSUPPORTED.items():
         group = {"params": [Parameter(torch.ones(2, 3, dtype=dtype))], key: value}
         given = OptimizerInput([group], {}, f"{key} in a group")
         errors.append(ErrorOptimizerInput(given, error_type=ValueError, error_regex=f"has no {key} "))

@@ -13,7 +13,7 @@ from typing import Any
 
 from teleport_optim.checkpoints import find_checkpoint
 from teleport_optim.evaluation.problem import EvaluationTask
-from teleport_optim.evaluation.rivals import ABLATIONS, REFERENCE, Rival, rivals, tuned_rate
+from teleport_optim.evaluation.rivals import ABLATIONS, OURS, REFERENCE, Rival, rivals, tuned_rate
 from teleport_optim.evaluation.training import Recipe, Run, milliseconds_per_step, run_training, speed_up
 
 __all__ = ["Comparison", "Score", "TaskResult"]
@@ -124,7 +124,6 @@ class Comparison:
         checkpoint: What the learned optimizer loads.
         num_seeds: Runs of every optimizer on every task.
         share: Length of the runs as a share of the usual.
-        with_ablations: Whether to run the learned optimizer with one part taken away at a time as well.
         others: More optimizers, by name.
         report: Told what is being run.
     """
@@ -134,7 +133,6 @@ class Comparison:
     checkpoint: str | Path = "default"
     num_seeds: int = 5
     share: float = 1.0
-    with_ablations: bool = False
     others: Mapping[str, Recipe] = field(default_factory=dict)
     report: Callable[[str], None] = lambda message: None
 
@@ -166,8 +164,7 @@ class Comparison:
         for task in self.tasks.values():
             full = self._result(task)
             runs = {name: [self._run(task, name, r, seed, 0.0) for seed in self._seeds] for name, r in recipes.items()}
-            ours = list(full.runs)[-1 - len(self.others)]
-            runs = {REFERENCE: full.runs[REFERENCE], ours: full.runs[ours], **runs}
+            runs = {REFERENCE: full.runs[REFERENCE], OURS: full.runs[OURS], **runs}
             results.append(TaskResult(task.name, runs, {}, dict.fromkeys(runs, 1.0)))
         return results
 
@@ -198,8 +195,8 @@ class Comparison:
 
     def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, rate: float) -> Run:
         steps = max(20, round(self.share * task.steps))
-        is_ours = name not in rivals() or name.startswith("learned")
-        key = f"{task.name} {steps} | {name} {rate:.4g} {self._sha256 if is_ours else ''} | {seed}"
+        depends = name == OURS or name not in rivals()  # on the checkpoint
+        key = f"{task.name} {steps} | {name} {rate:.4g} {self._sha256 if depends else ''} | {seed}"
         self.report(f"{task.name}: {name}, seed {seed}" + (f", rate {rate:.4g}" if rate else ""))
         marks, losses, *rest = self._kept(key, lambda: run_training(task, recipe, steps=steps, seed=seed))
         return Run(tuple(marks), tuple(losses), *rest)

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Data", "EvaluationTask", "seeded"]
+from teleport_optim.action import act
+from teleport_optim.groups import GROUPS
+from teleport_optim.symmetry import find_symmetries
+
+__all__ = ["Data", "EvaluationTask", "rescale", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,19 @@ def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
             return build()
 
     return make
+
+
+def rescale(model: nn.Module, inputs: Tensor, sigma: float, seed: int) -> None:
+    """Multiply the hidden units of ``model`` that can be scaled by ``exp(sigma N(0, 1))``, and divide what reads them.
+
+    Args:
+        model: Is changed; its function stays.
+        inputs: An example of what it takes.
+        sigma: Standard deviation of the log-factors.
+        seed: Decides the factors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spec = find_symmetries(model, inputs, groups=["scaling"])
+    noise = {s.id: torch.randn(s.size, generator=generator, dtype=torch.float64) for s in spec}
+    element = {site: GROUPS["scaling"].exp(sigma * values) for site, values in noise.items()}
+    model.load_state_dict(act(spec, element, model.state_dict()))

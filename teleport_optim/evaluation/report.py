@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teleport_optim.evaluation.comparison import Score, TaskResult
-from teleport_optim.evaluation.rivals import REFERENCE
+from teleport_optim.evaluation.rivals import OURS, REFERENCE
 
 __all__ = ["plot", "score_table", "task_table"]
 
@@ -100,5 +100,8 @@ def plot(results: Sequence[TaskResult], path: Path) -> None:
 
 
 def _style(name: str, index: int) -> dict[str, Any]:
-    is_ours = name.startswith("learned")
-    return {"color": f"C{index}", "linewidth": 2.2 if is_ours else 1.1, "linestyle": "--" if name == REFERENCE else "-"}
+    return {
+        "color": f"C{index}",
+        "linewidth": 2.2 if name == OURS else 1.1,
+        "linestyle": "--" if name == REFERENCE else "-",
+    }

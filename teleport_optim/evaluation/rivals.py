@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,10 +17,11 @@ from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
 
-__all__ = ["ABLATIONS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
+__all__ = ["ABLATIONS", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
 
 REFERENCE = "AdamW cosine, tuned"
 """What others are measured against."""
+OURS = "learned, untuned"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def learned(
 
 
 def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
-    """The optimizers of a comparison by name; the last is ours."""
+    """The optimizers of a comparison by name; the last is :data:`OURS`."""
     return {
         "AdamW default": Rival(lambda lr: adamw(1e-3, is_scheduled=False)),
         "AdamW constant, tuned": Rival(lambda lr: adamw(lr, is_scheduled=False), 2e-3),
@@ -156,7 +156,7 @@ def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
         "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
         "rule, nothing learned": Rival(lambda lr: learned(MetaOptimizer(), teleport=False)),
-        "learned, untuned": Rival(lambda lr: learned(checkpoint)),
+        OURS: Rival(lambda lr: learned(checkpoint)),
     }
 
 
@@ -183,46 +183,32 @@ def tuned_rate(score: Callable[[float], float], first: float) -> float:
         best = better
 
 
-def _edited(edit: Callable[[MetaOptimizer], None]) -> Callable[[str | Path], MetaOptimizer]:
-    def make(checkpoint: str | Path) -> MetaOptimizer:
-        meta_optimizer = copy.deepcopy(load_checkpoint(checkpoint))
-        with torch.no_grad():
-            edit(meta_optimizer)
-        return meta_optimizer
-
-    return make
-
-
-def _fix(names: Sequence[str], value: float = 0.0) -> Callable[[MetaOptimizer], None]:
-    """Controls held at one raw output whatever the network says; 0 is the prior."""
-
-    def edit(meta_optimizer: MetaOptimizer) -> None:
-        for name in names:
-            row = Controls._fields.index(name)
-            for weights in (meta_optimizer.readout_weight, meta_optimizer.skip_weight, meta_optimizer.readout_bias):
-                weights[row] = 0.0
-            meta_optimizer.readout_bias[row] = value
-
-    return edit
+def _holding(checkpoint: str | Path, **outputs: float) -> Recipe:
+    """The learned optimizer with raw outputs of the network held at one value whatever it says; 0 is the prior."""
+    meta_optimizer = load_checkpoint(checkpoint)
+    for name, value in outputs.items():
+        row = Controls._fields.index(name)
+        for weights in (meta_optimizer.readout_weight, meta_optimizer.skip_weight):
+            weights[row] = 0.0
+        meta_optimizer.readout_bias[row] = value
+    return learned(meta_optimizer)
 
 
-def _without_memory(meta_optimizer: MetaOptimizer) -> None:
+def _without_memory(checkpoint: str | Path) -> Recipe:
+    meta_optimizer = load_checkpoint(checkpoint)
     meta_optimizer.readout_weight.zero_()
+    return learned(meta_optimizer)
 
 
 ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
-    "no teleports": lambda checkpoint: learned(checkpoint, teleport=False),
-    "weights balanced in closed form": lambda checkpoint: learned(
-        _edited(lambda m: (_fix(["balance"], 20.0)(m), _fix(["gradient_balance"])(m))[0])(checkpoint)
-    ),
-    "horizon unknown": lambda checkpoint: learned(checkpoint, horizon=False),
-    "rate fixed": lambda checkpoint: learned(_edited(_fix(["rate"]))(checkpoint)),
-    "momentum fixed": lambda checkpoint: learned(_edited(_fix(["momentum"]))(checkpoint)),
-    "decay fixed": lambda checkpoint: learned(_edited(_fix(["decay"]))(checkpoint)),
-    "orthogonalised direction only": lambda checkpoint: learned(_edited(_fix(["row_weight"]))(checkpoint)),
-    "linear controller (LSTM cut off)": lambda checkpoint: learned(_edited(_without_memory)(checkpoint)),
-    "rule with teleports, nothing else learned": lambda checkpoint: learned(
-        _edited(_fix(["rate", "momentum", "decay", "row_weight"]))(checkpoint)
-    ),
+    "no teleports": partial(learned, teleport=False),
+    "weights balanced in closed form": partial(_holding, balance=20.0, gradient_balance=0.0),
+    "horizon unknown": partial(learned, horizon=False),
+    "rate fixed": partial(_holding, rate=0.0),
+    "momentum fixed": partial(_holding, momentum=0.0),
+    "decay fixed": partial(_holding, decay=0.0),
+    "orthogonalised direction only": partial(_holding, row_weight=0.0),
+    "linear controller (LSTM cut off)": _without_memory,
+    "rule with teleports, nothing else learned": partial(_holding, rate=0.0, momentum=0.0, decay=0.0, row_weight=0.0),
 }
 """The learned optimizer with one part taken away, by name: a checkpoint to a recipe."""

@@ -15,10 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.action import act
-from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
-from teleport_optim.groups import GROUPS
-from teleport_optim.symmetry import find_symmetries
+from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
 from teleport_optim.tasks.data import ALPHABET, digits, text
 
 __all__ = ["SUITE"]
@@ -315,11 +312,7 @@ class _CharRecurrent(nn.Module):
 def _badly_scaled(seed: int) -> nn.Module:
     """A perceptron whose hidden units were multiplied at random, and what reads them divided: the same function."""
     model = seeded(partial(_perceptron, (64, 112, 112, 112, 112, 10), nn.ReLU))(seed)
-    generator = torch.Generator().manual_seed(seed)
-    spec = find_symmetries(model, torch.zeros(2, 64), groups=["scaling"])
-    noise = {s.id: torch.randn(s.size, generator=generator, dtype=torch.float64) for s in spec}
-    element = {site: GROUPS["scaling"].exp(_RESCALING * values) for site, values in noise.items()}
-    model.load_state_dict(act(spec, element, model.state_dict()))
+    rescale(model, torch.zeros(2, 64), _RESCALING, seed)
     return model
 
 

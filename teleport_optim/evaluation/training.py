@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teleport_optim.evaluation.problem import Data, EvaluationTask
 
-__all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "noisy", "run_training", "speed_up"]
+__all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "minibatch", "noisy", "run_training", "speed_up"]
 
 _MAX_MEASURED = 512
 """Most examples on which a loss is measured during a run."""
@@ -141,11 +141,16 @@ def _steps_to(run: Run, target: float) -> float:
 
 
 def _step(task: EvaluationTask, data: Data, model: nn.Module, optimizer: Stepper, generator: torch.Generator) -> None:
-    rows = torch.randint(len(data.inputs), (task.batch_size,), generator=generator)
-    inputs = noisy(data.inputs[rows], data.noise, generator)
+    inputs, targets = minibatch(data, task.batch_size, generator)
     optimizer.zero_grad()
-    data.loss(model(inputs), data.targets[rows]).backward()  # type: ignore[no-untyped-call]
+    data.loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+
+
+def minibatch(data: Data, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs, with noise, and targets of examples drawn with replacement."""
+    rows = torch.randint(len(data.inputs), (size,), generator=generator)
+    return noisy(data.inputs[rows], data.noise, generator), data.targets[rows]
 
 
 def noisy(inputs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
@@ -158,17 +163,14 @@ def _loss(
     model: nn.Module, optimizer: Stepper, data: Data, inputs: Tensor, targets: Tensor, *, training: bool
 ) -> float:
     """The mean loss; in training mode buffers stay as they are."""
-    switch: Sequence[Callable[[], object]] = [
-        getattr(optimizer, mode) for mode in ("eval", "train") if hasattr(optimizer, mode)
-    ]
-    for call in switch[:1]:
-        call()
+    if hasattr(optimizer, "eval"):  # Schedule-Free keeps other weights for evaluation.
+        optimizer.eval()
     buffers = copy.deepcopy(dict(model.named_buffers()))
     model.train(training)
     loss = data.loss(model(inputs), targets).item()
     model.train()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    for call in switch[1:]:
-        call()
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     return loss if math.isfinite(loss) else math.inf
