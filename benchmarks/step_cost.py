@@ -1,6 +1,11 @@
 """Milliseconds of an optimizer step, and bytes of state, beside AdamW; the optimizers take turns step by step.
 
-python -m benchmarks.step_cost [--steps 30] [--threads 1]
+python -m benchmarks.step_cost [--network NAME] [--threads 1] [--plot FILE.png]
+
+The mean over twenty steps (four for large networks, where none of them asks the meta-optimizer) after a first one that is
+not counted. Parameters are given without their model, so that nothing teleports. "rows only" is a step that does not
+orthogonalise: what ours costs outside the orthogonalisation, and what the checkpoint "light" costs. The limit is the time
+of copying as many bytes as must be read (parameters, gradients, momenta) and written (parameters, momenta).
 """
 
 from __future__ import annotations
@@ -8,72 +13,167 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon
 
-from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.demo import make_network
+from teleport_optim.layout import matrix_shape
 
 __all__ = ["main", "state_bytes"]
 
+_LARGE = 1_000_000
+"""Number of parameters from which on few steps are taken."""
 
-def _resnet18() -> nn.Module:
-    from torchvision.models import resnet18
 
-    model: nn.Module = resnet18()
+def _torchvision(name: str) -> nn.Module:
+    from torchvision import models
+
+    model: nn.Module = getattr(models, name)()
     return model
 
 
-def _optimizers(model: nn.Module) -> dict[str, Optimizer]:
-    def copies() -> list[nn.Parameter]:
-        return [nn.Parameter(param.detach().clone()) for param in model.parameters()]
+def perceptron(width: int, depth: int) -> nn.Module:
+    """A perceptron with ``depth`` matrices of ``width x width``."""
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
 
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "perceptron 64-128-96-128-10": lambda: make_network(0),
+    "resnet18": lambda: _torchvision("resnet18"),
+    "resnet50": lambda: _torchvision("resnet50"),
+    "vit_b_16": lambda: _torchvision("vit_b_16"),
+}
+
+
+class Stateful(Protocol):
+    """An optimizer, as far as it is measured."""
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """What it keeps for every parameter."""
+        ...
+
+    def step(self) -> object:
+        """Take one step."""
+        ...
+
+
+class _MuonAndAdamW:
+    """Muon for matrices, and for kernels as matrices; fused AdamW for the rest."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        shapes = [matrix_shape(param.shape) for param in params]
+        self._kernels = [param for param, shape in zip(params, shapes) if shape is not None]
+        self._flat = [nn.Parameter(p.detach().reshape(matrix_shape(p.shape) or ())) for p in self._kernels]
+        self._muon = Muon(self._flat)
+        self._adamw = AdamW([param for param, shape in zip(params, shapes) if shape is None], fused=True)
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        return {**self._muon.state, **self._adamw.state}
+
+    def step(self) -> None:
+        for flat, param in zip(self._flat, self._kernels):
+            assert param.grad is not None
+            flat.grad = param.grad.reshape(flat.shape)
+        self._muon.step()  # type: ignore[no-untyped-call]
+        self._adamw.step()
+
+
+class _Copy:
+    """Copies ten bytes out of ten for every twenty that a step must move: five numbers for each parameter."""
+
+    state: Mapping[Any, Any] = {}
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        num_entries = 5 * sum(param.numel() for param in params) // 2
+        self._from, self._to = torch.zeros(num_entries), torch.zeros(num_entries)
+
+    def step(self) -> None:
+        self._to.copy_(self._from)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Stateful]] = {
+    "memory limit": _Copy,
+    "AdamW fused": lambda params: AdamW(params, fused=True),
+    "AdamW default": AdamW,
+    "Muon + AdamW": _MuonAndAdamW,
+    "ours, rows only": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer(orthogonalises=False)),
+    "ours": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer()),
+}
+
+
+def state_bytes(optimizer: Stateful) -> int:
+    """Bytes of all tensors in the optimizer's state."""
+    values = [value for slots in optimizer.state.values() for value in slots.values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def measure(model: nn.Module, names: Iterable[str] = OPTIMIZERS) -> dict[str, tuple[float, float]]:
+    """Mean milliseconds per step and bytes of state per parameter of every optimizer on the parameters of ``model``."""
+    num_parameters = sum(param.numel() for param in model.parameters())
+    num_steps = 4 if num_parameters >= _LARGE else 20
+    params = {name: [nn.Parameter(p.detach().clone()) for p in model.parameters()] for name in names}
+    optimizers = {name: OPTIMIZERS[name](own) for name, own in params.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    grads = [torch.randn_like(param) for param in model.parameters()]
+    for step in range(num_steps + 1):
+        for name, optimizer in optimizers.items():
+            for param, grad in zip(params[name], grads):
+                param.grad = grad
+            start = time.perf_counter()
+            optimizer.step()
+            if step:
+                seconds[name].append(time.perf_counter() - start)
     return {
-        "AdamW fused": AdamW(copies(), fused=True),
-        "AdamW default": AdamW(copies()),
-        "ours": LearnedTeleportOptimizer(copies()),
+        name: (1e3 * statistics.fmean(times), state_bytes(optimizers[name]) / num_parameters)
+        for name, times in seconds.items()
     }
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for slots in optimizer.state.values()
-        for value in slots.values()
-        if isinstance(value, torch.Tensor)
-    )
+def plot_growth(path: Path) -> None:
+    """How the cost of ours and of fused AdamW grows with the number of parameters, and with depth at a fixed width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    sizes, depths = figure.subplots(1, 2)
+    names = ("AdamW fused", "ours, rows only", "ours")
+    for axes, label, models in (
+        (sizes, "parameters, four layers", {4 * (w * w + w): perceptron(w, 4) for w in (16, 32, 64, 128, 256, 512)}),
+        (depths, "layers of 64 x 64", {depth: perceptron(64, depth) for depth in (1, 2, 4, 8, 16, 32, 64)}),
+    ):
+        measured = {size: measure(model, names) for size, model in models.items()}
+        for name in names:
+            axes.loglog(list(measured), [costs[name][0] for costs in measured.values()], marker=".", label=name)
+        axes.set(xlabel=label, ylabel="ms per step")
+    sizes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Time the steps and print a Markdown table of medians; ratios are to fused AdamW in the same run."""
+    """Time the steps and print a Markdown table; ratios are to fused AdamW in the same run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--network", action="append", choices=tuple(NETWORKS), help="only this one; may be repeated")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plot", type=Path, help="draw how the cost grows instead")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    if arguments.plot:
+        plot_growth(arguments.plot)
+        return
     print("| parameters of | optimizer | ms per step | ratio to AdamW fused | bytes of state per parameter |")
     print("|---|---|---|---|---|")
-    for name, model in (("perceptron 64-128-96-128-10", make_network(0)), ("ResNet-18", _resnet18())):
-        optimizers = _optimizers(model)
-        seconds: dict[str, list[float]] = {key: [] for key in optimizers}
-        for step in range(arguments.steps + 2):
-            for key, optimizer in optimizers.items():
-                for group in optimizer.param_groups:
-                    for param in group["params"]:
-                        param.grad = torch.randn_like(param)
-                start = time.perf_counter()
-                optimizer.step()
-                if step >= 2:
-                    seconds[key].append(time.perf_counter() - start)
-        fused = statistics.median(seconds["AdamW fused"])
-        num_parameters = sum(param.numel() for param in model.parameters())
-        for key, times in seconds.items():
-            median = statistics.median(times)
-            ratio, size = median / fused, state_bytes(optimizers[key]) / num_parameters
-            print(f"| {name} | {key} | {1e3 * median:.2f} | {ratio:.1f} | {size:.2f} |", flush=True)
+    for network in arguments.network or NETWORKS:
+        costs = measure(NETWORKS[network]())
+        for name, (milliseconds, size) in costs.items():
+            ratio = milliseconds / costs["AdamW fused"][0]
+            print(f"| {network} | {name} | {milliseconds:.2f} | {ratio:.1f} | {size:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

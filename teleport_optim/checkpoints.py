@@ -20,7 +20,7 @@ from teleport_optim.meta_optimizer import MetaOptimizer
 
 __all__ = ["CheckpointError", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_BYTES, _MAX_HEADER_BYTES, _MAX_CARD_BYTES = 2**26, 2**16, 2**18
 _ADDRESS = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)@(\w[\w.-]*(?:/\w[\w.-]*)*)", re.ASCII)
 _HUB_FILES = {"meta_optimizer.json": _MAX_CARD_BYTES, "meta_optimizer.safetensors": _MAX_BYTES}
@@ -55,7 +55,7 @@ def save_checkpoint(meta_optimizer: MetaOptimizer, path: str | Path, card: dict[
     facts = {
         "format_version": FORMAT_VERSION,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "num_parameters": sum(value.numel() for value in tensors.values()),
+        "num_parameters": sum(param.numel() for param in meta_optimizer.parameters()),
     }
     full_card = json.dumps(facts | (card or {}) | facts, indent=1).encode() + b"\n"
     if len(full_card) > _MAX_CARD_BYTES:
@@ -128,7 +128,8 @@ def load_checkpoint(checkpoint: str | Path) -> MetaOptimizer:
     expected = meta_optimizer.state_dict()
     if set(layout) != set(expected):
         raise CheckpointError(
-            f"{path} holds the tensors {_brief(sorted(layout))}, a meta-optimizer has {sorted(expected)}"
+            f"{path} holds the tensors {_brief(sorted(layout))}, a meta-optimizer has {sorted(expected)}: it was made by "
+            "another version"
         )
     for name, (dtype, shape) in layout.items():
         if (dtype, shape) != ("F32", tuple(expected[name].shape)):

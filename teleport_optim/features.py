@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from teleport_optim.layout import NUM_STATIC_FEATURES, Layout, Table
+from teleport_optim.layout import NUM_STATIC_FEATURES, Layout, Table, in_full_precision
 from teleport_optim.symmetry.moves import channels_of
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
-__all__ = ["NUM_FEATURES", "compute_features", "in_full_precision", "log_ratio", "site_log_norms"]
+__all__ = ["NUM_FEATURES", "compute_features", "log_ratio", "site_log_norms"]
 
 NUM_TIME_FEATURES = 6
 NUM_TENSOR_FEATURES = 6
@@ -53,11 +53,6 @@ def site_log_norms(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: 
 def log_ratio(log_norms: Tensor) -> Tensor:
     """Reading over writing: ``[*runs, 2, size]`` of :func:`site_log_norms` to ``[*runs, size]``."""
     return log_norms[..., 0, :] - log_norms[..., 1, :]
-
-
-def in_full_precision(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 if it has 16 bits, else as it is."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def time_features(step: int, total_steps: int | None) -> list[float]:
@@ -100,9 +95,8 @@ def compute_features(
     Cost: one pass over parameters, gradients and momenta.
     """
     runs = log_grad_rms.shape[:-2]
-    dots = torch.stack([_inner_products(params[n], grads[n], momenta[n], runs) for n in layout.names], dim=-2)
-    gg, mm, pp, gm, gp = dots.unbind(-1)
-    table = layout.table(dots)
+    gg, mm, pp, gm, gp = _inner_products(params, grads, momenta, layout, len(runs))
+    table = layout.table(gg)
     norm_g, norm_m, norm_p = (square.clamp_min(_TINY).sqrt() for square in (gg, mm, pp))
     log_g, log_m, log_p = (0.5 * torch.log((square / table.size).clamp_min(_TINY)) for square in (gg, mm, pp))
     running, first = torch.where(log_grad_rms.isnan(), log_g.unsqueeze(-1), log_grad_rms).unbind(-1)
@@ -118,7 +112,7 @@ def compute_features(
         dim=-1,
     )
     shared = tensor_features.mean(dim=-2, keepdim=True).expand_as(tensor_features)
-    time = torch.tensor(time_features(step, total_steps), dtype=torch.float32, device=dots.device)
+    time = torch.tensor(time_features(step, total_steps), dtype=torch.float32, device=gg.device)
     constant = torch.cat([table.static_features, time.expand(len(layout.names), -1)], dim=-1)
     features = torch.cat(
         [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, layout, runs, table)],
@@ -128,10 +122,23 @@ def compute_features(
     return _BOUND * torch.tanh(features / _BOUND), torch.where(gg.unsqueeze(-1) > 0, seen, log_grad_rms)
 
 
-def _inner_products(param: Tensor, grad: Tensor, momentum: Tensor, runs: torch.Size) -> Tensor:
-    p, g, m = (x.reshape(*runs, -1 if x.numel() else 0).float() for x in (param, grad, momentum))
-    pairs = ((g, g), (m, m), (p, p), (g, m), (g, p))
-    return torch.stack([torch.linalg.vecdot(x, y) for x, y in pairs], dim=-1)
+def _inner_products(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    layout: Layout,
+    run_axes: int,
+) -> tuple[Tensor, ...]:
+    """``<g, g>, <m, m>, <p, p>, <g, m>, <g, p>`` of every tensor, ``[*runs, num_tensors]`` each."""
+    products = []
+    for bucket in layout.buckets:
+        p, g, m = (bucket.gather(tensors, run_axes).float() for tensors in (params, grads, momenta))
+        for group in bucket.groups:
+            x, y, z = (group.view(vector).flatten(run_axes + 1) for vector in (p, g, m))
+            pairs = ((y, y), (z, z), (x, x), (y, z), (y, x))
+            products.append(torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=-2))
+    inner = torch.cat(products, dim=-1)
+    return inner.index_select(-1, layout.table(inner).inverse_order).unbind(-2)
 
 
 def _site_features(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from teleport_optim.symmetry.spec import SymmetrySpec
 
-__all__ = ["Layout", "Table", "embedding_names", "matrix_shape"]
+__all__ = ["Bucket", "Group", "Layout", "Table", "embedding_names", "in_full_precision", "matrix_shape"]
 
 NUM_STATIC_FEATURES = 9
 _MAX_GROUPED = 2**15
@@ -56,7 +56,9 @@ class Table(NamedTuple):
     """What a layout knows, as tensors on one device: one row or column per parameter tensor, in the order of the names."""
 
     step_scale: Tensor
-    """``[num_tensors]``: RMS of a unit step, 1/sqrt(columns) for matrices and 1/4 for vectors."""
+    """``[num_tensors]``: RMS of a unit step, 1/sqrt(columns) for matrices and 1/6 for vectors."""
+    step_length: Tensor
+    """``[num_tensors]``: the Euclidean length of a row of it if it is a matrix, else of all of it."""
     is_matrix: Tensor
     """``[num_tensors]``: 1 for matrices, 0 for vectors."""
     size: Tensor
@@ -65,8 +67,64 @@ class Table(NamedTuple):
     """``[num_tensors, NUM_STATIC_FEATURES]``: role, size and depth, of order one."""
     site_weights: Tensor
     """``[num_sites, num_tensors]``: averages a per-tensor quantity over the matrices on the legs of a site."""
-    group_order: Tensor
-    """``[num_tensors]``: rows of the tensors in the order of ``Layout.groups``."""
+    order: Tensor
+    """``[num_tensors]``: rows of the tensors in the order of ``Layout.buckets``."""
+    inverse_order: Tensor
+    """``[num_tensors]``: where in that order every tensor stands."""
+
+
+class Group(NamedTuple):
+    """Tensors of one shape, which lie side by side in the vector of a bucket.
+
+    Attributes:
+        entries: Rows and columns of every one if they are matrices, else the number of entries.
+        rows: Their rows in the layout.
+        start: Where the first of them begins.
+    """
+
+    entries: tuple[int, ...]
+    rows: tuple[int, ...]
+    start: int
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether they are matrices."""
+        return len(self.entries) == 2
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all of them."""
+        return len(self.rows) * math.prod(self.entries)
+
+    def view(self, vector: Tensor) -> Tensor:
+        """The group's part of a vector ``[*runs, n]`` of the bucket: ``[*runs, len(rows), *entries]``."""
+        part = vector.narrow(-1, self.start, self.size)
+        return part.view([*part.shape[:-1], len(self.rows), *self.entries])
+
+
+class Bucket(NamedTuple):
+    """Tensors that are updated as one long vector.
+
+    Attributes:
+        names: Their names, in the order in which they lie in the vector.
+        groups: What it consists of.
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[Group, ...]
+
+    def gather(self, tensors: Mapping[str, Tensor], run_axes: int) -> Tensor:
+        """The tensors, each ``[*runs, *shape]``, as one vector ``[*runs, n]``; 16-bit ones become float32."""
+        parts = [
+            tensors[name].flatten(run_axes) if tensors[name].dim() > run_axes else tensors[name].unsqueeze(-1)
+            for name in self.names
+        ]
+        return in_full_precision(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+
+
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 if it has 16 bits, else as it is."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 @dataclass(frozen=True)
@@ -105,17 +163,41 @@ class Layout:
         return {name: shape for name, shape in shapes.items() if shape is not None}
 
     @cached_property
-    def groups(self) -> tuple[tuple[tuple[int, int] | None, tuple[int, ...]], ...]:
-        """Rows of tensors that are updated as one batch: small matrices of one shape, and small vectors of one shape.
+    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
+        """For every tensor a shape that broadcasts to it: that of one number for each row of a matrix, or for all of a vector."""
+        shapes = {}
+        for name, shape in self.shapes.items():
+            ones = [1] * len(shape)
+            if name in self.matrices:
+                rows, _ = self.matrices[name]
+                axis = next((axis for axis, size in enumerate(shape) if size != 1), 0)
+                ones[axis if shape[axis] == rows else 0] = rows
+            shapes[name] = tuple(ones)
+        return shapes
 
-        Large tensors go one by one: to copy them together would cost more than it saves.
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """All tensors, in buckets that are updated as one: the small ones together, every large one alone.
+
+        To copy large tensors together would cost more than it saves.
         """
-        rows: dict[tuple[tuple[int, int] | None, torch.Size | None, int | None], list[int]] = {}
+        small: dict[tuple[int, ...], list[int]] = {}
+        large: list[dict[tuple[int, ...], list[int]]] = []
         for row, (name, shape) in enumerate(self.shapes.items()):
-            matrix = self.matrices.get(name)
-            alone = row if shape.numel() > _MAX_GROUPED else None
-            rows.setdefault((matrix, None if matrix else shape, alone), []).append(row)
-        return tuple((matrix, tuple(members)) for (matrix, _, _), members in rows.items())
+            entries: tuple[int, ...] = self.matrices.get(name) or (shape.numel(),)
+            if shape.numel() > _MAX_GROUPED:
+                large.append({entries: [row]})
+            else:
+                small.setdefault(entries, []).append(row)
+        return tuple(self._bucket(groups) for groups in ([small] if small else []) + large)
+
+    def _bucket(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> Bucket:
+        groups = []
+        start = 0
+        for entries, members in rows.items():
+            groups.append(Group(entries, tuple(members), start))
+            start += groups[-1].size
+        return Bucket(tuple(self.names[row] for group in groups for row in group.rows), tuple(groups))
 
     @cached_property
     def num_layers(self) -> int:
@@ -126,14 +208,21 @@ class Layout:
         """What the layout knows, of the device and dtype of ``like``; kept, since every step needs it."""
         key = (like.device, like.dtype)
         if key not in self._tables:
-            scales = [self.matrices[name][1] ** -0.5 if name in self.matrices else 0.25 for name in self.names]
+            scales = [max(self.matrices[name][1], 1) ** -0.5 if name in self.matrices else 1 / 6 for name in self.names]
+            lengths = [
+                1.0 if name in self.matrices else shape.numel() ** 0.5 / 6 for name, shape in self.shapes.items()
+            ]
+            rows = [row for bucket in self.buckets for group in bucket.groups for row in group.rows]
+            order = torch.tensor(rows, dtype=torch.int64)
             table = Table(
                 step_scale=torch.tensor(scales, dtype=torch.float64),
+                step_length=torch.tensor(lengths, dtype=torch.float64),
                 is_matrix=torch.tensor([name in self.matrices for name in self.names], dtype=torch.float32),
                 size=torch.tensor([max(shape.numel(), 1) for shape in self.shapes.values()], dtype=torch.float32),
                 static_features=self._static_features(),
                 site_weights=self._site_weights(),
-                group_order=torch.tensor([row for _, rows in self.groups for row in rows], dtype=torch.int64),
+                order=order,
+                inverse_order=torch.argsort(order),
             )
             floats = (tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device) for tensor in table)
             self._tables[key] = Table(*floats)

@@ -12,18 +12,16 @@ from teleport_optim.features import NUM_FEATURES
 
 __all__ = ["Controller", "Controls", "MetaOptimizer"]
 
-PRIOR_MOMENTUM = 0.8
+PRIOR_MOMENTUM = 0.65
 
 
 class Controls(NamedTuple):
-    """What steers the update of a network, one entry per tensor (shape ``[*runs, num_tensors]`` each)."""
+    """What steers the update of a network, one entry per tensor (shape ``[*runs, num_tensors]``); momentum: one for all."""
 
     rate: Tensor
     """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""
     momentum: Tensor
-    """Decay beta of the gradient average, in (0.35, 0.97); 0.8 at the prior."""
-    row_weight: Tensor
-    """Weight of the row-normalised momentum beside the orthogonalised one, in (-1, 1); 0 at the prior."""
+    """Decay beta of the gradient average, in (0.2, 0.93), the same for all tensors, ``[*runs]``; 0.65 at the prior."""
     decay: Tensor
     """Factor on the prior weight decay, in (e^-2, e^2); 1 at the prior."""
     balance: Tensor
@@ -38,14 +36,13 @@ class Controls(NamedTuple):
 
     @classmethod
     def from_outputs(cls, outputs: Tensor) -> Controls:
-        """Bound the raw outputs of a network, shape ``[*runs, num_tensors, 6]``; zeros give the prior."""
+        """Bound the raw outputs of a network, shape ``[*runs, num_tensors, 5]``; zeros give the prior."""
         bounded = torch.tanh(outputs)
-        rate, momentum, row_weight, decay, balance, gradient_balance = bounded.unbind(-1)
+        rate, momentum, decay, balance, gradient_balance = bounded.unbind(-1)
         logit = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
         return cls(
             rate=torch.exp(2.0 * rate),
-            momentum=torch.sigmoid(logit + 2.0 * momentum),
-            row_weight=row_weight,
+            momentum=torch.sigmoid(logit + 2.0 * momentum.mean(dim=-1)),
             decay=torch.exp(2.0 * decay),
             balance=balance,
             gradient_balance=gradient_balance,
@@ -56,7 +53,7 @@ class Controller(Protocol):
     """Anything that maps features and its own hidden state to controls: the network, or a constant in a test."""
 
     def __call__(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``([num_tensors, NUM_FEATURES], [num_tensors, hidden])`` to raw outputs ``[num_tensors, 6]`` and hidden."""
+        """``([num_tensors, NUM_FEATURES], [num_tensors, hidden])`` to raw outputs ``[num_tensors, 5]`` and hidden."""
         ...
 
 
@@ -72,6 +69,8 @@ class MetaOptimizer(nn.Module):
     Args:
         hidden_size: Width of the LSTM, at least 1.
         generator: Draws the initial weights; a generator seeded with 0 by default.
+        orthogonalises: Whether steps of matrices are orthogonalised; else only their rows are normalised, which is worth less
+            and costs less.
 
     Raises:
         ValueError: if ``hidden_size`` is not positive.
@@ -80,10 +79,14 @@ class MetaOptimizer(nn.Module):
         >>> meta_optimizer = MetaOptimizer(hidden_size=8)
         >>> outputs, hidden = meta_optimizer(torch.randn(3, NUM_FEATURES), meta_optimizer.initial_hidden(3))
         >>> outputs.shape, hidden.shape, outputs.any().item()
-        (torch.Size([3, 6]), torch.Size([3, 16]), False)
+        (torch.Size([3, 5]), torch.Size([3, 16]), False)
     """
 
-    def __init__(self, hidden_size: int = 12, generator: torch.Generator | None = None) -> None:
+    is_orthogonalising: Tensor
+
+    def __init__(
+        self, hidden_size: int = 12, generator: torch.Generator | None = None, *, orthogonalises: bool = True
+    ) -> None:
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
@@ -105,6 +108,12 @@ class MetaOptimizer(nn.Module):
         self.readout_weight = zeros(num_outputs, hidden_size)
         self.skip_weight = zeros(num_outputs, NUM_FEATURES)
         self.readout_bias = zeros(num_outputs)
+        self.register_buffer("is_orthogonalising", torch.tensor(float(orthogonalises)))
+
+    @property
+    def orthogonalises(self) -> bool:
+        """Whether steps of matrices are orthogonalised."""
+        return bool(self.is_orthogonalising > 0.5)
 
     def initial_hidden(self, num_tensors: int) -> Tensor:
         """Hidden and cell state side by side, zeros of shape ``[num_tensors, 2 * hidden_size]``."""
@@ -118,7 +127,7 @@ class MetaOptimizer(nn.Module):
             hidden: ``[*runs, num_tensors, 2 * hidden_size]``.
 
         Returns:
-            Raw outputs ``[*runs, num_tensors, 6]`` for :meth:`Controls.from_outputs`, and the new hidden state.
+            Raw outputs ``[*runs, num_tensors, 5]`` for :meth:`Controls.from_outputs`, and the new hidden state.
 
         Under ``torch.func.functional_call`` every weight may have the same leading axes: each run then has its own.
         """

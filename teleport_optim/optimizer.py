@@ -19,26 +19,40 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
-from teleport_optim.layout import Layout, embedding_names
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.layout import Layout, embedding_names, in_full_precision
+from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
 from teleport_optim.sharding import local, part_like, whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
-from teleport_optim.update import Hyper, UpdateState, descend, prepare, step_controls, step_factors
+from teleport_optim.update import (
+    Factors,
+    Hyper,
+    Step,
+    UpdateState,
+    balanced,
+    control,
+    descend,
+    is_control_step,
+    is_teleport_step,
+    step_factors,
+    teleport,
+)
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
 _MAX_NORM = 1e18
 """A gradient whose norm is larger than this counts as not finite: its square is not a float32."""
 _SMALLEST_USUAL_LR = 0.03
+_SAFE_RATE = 0.1
+"""Factor on the rate of a safe step."""
 
 _UNSUPPORTED = {
     "betas": "momentum is learned",
     "momentum": "momentum is learned",
     "dampening": "momentum is learned",
-    "nesterov": "it always looks ahead as Nesterov's momentum does",
+    "nesterov": "momentum is learned",
     "eps": "directions are normalised",
     "amsgrad": "there is no second moment",
     "foreach": "tensors of one shape always go together",
@@ -53,13 +67,11 @@ class TensorStats(NamedTuple):
     """What the last step did to one tensor."""
 
     rate: float
-    """RMS of the step, decay not counted."""
+    """RMS of the step, decay not counted, over rows that have a gradient."""
     decay: float
     """Share by which the values were shrunk."""
     momentum: float
     """Decay of the gradient average."""
-    row_weight: float
-    """Weight of the row-normalised direction beside the orthogonalised one."""
     balance: float
     """Strength of the teleport that balances the norms of weights."""
     gradient_balance: float
@@ -100,9 +112,13 @@ class ScalarWriter(Protocol):
 class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
 
-    arguments: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, Layout]
+    arguments: tuple[dict[str, Tensor], dict[str, Tensor], Factors, Layout, bool, bool]
+    params: dict[str, Tensor]
+    """Where the step is taken from, by name; other tensors than the targets if it teleports."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
+    controls: Controls
+    """What the meta-optimizer has said last; of a safe step, too."""
     teleport_sizes: Tensor | None
     targets: list[Tensor]
     slots: list[dict[str, Tensor]]
@@ -112,21 +128,21 @@ class _Plan:
 class LearnedTeleportOptimizer(Optimizer):
     r"""A learned optimizer that needs no tuning and moves along the model's symmetries.
 
-    Every step, with :math:`c = 1/\sqrt{\text{columns}}` for matrices and :math:`1/4` for vectors:
+    Every step, with :math:`c = 1` for matrices and :math:`\sqrt{\text{entries}}/6` for vectors:
 
     .. math::
         \begin{aligned}
-        &\text{every 5 steps: } (\rho, \beta, w, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
-        &\text{every 10 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
+        &\text{every 10 steps: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
+        &\text{every 20 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
-        &m \leftarrow \beta m + (1 - \beta) g, \quad u = \beta m + (1 - \beta) g \\
-        &d = \mathrm{unit}(\mathrm{rows}(\mathrm{orthogonalise}(u)) + w\, \mathrm{rows}(u))
-            \text{ for matrices, } \mathrm{unit}(u) \text{ for vectors} \\
+        &m \leftarrow \beta m + (1 - \beta) g \\
+        &d = \text{orthogonalise}(m)\text{, every row to unit norm, for matrices, }
+            m / \lVert m \rVert \text{ for vectors} \\
         &\theta \leftarrow (1 - \gamma a \rho \omega \lambda)\, \theta - \gamma a \rho\, c\, d
         \end{aligned}
 
-    where :math:`\gamma` is ``lr``, :math:`a` a rate that falls linearly over ``total_steps`` and :math:`\lambda` a decay that
-    goes with it. The loss is never needed. See ``teleport_optim.update`` for the rule.
+    where :math:`\gamma` is ``lr``, :math:`a` a rate that falls like a parabola over ``total_steps`` and :math:`\lambda` a
+    decay that goes with it. The loss is never needed. See ``teleport_optim.update`` for the rule.
 
     Args:
         params: Parameters, named parameters or groups, as for every torch optimizer.
@@ -191,6 +207,7 @@ class LearnedTeleportOptimizer(Optimizer):
             self._meta_optimizer = copy.deepcopy(checkpoint)
         else:
             self._meta_optimizer = load_checkpoint(checkpoint)
+        self._orthogonalises = self._meta_optimizer.orthogonalises
         if model is not None:
             model = unwrapped(model)
         self._tensor_names: dict[Tensor, str] = (
@@ -198,6 +215,7 @@ class LearnedTeleportOptimizer(Optimizer):
         )
         self._model_name = type(model).__name__
         self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._held: tuple[Layout, Controls] | None = None
         self._warned: set[str] = set()
         self._spec = self._found = SymmetrySpec()
         self._first_call: FirstCall | None = None
@@ -314,7 +332,8 @@ class LearnedTeleportOptimizer(Optimizer):
         _check_active([(name, param) for name, param, _ in active])
         params = {name: whole(param.detach()) for name, param, _ in active}
         grads = {name: _gradient(whole(_grad_of(param)), group["maximize"]) for name, param, group in active}
-        norms = dict(zip(grads, torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float64)).tolist()))
+        full_grads = [in_full_precision(grad) for grad in grads.values()]
+        norms = dict(zip(grads, torch.stack(torch._foreach_norm(full_grads)).tolist()))
         slots = [self._slots(param) for _, param, _ in active]
         if not all(norm <= _MAX_NORM for norm in norms.values()):
             self._skip([name for name, norm in norms.items() if not norm <= _MAX_NORM], dict(zip(grads, slots)))
@@ -325,40 +344,69 @@ class LearnedTeleportOptimizer(Optimizer):
             is_safe = guard.num_safe_steps > 0
             progress = replace(progress, guard=guard, num_guarded_steps=progress.num_guarded_steps + is_safe)
         has_gradient = any(norms.values())
-        if has_gradient or progress.num_steps:  # Others, to load a state, first take a step that is to change nothing.
+        step = progress.num_steps
+        if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
-        rows = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
         momenta = {name: whole(own["exp_avg"]) for name, own in zip(grads, slots)}
         layout = self._layout(params)
-        ready = prepare(
-            self._meta_optimizer.to(rows["hidden"].device),
-            params,
-            grads,
-            UpdateState(momenta=momenta, **rows),
-            step=progress.num_steps,
-            hyper=self._hyper([group for _, _, group in active], progress.num_steps),
-            layout=layout,
-            may_teleport=has_gradient,
-            is_safe=is_safe,
-        )
-        changed = {key: value for key in rows if (value := getattr(ready.state, key)) is not rows[key]}
-        arguments = (dict(ready.params), dict(ready.grads), dict(ready.momenta), ready.factors, layout)
+        hyper = self._hyper([group for _, _, group in active], step)
+        rows: dict[str, Tensor] = {}
+        sizes = None
+        if step == 0 and has_gradient and not is_safe and len(layout.spec):
+            start_params, start_grads, sizes = balanced(params, grads, layout)
+            params, grads = dict(start_params), dict(start_grads)
+        if is_control_step(step):
+            held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
+            state = control(
+                self._meta_optimizer.to(held["hidden"].device),
+                params,
+                grads,
+                UpdateState(momenta=momenta, **held),
+                step=step,
+                total_steps=hyper.total_steps,
+                layout=layout,
+            )
+            rows = {key: getattr(state, key) for key in ROW_KEYS}
+            learned = Controls.from_outputs(state.outputs)
+        elif self._held is not None and self._held[0] is layout:
+            learned = self._held[1]
+        else:
+            learned = Controls.from_outputs(torch.stack([own["outputs"] for own in slots]))
+        controls, hyper = _safe(learned, hyper) if is_safe else (learned, hyper)
+        if has_gradient and not is_safe and is_teleport_step(step, layout):
+            *moved, own_sizes = teleport(params, grads, momenta, controls, layout)
+            params, grads, momenta = map(dict, moved)
+            sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
+        factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
         targets = [param.detach() for _, param, _ in active]
-        return _Plan(arguments, changed, ready.teleport_sizes, targets, slots, progress)
+        return _Plan(
+            (grads, momenta, factors, layout, self._orthogonalises, True),
+            params,
+            rows,
+            learned,
+            sizes,
+            targets,
+            slots,
+            progress,
+        )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _finish(self, plan: _Plan, params: dict[str, Tensor], momenta: dict[str, Tensor]) -> None:
+    def _finish(self, plan: _Plan, steps: dict[str, Step], momenta: dict[str, Tensor]) -> None:
         """Write what a step computed."""
-        targets = [*plan.targets, *(own["exp_avg"] for own in plan.slots)]
-        values = [*params.values(), *momenta.values()]
+        averages = [(own["exp_avg"], momenta[name]) for own, name in zip(plan.slots, plan.params)]
+        averages = [(target, value) for target, value in averages if target.data_ptr() != value.data_ptr()]
+        targets, values = [target for target, _ in averages], [value for _, value in averages]
         for key, rows in plan.rows.items():
             targets += [own[key] for own in plan.slots]
             values += rows.unbind(0)
         parts = [local(part_like(value, target)) for value, target in zip(values, targets)]
-        torch._foreach_copy_([local(target) for target in targets], parts)
+        if targets:
+            torch._foreach_copy_([local(target) for target in targets], parts)
         torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
         self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
-        sizes, layout = plan.teleport_sizes, plan.arguments[-1]
+        _descend_in_place(plan, steps)
+        sizes, layout = plan.teleport_sizes, plan.arguments[3]
+        self._held = (layout, plan.controls)
         if sizes is not None:
             channels = torch.tensor([float(symmetry.size) for symmetry in layout.spec], device=sizes.device)
             self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
@@ -478,16 +526,15 @@ class LearnedTeleportOptimizer(Optimizer):
             outputs = torch.stack([self.state[param]["outputs"] for _, param, _ in active])
             hyper = self._hyper([group for _, _, group in active], step)
             is_safe = self._is_guarded and progress.guard.num_safe_steps > 0
-            controls, hyper = step_controls(outputs, hyper, is_safe=is_safe)
+            controls = Controls.from_outputs(outputs)
+            controls, hyper = _safe(controls, hyper) if is_safe else (controls, hyper)
             layout = Layout.of({name: param for name, param, _ in active}, None, self._embeddings)
-            factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
-            momentum, shrink, length, row_weight = factors
+            factors, known = step_factors(controls, step=step, hyper=hyper, layout=layout), layout.table(controls.rate)
             table = torch.stack(
                 [
-                    length / layout.table(length).size.sqrt(),
-                    1.0 - shrink,
-                    momentum,
-                    row_weight,
+                    factors.lengths * known.step_scale / known.step_length,
+                    1.0 - factors.shrinks,
+                    factors.beta.expand_as(factors.shrinks),
                     controls.balance,
                     controls.gradient_balance,
                 ],
@@ -556,10 +603,40 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._held = None
         self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
+    """The prior, at a tenth of the rate that the user set."""
+    prior = Controls.prior(controls.rate.shape[-1])
+    return Controls(*(value.to(controls.rate) for value in prior)), hyper._replace(lr=_SAFE_RATE * hyper.lr)
+
+
+def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
+    """Shrink the parameters and take the steps, where they lie."""
+    targets = [local(target) for target in plan.targets]
+    if plan.teleport_sizes is not None:
+        torch._foreach_copy_(
+            targets, [local(part_like(plan.params[name], target)) for name, target in zip(plan.params, plan.targets)]
+        )
+    shrinks = list(plan.arguments[2].shrinks.unbind(-1))
+    if any(target is not whole for target, whole in zip(targets, plan.targets)):
+        whole_steps = (steps[name].direction * steps[name].scale for name in plan.params)
+        parts = [local(part_like(step, target)) for step, target in zip(whole_steps, plan.targets)]
+        own_steps = [Step(part, torch.ones((), dtype=part.dtype, device=part.device)) for part in parts]
+    else:
+        own_steps = [steps[name] for name in plan.params]
+    if all(in_full_precision(target) is target for target in targets):
+        torch._foreach_mul_(targets, shrinks)
+        directions, scales = zip(*own_steps)
+        torch._foreach_addcmul_(targets, directions, scales, value=-1.0)
+    else:
+        for target, shrink, step in zip(targets, shrinks, own_steps):
+            target.copy_(step.taken_from(in_full_precision(target) * shrink))
 
 
 _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -567,6 +644,7 @@ _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _OWN_ATTRIBUTES = frozenset(
     (
         "_meta_optimizer",
+        "_orthogonalises",
         "_tensor_names",
         "_model_name",
         "_layouts",

@@ -22,6 +22,8 @@ __all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read
 ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
 """Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
 _COUNTS = ("step", "skipped")
+_OLD_OUTPUTS = (0, 1, 3, 4, 5)
+"""Those of the six outputs of earlier versions that there still are."""
 _MAX_COUNT = 2**53
 """Counts below it are exact as floats; nothing ever takes so many steps."""
 _SHARED = "meta_optimizer"
@@ -216,6 +218,8 @@ def _read_slots(key: Any, slots: Any, param: Tensor, hidden: Tensor) -> Slots:
     read = {}
     for name, like in expected.items():
         value = slots[name]
+        if name == "outputs" and isinstance(value, Tensor) and value.shape == (6,):
+            value = value[list(_OLD_OUTPUTS)]
         if not isinstance(value, Tensor) or not _is_plain(value) or value.shape != like.shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise OptimizerStateError(

@@ -4,10 +4,11 @@ The optimizer class and the meta-training unroll both run :func:`update`. It is 
 may have leading axes of runs, ``[*runs, ...]``: none in the optimizer, one in the unroll. With the controls at their
 prior it is a rule without anything learned in it ("rule H"):
 
-    m <- beta m + (1 - beta) g          u = beta m + (1 - beta) g          beta = 0.8
-    matrices:   O = orthogonalise(u), every row to unit RMS;   p <- (1 - a w) p - a O / sqrt(columns)
-    vectors:    p <- p - a u / (4 RMS(u))
-    a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)          w so that the decay of a whole run is about 1 / sqrt(layers)
+    m <- beta m + (1 - beta) g          beta = 0.65
+    matrices:   O = orthogonalise(m), every row to unit norm;   p <- (1 - a w) p - a O
+    vectors:    p <- p - a m / (6 RMS(m))
+    a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)^2, and 8 times that for a model of one matrix
+    w   so that the decay of a whole run is about 2/3 / sqrt(layers)
 
 Orthogonalised momentum is from Muon (Jordan et al., 2024).
 """
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.action import SlotKind
-from teleport_optim.features import compute_features, in_full_precision, log_ratio, site_log_norms
-from teleport_optim.layout import Layout
+from teleport_optim.features import compute_features, log_ratio, site_log_norms
+from teleport_optim.layout import Layout, in_full_precision
 from teleport_optim.meta_optimizer import Controller, Controls
 from teleport_optim.symmetry.moves import move_scaling
 from teleport_optim.symmetry.spec import Symmetry
@@ -33,26 +34,30 @@ from teleport_optim.symmetry.spec import Symmetry
 __all__ = [
     "CONTROL_INTERVAL",
     "TELEPORT_INTERVAL",
+    "Factors",
     "Hyper",
-    "Prepared",
     "UpdateState",
+    "balanced",
+    "control",
     "descend",
+    "is_control_step",
+    "is_teleport_step",
     "orthogonalise",
-    "prepare",
     "prior_rate",
-    "step_controls",
     "step_factors",
+    "teleport",
     "update",
 ]
 
-CONTROL_INTERVAL = 5
+CONTROL_INTERVAL = 10
 """Steps between two runs of the meta-optimizer; its controls are held in between."""
-TELEPORT_INTERVAL = 10
+TELEPORT_INTERVAL = 20
 """Steps between two teleports."""
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
-SAFE_RATE = 0.1
-"""Factor on the rate of a safe step."""
+_MAX_SWEEPS, _BALANCED = 30, 0.01
+_LINEAR_RATE = 8.0
+"""Factor on the rate of a model of one matrix, such as logistic regression: nothing comes after it that a step could upset."""
 
 _ITERATIONS = ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194))
 """Coefficients of x, x^3 and x^5 in the polynomials that move singular values in (0, 1] towards 1.
@@ -97,7 +102,7 @@ class UpdateState(NamedTuple):
     hidden: Tensor
     """Hidden state of the meta-optimizer, ``[*runs, num_tensors, 2 * hidden_size]``."""
     outputs: Tensor
-    """The meta-optimizer's last raw outputs, ``[*runs, num_tensors, 6]``."""
+    """The meta-optimizer's last raw outputs, ``[*runs, num_tensors, 5]``."""
     log_grad_rms: Tensor
     """Running and first log-RMS of each gradient, ``[*runs, num_tensors, 2]``; NaN before the first gradient."""
 
@@ -121,15 +126,15 @@ class UpdateState(NamedTuple):
 def prior_rate(step: int, total_steps: int | None, num_layers: int) -> tuple[float, float]:
     """The unlearned rate ``a`` of a step, and the unlearned ``weight_decay`` that goes with it.
 
-    With a horizon the rate falls linearly to zero; past the horizon it stays at its last value. Without one, the rate is
-    at every step that of the middle of a run twice as long as the run so far.
+    With a horizon the rate falls to zero like a parabola; past the horizon it stays at its last value. Without one, the rate is
+    at every step that of a run twice as long as the run so far, after three tenths of it.
     """
     if total_steps is None:
-        horizon, progress = 2 * (step + 50), 0.5
+        horizon, progress = 2 * (step + 50), 0.3
     else:
         horizon, progress = total_steps, min(step, total_steps - 1) / total_steps
     alpha = 0.15 * math.sqrt(300.0 / max(horizon, 75))
-    return alpha * num_layers**-0.5 * (1.0 - progress), 2.0 / (alpha * horizon)
+    return alpha * num_layers**-0.5 * (1.0 - progress) ** 2, 2.0 / (alpha * horizon)
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -142,32 +147,39 @@ def orthogonalise(x: Tensor) -> Tensor:
     Args:
         x: ``[..., rows, columns]``, float32 or float64.
 
-    Cost, in products of n x n with n x m, n the shorter and m the longer side: 6 and 3 of n x n; where m is more than twice
-    n, 2 and 9 of n x n, or in bfloat16 4 and 6.
+    Cost, in products of n x n with n x m, n the shorter and m the longer side: 6 and 3 of n x n; of large ones with m more
+    than twice n, 2 and 9 of n x n, or in bfloat16 4 and 6.
     """
-    shape, dtype = x.shape, _product_dtype(x)
-    is_tall = shape[-2] > shape[-1]
-    y = x.reshape(math.prod(shape[:-2]), *shape[-2:]).to(dtype)
-    is_long = max(shape[-2:]) > 2 * min(shape[-2:])
+    dtype, is_tall = _product_dtype(x), x.shape[-2] > x.shape[-1]
+    wide = x.mT if is_tall else x
+    y = wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:])
+    # First by the norm, so that squares of small entries do not vanish, then by the norm of the Gram matrix, whose root is
+    # at least the largest singular value.
+    y = (y / _threshold(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True))).to(dtype)
+    if dtype == torch.bfloat16:
+        y = y.contiguous()  # Products of transposed ones are less exact.
+    gram = torch.bmm(y, y.mT)
+    norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
+    gram, y = gram / norm, y * norm.rsqrt()
+    # Products of Gram matrices are the cheaper ones where rows are long; between small matrices the fewest products are.
     # Rounded to bfloat16, small eigenvalues of a Gram matrix can become negative; a second iteration bears that, a third
     # does not.
-    start = 0
-    for length in ((2, 1) if dtype == torch.bfloat16 else (3,)) if is_long else (1, 1, 1):
-        iterations = _ITERATIONS[start : start + length]
-        gram = torch.bmm(y.mT, y) if is_tall else torch.bmm(y, y.mT)
-        if start == 0:
-            # First by the trace, so that squares of small entries do not vanish, then by the norm of the Gram matrix, whose
-            # root is at least the largest singular value and less than the norm of x.
-            trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, keepdim=True).unsqueeze(-1)
-            trace = F.threshold(trace, _TINY**2, math.inf)
-            gram = gram / trace
-            norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
-            factor = _composed(iterations, gram / norm) * (trace.rsqrt() * norm.rsqrt())
-        else:
-            factor = _composed(iterations, gram)
-        y = torch.bmm(y, factor) if is_tall else torch.bmm(factor, y)
-        start += length
-    return y.to(x.dtype).reshape(shape)
+    num_composed = 1
+    if y.shape[-1] > 2 * y.shape[-2] and y[0].numel() >= _LARGE:
+        num_composed = 2 if dtype == torch.bfloat16 else 3
+    if num_composed > 1:
+        y = torch.bmm(_composed(_ITERATIONS[:num_composed], gram), y)
+    for index, (a, b, c) in enumerate(_ITERATIONS if num_composed == 1 else _ITERATIONS[num_composed:]):
+        if index or num_composed > 1:
+            gram = torch.bmm(y, y.mT)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    y = y.to(x.dtype).reshape(wide.shape)
+    return y.mT if is_tall else y
+
+
+def _threshold(norm: Tensor) -> Tensor:
+    """What to divide by to get zeros, with zero derivatives, where a norm vanishes."""
+    return F.threshold(norm, _TINY, math.inf)
 
 
 def _composed(iterations: Sequence[tuple[float, float, float]], gram: Tensor) -> Tensor:
@@ -202,18 +214,15 @@ def _has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-class Prepared(NamedTuple):
-    """Everything that the momentum step needs, all of it at the point of the orbit where the step is taken."""
+class Factors(NamedTuple):
+    """What steers one momentum step."""
 
-    params: Mapping[str, Tensor]
-    grads: Mapping[str, Tensor]
-    momenta: Mapping[str, Tensor]
-    factors: Tensor
-    """What steers the step: see :func:`step_factors`."""
-    state: UpdateState
-    """The state after the step, but for its momenta."""
-    teleport_sizes: Tensor | None
-    """RMS over channels of the log-scale by which every site was teleported, ``[*runs, num_sites]``; None if none was."""
+    beta: Tensor
+    """Decay of the gradient average, ``[*runs]``."""
+    shrinks: Tensor
+    """What the parameters are multiplied by, ``[*runs, num_tensors]``."""
+    lengths: Tensor
+    """Length of the step of every row of a matrix, or of a vector, ``[*runs, num_tensors]``."""
 
 
 def update(
@@ -225,6 +234,7 @@ def update(
     step: int,
     hyper: Hyper,
     layout: Layout,
+    orthogonalises: bool = True,
 ) -> tuple[dict[str, Tensor], UpdateState]:
     """One step: maybe ask the meta-optimizer, maybe teleport, then the momentum step.
 
@@ -236,53 +246,54 @@ def update(
         step: Steps taken so far.
         hyper: What the user set.
         layout: Shapes, roles and symmetries of the parameters.
+        orthogonalises: Whether steps of matrices are orthogonalised.
 
     Returns:
         New parameters and state; the arguments are unchanged.
     """
-    ready = prepare(controller, params, grads, state, step=step, hyper=hyper, layout=layout)
-    new_params, new_momenta = descend(ready.params, ready.grads, ready.momenta, ready.factors, layout)
-    return new_params, ready.state._replace(momenta=new_momenta)
+    momenta: Mapping[str, Tensor] = state.momenta
+    if step == 0:
+        params, grads, _ = balanced(params, grads, layout, run_axes=state.outputs.dim() - 2)
+    if is_control_step(step):
+        state = control(controller, params, grads, state, step=step, total_steps=hyper.total_steps, layout=layout)
+    controls = Controls.from_outputs(state.outputs)
+    if is_teleport_step(step, layout):
+        params, grads, momenta, _ = teleport(params, grads, momenta, controls, layout)
+    factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
+    steps, new_momenta = descend(grads, momenta, factors, layout, orthogonalises)
+    new_params = {}
+    for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
+        shrink = shrink.reshape(*shrink.shape, *[1] * len(layout.shapes[name]))
+        new_params[name] = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
+    return new_params, state._replace(momenta=new_momenta)
 
 
-def prepare(
+def is_control_step(step: int) -> bool:
+    """Whether the meta-optimizer is asked before the step of this number."""
+    return step % CONTROL_INTERVAL == 0
+
+
+def is_teleport_step(step: int, layout: Layout) -> bool:
+    """Whether the step of this number begins with a teleport."""
+    return step % TELEPORT_INTERVAL == 0 and len(layout.spec) > 0
+
+
+def control(
     controller: Controller,
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     state: UpdateState,
     *,
     step: int,
-    hyper: Hyper,
+    total_steps: int | None,
     layout: Layout,
-    may_teleport: bool = True,
-    is_safe: bool = False,
-) -> Prepared:
-    """The part of :func:`update` before the momentum step.
-
-    Args:
-        controller, params, grads, state, step, hyper, layout: As for :func:`update`.
-        may_teleport: Whether to teleport if it is time to.
-        is_safe: Prepare a plain step instead: nothing learned, no teleport, a tenth of the rate.
-    """
-    if step % CONTROL_INTERVAL == 0:
-        features, log_grad_rms = compute_features(
-            params,
-            grads,
-            state.momenta,
-            state.log_grad_rms,
-            layout=layout,
-            step=step,
-            total_steps=hyper.total_steps,
-        )
-        outputs, hidden = controller(features, state.hidden)
-        state = state._replace(outputs=outputs, hidden=hidden, log_grad_rms=log_grad_rms)
-    controls, hyper = step_controls(state.outputs, hyper, is_safe=is_safe)
-    momenta: Mapping[str, Tensor] = state.momenta
-    teleport_sizes = None
-    if may_teleport and not is_safe and step % TELEPORT_INTERVAL == 0 and len(layout.spec):
-        params, grads, momenta, teleport_sizes = teleport(params, grads, momenta, controls, layout)
-    factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
-    return Prepared(params, grads, momenta, factors, state, teleport_sizes)
+) -> UpdateState:
+    """The state after the meta-optimizer has been asked."""
+    features, log_grad_rms = compute_features(
+        params, grads, state.momenta, state.log_grad_rms, layout=layout, step=step, total_steps=total_steps
+    )
+    outputs, hidden = controller(features, state.hidden)
+    return state._replace(outputs=outputs, hidden=hidden, log_grad_rms=log_grad_rms)
 
 
 def teleport(
@@ -322,6 +333,40 @@ def teleport(
     return params, grads, momenta, torch.stack(sizes, dim=-1)
 
 
+def balanced(
+    params: Mapping[str, Tensor], grads: Mapping[str, Tensor], layout: Layout, run_axes: int = 0
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
+    """The point of the positive-scaling orbit where every run begins, the gradients there, and the way to it.
+
+    It is where the norms of what writes into a channel and of what reads from it are equal, for all channels at once: the
+    least sum of squared weights on the orbit, so that where on the orbit a network was initialised makes no difference. Found
+    by balancing one site after the other until none moves by more than 1 %, at most 30 times. In 16 bits nothing moves by less
+    than a power of two.
+
+    Returns:
+        Parameters, gradients, and for every site the RMS of ``log s`` in all, ``[*runs, num_sites]``.
+    """
+    runs = next(iter(params.values())).shape[:run_axes]
+    ways: dict[str, Tensor] = {}
+    is_moving = torch.ones(runs, dtype=torch.bool)
+    for _ in range(_MAX_SWEEPS if len(layout.spec) else 0):
+        largest = torch.zeros(runs)
+        for symmetry in layout.spec:
+            norms = site_log_norms(symmetry, params, run_axes)
+            log_scale = _in_range(0.25 * log_ratio(norms), norms, symmetry, params)
+            log_scale = torch.where(is_moving.to(log_scale.device).unsqueeze(-1), log_scale, 0.0)
+            largest = torch.maximum(largest, log_scale.detach().abs().amax(dim=-1).cpu())
+            ways[symmetry.id] = ways.get(symmetry.id, 0.0) + log_scale
+            scales = symmetry.group.exp(log_scale.double())
+            params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
+            grads = move_scaling(symmetry, scales, grads, SlotKind.COVECTOR)
+        is_moving = is_moving & (largest >= _BALANCED)
+        if not bool(is_moving.any()):
+            break
+    sizes = [way.square().mean(dim=-1).sqrt() for way in ways.values()]
+    return params, grads, torch.stack(sizes, dim=-1) if sizes else torch.zeros(*runs, 0)
+
+
 def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: Mapping[str, Tensor]) -> Tensor:
     """``log_scale``, but 0 for channels whose norms could leave the range of the dtypes of their weights."""
     dtypes = {params[leg.name].dtype for leg in symmetry.legs}
@@ -335,69 +380,74 @@ def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: 
     return torch.where(is_inside, log_scale, 0.0)
 
 
-def step_controls(outputs: Tensor, hyper: Hyper, *, is_safe: bool) -> tuple[Controls, Hyper]:
-    """The controls of a step and what the user set; of a safe step, the prior and a tenth of the rate."""
-    if is_safe:
-        return Controls.from_outputs(torch.zeros_like(outputs)), hyper._replace(lr=SAFE_RATE * hyper.lr)
-    return Controls.from_outputs(outputs), hyper
-
-
-def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Tensor:
-    """What steers one momentum step, ``[4, *runs, num_tensors]``.
-
-    In this order: the decay beta of the gradient average, what the weights are multiplied by, the Euclidean length of the
-    step, and the weight of the row-normalised direction.
-    """
+def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Factors:
+    """What steers the momentum step of this number."""
     rate, decay = prior_rate(step, hyper.total_steps, layout.num_layers)
+    if len(layout.matrices) == 1:
+        rate, decay = _LINEAR_RATE * rate, decay / _LINEAR_RATE
     table = layout.table(controls.rate)
     rates = controls.rate * (rate * hyper.lr.to(controls.rate))
     user_decay = hyper.weight_decay.to(controls.rate)
     learned_decay = controls.decay * (decay * table.is_matrix)
     shrinks = 1.0 - rates * torch.where(torch.isnan(user_decay), learned_decay, user_decay)
-    lengths = rates * (table.step_scale * table.size.sqrt())
-    return torch.stack([controls.momentum, shrinks, lengths, controls.row_weight])
+    return Factors(controls.momentum, shrinks, rates * table.step_length)
+
+
+class Step(NamedTuple):
+    """What one tensor moves by: a direction times a scale, which are best multiplied only when they are applied."""
+
+    direction: Tensor
+    """``[*runs, *shape]``."""
+    scale: Tensor
+    """Broadcasts to the direction: one number for each row of a matrix, or for all of a vector."""
+
+    def taken_from(self, params: Tensor) -> Tensor:
+        """``params - direction * scale``."""
+        return torch.addcmul(params, self.direction, self.scale.to(params.dtype), value=-1.0)
 
 
 def descend(
-    params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     momenta: Mapping[str, Tensor],
-    factors: Tensor,
+    factors: Factors,
     layout: Layout,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The momentum step under given factors: new parameters and momenta. Tensors of one shape go as one batch."""
-    runs = factors.shape[1:-1]
-    factors = factors.index_select(-1, layout.table(factors).group_order)
-    new_params, new_momenta = {}, {}
-    start = 0
-    for matrix, rows in layout.groups:
-        names = [layout.names[row] for row in rows]
-        entries = matrix or (layout.shapes[names[0]].numel(),)
-        p, g, m = (_gather(tensors, names, runs, entries) for tensors in (params, grads, momenta))
-        group_factors = factors.narrow(-1, start, len(rows)).to(p.dtype)
-        start += len(rows)
-        beta, shrink, length, row_weight = group_factors.reshape(*group_factors.shape, *[1] * len(entries)).unbind(0)
-        m = torch.lerp(g, m, beta)
-        u = torch.lerp(g, m, beta)
-        if matrix is not None:
-            o = orthogonalise(u)
-            u = (o * _inverse_norm(o, -1)).addcmul_(u, row_weight * _inverse_norm(u, -1))
-        p = (p * shrink).addcmul_(u, length * _inverse_norm(u, tuple(range(-len(entries), 0))), value=-1.0)
-        for name, new_param, new_momentum in zip(names, p.unbind(len(runs)), m.unbind(len(runs))):
-            new_params[name] = new_param.reshape(params[name].shape).to(params[name].dtype)
-            new_momenta[name] = new_momentum.reshape(params[name].shape).to(momenta[name].dtype)
-    return {name: new_params[name] for name in layout.names}, {name: new_momenta[name] for name in layout.names}
+    orthogonalises: bool = True,
+    in_place: bool = False,
+) -> tuple[dict[str, Step], dict[str, Tensor]]:
+    """What to take from the parameters, once they are multiplied by ``factors.shrinks``, and the new momenta.
 
+    Args:
+        grads, momenta, factors, layout, orthogonalises: As for :func:`update`.
+        in_place: Whether the momenta of large tensors may be changed where they lie.
 
-def _gather(tensors: Mapping[str, Tensor], names: Sequence[str], runs: torch.Size, entries: tuple[int, ...]) -> Tensor:
-    """The tensors of one group as one, ``[*runs, len(names), *entries]``; 16-bit ones are reckoned with in 32 bits."""
-    if len(names) == 1:
-        group = tensors[names[0]].reshape(*runs, 1, *entries)
-    else:
-        group = torch.stack([tensors[name].reshape(*runs, *entries) for name in names], dim=len(runs))
-    return in_full_precision(group)
-
-
-def _inverse_norm(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:
-    """One over the norm along ``axes``, which are kept; 0, with zero derivative, where ``x`` vanishes."""
-    return F.threshold(torch.linalg.vector_norm(x, dim=axes, keepdim=True), _TINY, math.inf).reciprocal()
+    Returns:
+        Steps and momenta in float32, or in float64 where gradients or momenta are.
+    """
+    run_axes = factors.beta.dim()
+    lengths = factors.lengths.index_select(-1, layout.table(factors.lengths).order)
+    steps: dict[str, Step] = {}
+    new_momenta: dict[str, Tensor] = {}
+    first = 0
+    for bucket in layout.buckets:
+        g, m = (bucket.gather(tensors, run_axes) for tensors in (grads, momenta))
+        rest = (1.0 - factors.beta).to(m.dtype).unsqueeze(-1)
+        m = m.lerp_(g, rest) if in_place and m.dtype == g.dtype else torch.lerp(m, g.to(m.dtype), rest)
+        for group in bucket.groups:
+            direction = group.view(m)
+            if group.is_matrix and orthogonalises:
+                direction = orthogonalise(direction)
+            norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+            length = lengths.narrow(-1, first, len(group.rows)).to(norm.dtype)
+            scale = length.reshape(*length.shape, *[1] * len(group.entries)) / _threshold(norm)
+            first += len(group.rows)
+            for row, part, part_scale in zip(group.rows, direction.unbind(run_axes), scale.unbind(run_axes)):
+                name = layout.names[row]
+                runs = part.shape[:run_axes]
+                steps[name] = Step(
+                    part.reshape([*runs, *layout.shapes[name]]), part_scale.reshape([*runs, *layout.scale_shapes[name]])
+                )
+        names = bucket.names
+        parts = torch.split(m, [layout.shapes[name].numel() for name in names], dim=-1)
+        for name, part in zip(names, parts):
+            new_momenta[name] = part.view([*part.shape[:-1], *layout.shapes[name]])
+    return steps, new_momenta

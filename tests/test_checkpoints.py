@@ -21,9 +21,17 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from teleport_optim import CheckpointError, MetaOptimizer, load_checkpoint, save_checkpoint
-from teleport_optim.checkpoints import list_checkpoints, read_card
+from teleport_optim import (
+    CheckpointError,
+    LearnedTeleportOptimizer,
+    MetaOptimizer,
+    load_checkpoint,
+    save_checkpoint,
+)
+from teleport_optim.checkpoints import FORMAT_VERSION, list_checkpoints, read_card
+from teleport_optim.meta_optimizer import Controls
 
 NUM_MUTATIONS = 20_000
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -88,7 +96,43 @@ def test_the_card_of_another_checkpoint_will_do(tmp_path: Path) -> None:
     assert read_card(other)["note"] == "a test"
 
 
+@pytest.mark.parametrize("orthogonalises", [True, False])
+def test_whether_steps_are_orthogonalised_is_kept(tmp_path: Path, orthogonalises: bool) -> None:
+    """First steps of matrices that are not orthogonalised are the gradient's, with rows of one length."""
+    saved = MetaOptimizer(4, orthogonalises=orthogonalises)
+    path = save_checkpoint(saved, tmp_path / "weights.safetensors")
+    assert load_checkpoint(path).orthogonalises == saved.orthogonalises == orthogonalises
+    assert read_card(path)["num_parameters"] == sum(param.numel() for param in saved.parameters())
+    assert len(list(saved.parameters())) == len(WEIGHTS) - 1
+    grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for checkpoint in (path, saved):
+        param = nn.Parameter(torch.zeros(5, 8))
+        optimizer = LearnedTeleportOptimizer([param], total_steps=10, checkpoint=checkpoint)
+        param.grad = grad.clone()
+        optimizer.step()
+        steps.append(param.detach())
+    assert torch.equal(*steps)
+    lengths = steps[0].norm(dim=1)
+    torch.testing.assert_close(lengths, lengths.mean().expand(5))
+    cosines = -torch.nn.functional.cosine_similarity(steps[0], grad, dim=1)
+    assert (cosines.min() > 1 - 1e-5) == (not orthogonalises)
+    assert cosines.min() > 0.5
+
+
 WEIGHTS = MetaOptimizer(4).state_dict()
+NUM_OUTPUTS = len(Controls._fields)
+NUM_BYTES = 4 * sum(value.numel() for value in WEIGHTS.values())
+
+
+def of_the_first_format() -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of format 1, which had six outputs and always orthogonalised."""
+    tensors = {name: value for name, value in WEIGHTS.items() if name != "is_orthogonalising"}
+    readouts = {name: value for name, value in tensors.items() if len(value) == NUM_OUTPUTS}
+    assert set(readouts) == {"readout_weight", "skip_weight", "readout_bias"}
+    return tensors | {name: torch.cat([value, value[:1]]) for name, value in readouts.items()}
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "give the path of a file, hf://.* or one of the shipped"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "no checkpoint"),
@@ -142,8 +186,24 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         "json has format 99.*update it",
     ),
     "newer format of the weights": (
-        lambda path: rewrite(path, WEIGHTS, {"format_version": "2"}),
-        "safetensors has format 2.*update it",
+        lambda path: rewrite(path, WEIGHTS, {"format_version": str(FORMAT_VERSION + 1)}),
+        f"safetensors has format {FORMAT_VERSION + 1}.*update it",
+    ),
+    "the first format": (
+        lambda path: rewrite(path, of_the_first_format(), {"format_version": "1"}),
+        "holds the tensors",
+    ),
+    "six outputs": (
+        lambda path: rewrite(path, WEIGHTS | of_the_first_format(), {"format_version": "1"}),
+        r"\(6,.*another version",
+    ),
+    "no flag": (
+        lambda path: rewrite(path, WEIGHTS | {"is_orthogonalising": torch.ones(1)}),
+        r"is_orthogonalising.*\(1,\).*another version",
+    ),
+    "a flag that is no number": (
+        lambda path: rewrite(path, WEIGHTS | {"is_orthogonalising": torch.tensor(math.nan)}),
+        "is_orthogonalising .* not finite",
     ),
     "format of the weights is no number": (
         lambda path: rewrite(path, WEIGHTS, {"format_version": "new"}),
@@ -168,16 +228,19 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"\('F64', .*expected \('F32', .*another version",
     ),
     "dtype without a name in torch": (
-        lambda path: forge(path, "readout_bias", dtype="F8_E8M0", shape=[24]),
+        lambda path: forge(path, "readout_bias", dtype="F8_E8M0", shape=[4 * NUM_OUTPUTS]),
         "'F8_E8M0'.*expected",
     ),
     "shape that torch cannot hold": (
-        lambda path: forge(path, "x", dtype="F32", shape=[2**63, 0], data_offsets=[3168, 3168]),
+        lambda path: forge(path, "x", dtype="F32", shape=[2**63, 0], data_offsets=[NUM_BYTES, NUM_BYTES]),
         "holds the tensors.*'x'",
     ),
     "a text that would be obeyed by a terminal": (lambda path: forge(path, dtype="\x1b[31m"), r"bias .*x1b\[31m"),
     "overlapping": (lambda path: forge(path, data_offsets=[4, 68]), "not a readable safetensors file"),
-    "not finite": (lambda path: rewrite(path, WEIGHTS | {"readout_bias": torch.full((6,), torch.nan)}), "not finite"),
+    "not finite": (
+        lambda path: rewrite(path, WEIGHTS | {"readout_bias": torch.full((NUM_OUTPUTS,), torch.nan)}),
+        "not finite",
+    ),
     "endless": (lambda path: rewrite(path, WEIGHTS | {"bias": torch.full((16,), -torch.inf)}), "not finite"),
 }
 
@@ -264,6 +327,7 @@ ODD = [
     "",
     "1",
     "2",
+    "3",
     "x" * 999,
 ]
 ODD += [

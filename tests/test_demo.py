@@ -20,6 +20,8 @@ from teleport_optim.demo import (
     steps_to_target,
 )
 from teleport_optim.evaluation.rivals import adamw, cosine, learned
+from teleport_optim.meta_optimizer import Controls
+from teleport_optim.update import TELEPORT_INTERVAL
 
 
 def run_with(losses: tuple[float, ...]) -> TrainingRun:
@@ -70,13 +72,13 @@ def test_a_run_that_diverges_ends_at_infinity() -> None:
 
 def test_teleports_are_recorded(tmp_path: Path) -> None:
     balancing = MetaOptimizer()
-    balancing.readout_bias.data[4] = 1.0
+    balancing.readout_bias.data[Controls._fields.index("balance")] = 1.0
     path = save_checkpoint(balancing, tmp_path / "balancing.safetensors")
-    run = run_training(make_network(0, rescaling=2.0), learned(path), demo_data(), steps=12, seed=0)
-    assert [step for step, size in enumerate(run.teleport_sizes) if size > 0] == [0, 10]
+    run = run_training(make_network(0, rescaling=2.0), learned(path), demo_data(), steps=22, seed=0)
+    assert [step for step, size in enumerate(run.teleport_sizes) if size > 0] == [0, TELEPORT_INTERVAL]
     assert not any(
         run_training(
-            make_network(0), learned(MetaOptimizer(), teleport=False), demo_data(), steps=12, seed=0
+            make_network(0), learned(MetaOptimizer(), teleport=False), demo_data(), steps=22, seed=0
         ).teleport_sizes
     )
 

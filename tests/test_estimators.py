@@ -18,6 +18,7 @@ from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.meta_training.world import World
 from teleport_optim.streams import stream
 from teleport_optim.tasks import InnerProblem, find_task
+from teleport_optim.update import CONTROL_INTERVAL
 
 HORIZON = 6
 CONFIG = Config(
@@ -33,15 +34,26 @@ CONFIG = Config(
 )
 
 
+SMOOTH, TELEPORTING = "teacher_regression", "teacher_classification"
+"""Tasks of which two kinds of perceptrons are drawn: of tanh, without a kink anywhere, and of ReLU, which can teleport."""
+DRAWN = {SMOOTH: (0, CONTROL_INTERVAL + 2, " tanh "), TELEPORTING: (24, HORIZON, " relu ")}
+
+
 @cache
 def draw(task: str) -> InnerProblem:
-    problem = find_task(task).sample(2, (HORIZON, HORIZON), "train", stream("test", 3))
+    seed, horizon, kind = DRAWN.get(task, (3, HORIZON, ""))
+    problem = find_task(task).sample(2, (horizon, horizon), "train", stream("test", seed))
+    assert kind in problem.description
+    assert problem.knows_horizon
+    assert len(problem.layout.spec) == (2 if task == TELEPORTING else 0)
     return in_float64(problem)
 
 
 def setting(config: Config) -> tuple[Rule, Tensor]:
     """A rule in double precision and weights at which it does something."""
-    options = RuleOptions(config.hidden_size, config.theta_gradient, config.teleport_steps)
+    options = RuleOptions(
+        config.hidden_size, theta_gradient=config.theta_gradient, teleport_steps=config.teleport_steps
+    )
     rule = make_rule(config.variant, options, stream("weights", 0), draw(config.tasks[0]))
     if config.variant != "controller":  # Its inputs are single precision.
         rule.network.double()
@@ -50,7 +62,7 @@ def setting(config: Config) -> tuple[Rule, Tensor]:
 
 
 def new_episode(config: Config) -> Episode:
-    return Episode(0, 0, HORIZON, partial(draw, config.tasks[0]), partial(stream, "batch"))
+    return Episode(0, 0, draw(config.tasks[0]).horizon, partial(draw, config.tasks[0]), partial(stream, "batch"))
 
 
 def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
@@ -60,7 +72,7 @@ def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor
     with torch.no_grad():
         runs = begin(rule, problem, len(candidates))
         weights = rule.named(candidates.repeat_interleave(problem.num_problems, dim=0))
-        window = advance(rule, weights, problem, runs, HORIZON, partial(stream, "batch"))
+        window = advance(rule, weights, problem, runs, problem.horizon, partial(stream, "batch"))
     losses = (
         meta_loss(problem, window, config.objective, config.distance_weight)
         .reshape(2, len(directions), -1)
@@ -83,7 +95,7 @@ def whole_run(estimator: Estimator, config: Config, theta: Tensor, sample: int) 
 @pytest.mark.parametrize(
     ("variant", "task"),
     [(variant, "ellipse") for variant in VARIANTS if variant != "controller"]
-    + [("lr+teleport", "scaled_products"), ("controller", "teacher_regression")],
+    + [("lr+teleport", "scaled_products"), ("controller", SMOOTH), ("controller", TELEPORTING)],
 )
 def test_full_length_backpropagation_equals_finite_differences(variant: str, task: str, objective: str) -> None:
     config = dataclasses.replace(
@@ -91,7 +103,7 @@ def test_full_length_backpropagation_equals_finite_differences(variant: str, tas
         variant=variant,
         tasks=(task,),
         objective=objective,
-        truncation=HORIZON,
+        truncation=draw(task).horizon,
         theta_gradient=variant != "controller" and "teleport" in variant,
     )
     rule, theta = setting(config)
@@ -169,9 +181,14 @@ def test_a_control_can_be_frozen_by_name() -> None:
 
 @pytest.mark.parametrize("horizon", [1, 7, 100])
 def test_the_windows_of_a_run_share_its_weights(horizon: int) -> None:
+    """Each has its part of one mean loss, the later the more; all but about the first three tenths have one."""
     weights = step_weights("normalised", horizon)
-    assert weights.sum() == pytest.approx(1.2, rel=1e-5)
-    assert weights.min() > 0
+    assert weights.sum() == pytest.approx(1.0, rel=1e-5)
+    assert weights.min() >= 0
+    assert (weights.diff() >= 0).all()
+    assert 0.3 * horizon - 1e-6 <= int((weights == 0).sum()) < 0.3 * horizon + 1 or horizon == 1
+    assert weights[-1] > 0
+    assert float(weights[int(0.9 * horizon) :].sum()) > 0.5
     assert step_weights("plain", horizon).tolist() == [1.0] * horizon
 
 

@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_optimizer import network, train
+from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -225,7 +225,7 @@ def test_parameters_without_state_may_get_it_after_loading(make: Make) -> None:
     model, other = network(), network()
     optimizer, resumed = make(model), make(other)
     model[0].weight.requires_grad_(False)
-    train(model, optimizer, 7)
+    train(model, optimizer, 17)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(through_file(optimizer.state_dict()))
     model[0].weight.requires_grad_(True)
@@ -254,7 +254,7 @@ def test_names_are_matched_and_else_the_order(kind: str, order: list[int]) -> No
 
     model, other = network(), network()
     optimizer = make(model, list(range(6)))
-    train(model, optimizer, 7)
+    train(model, optimizer, 17)
     saved = through_file(optimizer.state_dict())
     other.load_state_dict(model.state_dict())
     if kind in ("unnamed", "prefixed"):
@@ -392,24 +392,76 @@ def test_copies_share_nothing_and_go_on_bit_for_bit(case: str, clone: Callable[[
     assert same(run.state(), other.state())
 
 
-def test_a_sample_of_version_0_1_trains_to_what_it_trained_to() -> None:
+def test_a_sample_of_version_0_1_is_loaded_and_trains_on() -> None:
+    """Its momenta and counts are those that were saved, and all that was saved matters; the rule is another one now."""
     sample = torch.load(SAMPLE, weights_only=True)
 
-    def distance(change: Callable[[dict[Any, Any]], object]) -> float:
+    def trained(change: Callable[[dict[Any, Any]], object]) -> dict[str, Tensor]:
         saved = copy.deepcopy(sample["optimizer"])
         change(saved)
         model = network(seed=9)
         model.load_state_dict(sample["model"])
         optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=40)
         optimizer.load_state_dict(saved)
-        assert optimizer.stats().num_steps == 13
-        assert same(optimizer.state[model[2].weight]["hidden"], saved["state"]["meta_optimizer"]["hidden"][2])
-        train(model, optimizer, 17)
-        ends = sample["model_17_steps_later"].items()
-        return max(float((model.state_dict()[name] - value).abs().max()) for name, value in ends)
+        stats = optimizer.stats()
+        assert (stats.num_steps, stats.num_skipped_steps, stats.num_guarded_steps) == (13, 0, 0)
+        assert len(optimizer.state) == len(list(model.parameters()))
+        for row, param in enumerate(model.parameters()):
+            slots, own = optimizer.state[param], saved["state"][row]
+            assert_sound(param, slots)
+            assert same(slots["exp_avg"], own["exp_avg"])
+            assert same(slots["step"], own["step"])
+            rows = {key: saved["state"]["meta_optimizer"][key][row] for key in ROWS}
+            assert rows["outputs"].shape == (6,)
+            rows["outputs"] = torch.cat([rows["outputs"][:2], rows["outputs"][3:]])
+            assert same({key: slots[key] for key in ROWS}, rows)
+        assert same(optimizer.state_dict()["state"], through_file(optimizer.state_dict())["state"])
+        before = F.cross_entropy(model(X), Y).item()
+        assert train(model, optimizer, 17) < 0.9 * before
+        assert F.cross_entropy(model(X), Y).item() < 0.9 * before
+        assert all(param.isfinite().all() for param in model.parameters())
+        return model.state_dict()
 
-    assert distance(lambda saved: None) < 1e-5
-    assert distance(lambda saved: saved["state"]["meta_optimizer"]["hidden"].zero_()) > 1e-3
+    def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+        return max(float((first[name] - value).abs().max()) for name, value in second.items())
+
+    expected = trained(lambda saved: None)
+    assert distance(trained(lambda saved: None), expected) == 0.0
+    assert distance(trained(lambda saved: saved["state"]["meta_optimizer"]["hidden"].zero_()), expected) > 1e-3
+    assert distance(trained(lambda saved: saved["state"]["meta_optimizer"]["outputs"].zero_()), expected) > 1e-3
+    assert distance(trained(lambda saved: saved["state"][2]["exp_avg"].zero_()), expected) > 1e-3
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["by number", "by name"])
+def test_states_with_six_outputs_load_without_the_third(is_flat: bool) -> None:
+    """As earlier versions saved them; whatever the third output was, training goes on as from a state of today."""
+
+    def six(slots: dict[str, Tensor], third: float) -> dict[str, Tensor]:
+        outputs = slots["outputs"]
+        return {**slots, "outputs": torch.cat([outputs[:2], torch.tensor([third]), outputs[2:]])}
+
+    model = network()
+    optimizer = horizon(model)
+    train(model, optimizer, 13)
+    saved = through_file(optimizer.state_dict())
+    if is_flat:
+        names = saved["param_groups"][0]["param_names"]
+        saved["state"] = {names[index]: slots for index, slots in saved["state"].items()}
+        saved["param_groups"][0]["params"] = list(names)
+    ends = []
+    for third in (None, 0.0, 7.0):
+        old = copy.deepcopy(saved)
+        if third is not None:
+            old["state"] = {key: six(slots, third) for key, slots in old["state"].items()}
+        before, other = copy.deepcopy(old), network(seed=9)
+        other.load_state_dict(model.state_dict())
+        resumed = horizon(other)
+        resumed.load_state_dict(old)
+        assert same(old, before)
+        assert same(resumed.state_dict(), optimizer.state_dict())
+        train(other, resumed, 12)
+        ends.append((other.state_dict(), resumed.state_dict()))
+    assert all(same(end, ends[0]) for end in ends)
 
 
 # Random use.
@@ -723,6 +775,10 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unknown parameter": (lambda s: s["state"].update({99: s["state"][0]}), "state for 99, .* no parameter group"),
     "a wrong shape": (changed("state", 1, "exp_avg", to=torch.ones(3)), r"exp_avg of parameter 1 is \(3,\)"),
     "a transposed matrix": (changed("state", 0, "exp_avg", to=torch.ones(5, 6)), r"expected .* \(10, 6\)"),
+    "seven outputs": (changed("state", 0, "outputs", to=torch.zeros(7)), r"outputs of parameter 0 is \(7,\)"),
+    "six integer outputs": (changed("state", 0, "outputs", to=torch.zeros(6, dtype=torch.int64)), "of real numbers"),
+    "six outputs without data": (changed("state", 0, "outputs", to=torch.zeros(6, device="meta")), "of real numbers"),
+    "six outputs, one NaN": (changed("state", 0, "outputs", to=torch.tensor([0, 0, 0, 0, 0, math.nan])), "cannot be"),
     "other hidden size": (changed("state", 0, "hidden", to=torch.zeros(6)), r"hidden of parameter 0 is \(6,\)"),
     "no tensor": (changed("state", 0, "exp_avg", to=None), "exp_avg of parameter 0 is NoneType"),
     "a missing slot": (lambda s: s["state"][0].pop("hidden"), "it is of another optimizer or a newer version"),
@@ -769,8 +825,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(what: str) -> None:
     optimizer, control = (
         LearnedTeleportOptimizer(position_groups(own), model=own, total_steps=40, guard=True) for own in (model, other)
     )
-    train(model, optimizer, 7)
-    train(other, control, 7)
+    train(model, optimizer, 17)
+    train(other, control, 17)
     source = network(seed=5)
     saved_optimizer = LearnedTeleportOptimizer(position_groups(source), model=source, total_steps=60)
     train(source, saved_optimizer, 3)
@@ -830,7 +886,7 @@ def junk(rng: random.Random) -> Any:
 
 
 DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn)
-SHAPES = ((), (1,), (0,), (6,), (24,), (10, 6), (6, 10), (2, 0, 3))
+SHAPES = ((), (1,), (0,), (5,), (6,), (24,), (10, 6), (6, 10), (2, 0, 3))
 
 
 def random_tensor(rng: random.Random) -> Tensor:
@@ -896,7 +952,7 @@ def fuzzed() -> tuple[list[tuple[nn.Module, LearnedTeleportOptimizer]], list[dic
         model, other = network(), network(seed=4)
         optimizer, target = make(model), make(other)
         assert isinstance(target, LearnedTeleportOptimizer)
-        train(model, optimizer, 4)
+        train(model, optimizer, 19)  # The two steps after loading are one without anything and one with all there is.
         train(other, target, 3)
         pairs.append((other, target))
         saved.append(copy.deepcopy(optimizer.state_dict()))

@@ -27,6 +27,7 @@ from teleport_optim.tasks.data import ALPHABET, digits, paragraphs, table, text
 from teleport_optim.tasks.draws import Draw
 from teleport_optim.tasks.functions import FunctionTask
 from teleport_optim.tasks.networks import initial_params, rescale_units
+from teleport_optim.tasks.perceptrons import draw_perceptron
 from teleport_optim.tasks.problem import WORST
 from teleport_optim.tasks.sequences import CausalAttention, GRULayer, LSTMLayer
 from teleport_optim.tasks.splits import CHANNELS, DIGIT_ROWS, SEQUENCE_WIDTHS, SPLITS, TABLES, WIDTHS, text_split
@@ -125,6 +126,30 @@ def test_horizons_are_log_uniform_and_reach_both_bounds() -> None:
     assert {draw.horizon(3, 5) for _ in range(100)} == {3, 4, 5}
     share = sum(draw.horizon(10, 1000) < 100 for _ in range(1000)) / 1000
     assert share == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["teacher_classification", "digits_cnn"])
+def test_one_network_in_six_does_not_tell_the_horizon(name: str) -> None:
+    problems = [draw_problem(name, "train", seed, 1) for seed in range(80)]
+    assert 3 < sum(not problem.knows_horizon for problem in problems) < 26
+    assert all(problem.knows_horizon == (not problem.description.endswith(" unknown")) for problem in problems)
+    assert all(f" steps={problem.horizon}" in problem.description for problem in problems)
+
+
+@each_function
+def test_functions_tell_the_horizon(name: str) -> None:
+    assert all(draw_problem(name, "train", seed, 1).knows_horizon for seed in range(20))
+
+
+@each_split
+def test_only_training_has_perceptrons_without_a_hidden_layer(split: str) -> None:
+    drawn = [draw_perceptron(Draw(stream(seed), "any", split), 5, 3) for seed in range(100)]
+    counts = [sum(isinstance(layer, nn.Linear) for layer in model) for model, _ in drawn]
+    assert set(counts) == ({1, 2, 3, 4, 5} if split == "train" else {2, 3, 4, 5})
+    for (model, architecture), count in zip(drawn, counts):
+        assert (architecture == "linear 5-3") == (count == 1)
+        assert model(torch.zeros(2, 5)).shape == (2, 3)
+        assert count > 1 or not find_symmetries(model, torch.zeros(2, 5)).of_group("scaling")
 
 
 # ------------------------------------------------------------------------------------------------------- the splits

@@ -488,7 +488,7 @@ def test_tensor_lr(info: OptimizerInfo, kwargs: dict[str, Any], num_axes: int) -
         params = make_params(info)
         optimizer = make(info, params, {**kwargs, "lr": own})
         scheduler = schedulers.LinearLR(optimizer, start_factor=0.5, total_iters=4)
-        for step in range(6):
+        for step in range(12):
             take_steps(optimizer, params, 1, step)
             scheduler.step()
         ends.append(values(params))
@@ -648,7 +648,7 @@ def test_compiled_steps_match(info: OptimizerInfo, kind: str) -> None:
         params = make_params(info)
         optimizer = make(info, params, {"lr": torch.tensor(0.1)} if kind == "Tensor lr" else {})
         step = torch.compile(optimizer.step, backend="eager") if is_compiled else optimizer.step
-        for index in range(6):
+        for index in range(12):
             for seed, param in enumerate(params):
                 param.grad = random(param.shape, 10 * index + seed)
             step()

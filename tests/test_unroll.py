@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import in_float64
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
@@ -16,12 +17,13 @@ from teleport_optim.meta_training.unroll import Window, advance, begin
 from teleport_optim.streams import stream
 from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
 from teleport_optim.tasks.problem import WORST, log_relative
+from teleport_optim.update import CONTROL_INTERVAL
 
 BATCHES = partial(stream, "batch")
 
 
-def new_rule(num_candidates: int) -> tuple[ControllerRule, Tensor]:
-    rule = ControllerRule(RuleOptions(hidden_size=3), stream("weights"))
+def new_rule(num_candidates: int, *, orthogonalises: bool = True) -> tuple[ControllerRule, Tensor]:
+    rule = ControllerRule(RuleOptions(hidden_size=3, orthogonalises=orthogonalises), stream("weights"))
     return rule, 0.2 * torch.randn(num_candidates, len(rule.flat()), generator=stream("candidates"))
 
 
@@ -37,18 +39,18 @@ def train(rule: ControllerRule, candidates: Tensor, problem: InnerProblem, *leng
     return window._replace(losses=torch.cat(losses, dim=-1))
 
 
-@pytest.mark.parametrize("name", NETWORK_TASKS)
-def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
+def assert_unroll_is_the_optimizer(
+    problem: InnerProblem, total_steps: int | None, rule: ControllerRule, candidates: Tensor
+) -> None:
     """Through two control steps; the features are single precision, and their rounding grows over the steps."""
-    problem = in_float64(find_task(name).sample(2, (7, 7), "train", stream("problem", 3)))
-    rule, candidates = new_rule(2)
-    window = train(rule, candidates, problem, 7)
-    assert window.losses.shape == (4, 7)
+    num_steps = CONTROL_INTERVAL + 2
+    window = train(rule, candidates, problem, num_steps)
+    assert window.losses.shape == (4, num_steps)
     for run in range(4):
-        rule.network.load_state_dict(rule.named(candidates[run // 2]))
+        vector_to_parameters(candidates[run // 2], rule.network.parameters())
         problem.model.load_state_dict({key: value[run % 2] for key, value in problem.params.items()})
-        optimizer = LearnedTeleportOptimizer.for_model(problem.model, total_steps=7, checkpoint=rule.network)
-        for step in range(7):
+        optimizer = LearnedTeleportOptimizer.for_model(problem.model, total_steps=total_steps, checkpoint=rule.network)
+        for step in range(num_steps):
             inputs, targets = (x[run % 2] for x in problem.sample_batch(BATCHES(step)))
             optimizer.zero_grad()
             problem.loss(problem.model(inputs), targets).backward()
@@ -57,13 +59,46 @@ def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
             torch.testing.assert_close(param, window.runs.params[key][run], rtol=1e-3, atol=1e-3)
 
 
+def draw(name: str, *, knows_horizon: bool = True) -> InnerProblem:
+    horizon = CONTROL_INTERVAL + 2
+    problem = in_float64(find_task(name).sample(2, (horizon, horizon), "train", stream("problem", 3)))
+    return dataclasses.replace(problem, knows_horizon=knows_horizon)
+
+
+@pytest.mark.parametrize("name", NETWORK_TASKS)
+def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
+    problem = draw(name)
+    assert_unroll_is_the_optimizer(problem, problem.horizon, *new_rule(2))
+
+
+def test_the_unroll_without_orthogonalisation_is_the_optimizer_run_by_run() -> None:
+    problem = draw("digits_mlp")
+    rule, candidates = new_rule(2, orthogonalises=False)
+    assert_unroll_is_the_optimizer(problem, problem.horizon, rule, candidates)
+    usual, cheap = (train(each, candidates, problem, 5).losses for each in (new_rule(2)[0], rule))
+    assert not torch.allclose(usual, cheap, rtol=1e-3)
+
+
+def test_a_horizon_that_is_not_known_is_not_told() -> None:
+    """The run is that of an optimizer without ``total_steps``, whatever the horizon."""
+    known, unknown = (draw("digits_mlp", knows_horizon=knows) for knows in (True, False))
+    rule, candidates = new_rule(2)
+    assert_unroll_is_the_optimizer(unknown, None, rule, candidates)
+    usual, blind, longer = (
+        train(rule, candidates, problem, 5).losses
+        for problem in (known, unknown, dataclasses.replace(unknown, horizon=2 * unknown.horizon))
+    )
+    assert torch.equal(blind, longer)
+    assert not torch.allclose(usual, blind, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_batchnorm_cnn", "char_recurrent"])
 def test_windows_go_on_where_the_last_one_ended(name: str) -> None:
-    problem = find_task(name).sample(2, (9, 9), "train", stream("problem", 1))
+    problem = find_task(name).sample(2, (12, 12), "train", stream("problem", 1))
     rule, candidates = new_rule(2)
-    whole, parts = train(rule, candidates, problem, 9), train(rule, candidates, problem, 2, 6, 1)
+    whole, parts = train(rule, candidates, problem, 12), train(rule, candidates, problem, 2, 9, 1)
     torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-4, atol=1e-5)
-    assert parts.runs.step == whole.runs.step == 9
+    assert parts.runs.step == whole.runs.step == 12
 
 
 def exploding(problem: InnerProblem, is_lost: Tensor) -> InnerProblem:

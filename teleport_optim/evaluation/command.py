@@ -27,6 +27,12 @@ _QUICK_TASKS = ("deep_mlp", "cnn", "autoencoder", "tabular_classification")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of the command."""
+    parser.add_argument(
+        "--suite",
+        choices=("held-out", "development"),
+        default="held-out",
+        help="the tasks that are reported, or those on which the rule is developed (default: %(default)s)",
+    )
     parser.add_argument("--task", action="append", metavar="NAME", help="only this task; may be repeated")
     parser.add_argument("--seeds", type=positive, default=5, help="runs of every optimizer (default: %(default)s)")
     parser.add_argument("--checkpoint", default="default", help="shipped name, path or hf:// (default: %(default)s)")
@@ -53,19 +59,21 @@ def _bench(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from teleport_optim.evaluation.comparison import Comparison, Score
+    from teleport_optim.evaluation.development import DEVELOPMENT
     from teleport_optim.evaluation.report import plot, score_table, task_table
     from teleport_optim.evaluation.suite import SUITE
 
-    names = arguments.task or (_QUICK_TASKS if arguments.quick else list(SUITE))
+    suite = SUITE if arguments.suite == "held-out" else DEVELOPMENT
+    names = arguments.task or (_QUICK_TASKS if arguments.quick and suite is SUITE else list(suite))
     for name in names:
-        if name not in SUITE:
-            raise CommandError(f"no task {name!r}: there are {', '.join(SUITE)}")
+        if name not in suite:
+            raise CommandError(f"no task {name!r}: there are {', '.join(suite)}")
     torch.set_num_threads(arguments.threads)
     console = Console()
     with mistakes(OSError, CheckpointError):
         comparison = Comparison(
             folder=arguments.output,
-            tasks={name: SUITE[name] for name in names},
+            tasks={name: suite[name] for name in names},
             checkpoint=arguments.checkpoint,
             num_seeds=1 if arguments.quick else arguments.seeds,
             share=0.3 if arguments.quick else 1.0,
@@ -77,7 +85,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         if arguments.ablations:
             tables["One part of the learned optimizer taken away"] = comparison.ablations()
         parts = [f"# {title}\n\n{score_table(group, with_times=group is results)}" for title, group in tables.items()]
-        parts += [f"# {result.task}: {SUITE[result.task].description}\n\n{task_table(result)}" for result in results]
+        parts += [f"# {result.task}: {suite[result.task].description}\n\n{task_table(result)}" for result in results]
         scores = {
             title: {name: asdict(Score.of(name, group)) for name in group[0].runs} for title, group in tables.items()
         }

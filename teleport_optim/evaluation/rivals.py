@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from teleport_optim.action import SlotKind
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
+from teleport_optim.symmetry.moves import move_scaling
+from teleport_optim.update import TELEPORT_INTERVAL
 
 __all__ = ["ABLATIONS", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
 
@@ -200,15 +204,70 @@ def _without_memory(checkpoint: str | Path) -> Recipe:
     return learned(meta_optimizer)
 
 
+def _without_orthogonalisation(checkpoint: str | Path) -> Recipe:
+    meta_optimizer = load_checkpoint(checkpoint)
+    meta_optimizer.is_orthogonalising.zero_()
+    return learned(meta_optimizer)
+
+
+class _RandomTeleports:
+    """The learned optimizer, its own teleports held at none, with random ones: ``exp(0.3 N(0, 1))`` on every channel."""
+
+    def __init__(self, model: nn.Module, optimizer: LearnedTeleportOptimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._generator = torch.Generator().manual_seed(0)
+        self._count = 0
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one step, after a teleport every so often."""
+        if self._count % TELEPORT_INTERVAL == 0:
+            params = dict(self._model.named_parameters())
+            state = self._optimizer.state
+            values = {name: param.detach() for name, param in params.items()}
+            slopes = {name: param.grad for name, param in params.items() if param.grad is not None}
+            momenta = {name: state[param]["exp_avg"] for name, param in params.items() if state.get(param)}
+            for symmetry in self._optimizer.spec:  # none before the first step
+                scales = torch.exp(0.3 * torch.randn(symmetry.size, generator=self._generator, dtype=torch.float64))
+                values = move_scaling(symmetry, scales, values, SlotKind.VECTOR)
+                slopes, momenta = (
+                    move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (slopes, momenta)
+                )
+            for name, param in params.items():
+                param.copy_(values[name])
+                if param.grad is not None:
+                    param.grad.copy_(slopes[name])
+                if name in momenta:
+                    state[param]["exp_avg"].copy_(momenta[name])
+        self._count += 1
+        self._optimizer.step()
+
+
+def _random_teleports(checkpoint: str | Path) -> Recipe:
+    recipe = _holding(checkpoint, balance=0.0, gradient_balance=0.0)
+
+    def make(model: nn.Module, steps: int) -> Stepper:
+        optimizer = recipe(model, steps)
+        assert isinstance(optimizer, LearnedTeleportOptimizer)
+        return _RandomTeleports(model, optimizer)
+
+    return make
+
+
 ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
     "no teleports": partial(learned, teleport=False),
+    "random teleports": _random_teleports,
     "weights balanced in closed form": partial(_holding, balance=20.0, gradient_balance=0.0),
     "horizon unknown": partial(learned, horizon=False),
     "rate fixed": partial(_holding, rate=0.0),
     "momentum fixed": partial(_holding, momentum=0.0),
     "decay fixed": partial(_holding, decay=0.0),
-    "orthogonalised direction only": partial(_holding, row_weight=0.0),
+    "rows normalised, not orthogonalised": _without_orthogonalisation,
     "linear controller (LSTM cut off)": _without_memory,
-    "rule with teleports, nothing else learned": partial(_holding, rate=0.0, momentum=0.0, decay=0.0, row_weight=0.0),
+    "rule with teleports, nothing else learned": partial(_holding, rate=0.0, momentum=0.0, decay=0.0),
 }
 """The learned optimizer with one part taken away, by name: a checkpoint to a recipe."""

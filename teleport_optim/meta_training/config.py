@@ -68,6 +68,8 @@ class Config:
     sigma: float = 0.02
     """Standard deviation of the perturbations."""
     learning_rate: float = 4e-3
+    equal_tasks: bool = False
+    """Give all problem batches of an outer step the same weight in the meta-gradient, whatever their spread of meta-losses."""
     decay_to: float = 0.1
     """Share of the learning rate at the end, reached along a cosine; 1 keeps it constant."""
     weight_decay: float = 0.0
@@ -76,6 +78,8 @@ class Config:
     averaging: float = 0.98
     """Decay of the average of the weights, which is what is validated and kept."""
     hidden_size: int = 12
+    orthogonalises: bool = True
+    """Whether the controller steers orthogonalised steps, or cheaper ones with normalised rows."""
     theta_gradient: bool = False
     """Give the paper's variants the derivative of the squared gradient norm along the orbit as an input."""
     teleport_steps: tuple[int, ...] = ()

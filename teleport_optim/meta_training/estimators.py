@@ -35,20 +35,21 @@ __all__ = [
 ]
 
 _TAIL = 0.1
-_PATH_WEIGHT = 0.2
+_HEAD = 0.3
 
 
 def step_weights(objective: str, horizon: int) -> Tensor:
     """How much the meta-loss of each step counts, shape ``[horizon]``.
 
-    For ``"normalised"`` the mean over the last tenth of the run, and a fifth of the mean over all of it; for ``"plain"``
-    ones.
+    For ``"normalised"`` half of the mean over the last tenth of the run and half of the mean over all but its first three
+    tenths, so that a loss counts that is reached early; for ``"plain"`` ones.
     """
     if objective == "plain":
         return torch.ones(horizon)
-    weights = torch.full((horizon,), _PATH_WEIGHT / horizon)
-    num_last = max(1, int(_TAIL * horizon))
-    weights[-num_last:] += 1.0 / num_last
+    weights = torch.zeros(horizon)
+    for share in (1.0 - _HEAD, _TAIL):
+        num_last = max(1, int(share * horizon))
+        weights[-num_last:] += 0.5 / num_last
     return weights
 
 
@@ -174,8 +175,9 @@ class EvolutionStrategies(Estimator):
         sum over pairs i of  xi_i (L(theta + eps_i) - L(theta - eps_i)) / (2 sigma^2 num_pairs)
 
     ``xi_i`` is the sum of the perturbations that the pair has had since its run began: ``eps_i`` itself where one window is
-    the whole run, and the persistent correction for truncation where it is not. Only the losses travel between processes;
-    every process draws all perturbations again from their names.
+    the whole run, and the persistent correction for truncation where it is not. With ``equal_tasks`` the differences of every
+    problem batch are divided by their root mean square first, which is no longer unbiased. Only the losses travel between
+    processes; every process draws all perturbations again from their names.
 
     Source: Salimans et al., 2017, arXiv 1703.03864; Vicol, Metz, Sohl-Dickstein, 2021, arXiv 2112.13835.
     """
@@ -204,7 +206,10 @@ class EvolutionStrategies(Estimator):
             episode.displacement = displacements[-1]
         plus, minus, exploded = self.world.sum(values).unbind(-1)
         is_usable = torch.isfinite(plus - minus)
-        slopes = torch.where(is_usable, plus - minus, 0.0).to(theta) / (2.0 * sigma**2 * num_pairs * len(episodes))
+        differences = torch.where(is_usable, plus - minus, 0.0)
+        if self.config.equal_tasks:
+            differences = differences / differences.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+        slopes = differences.to(theta) / (2.0 * sigma**2 * num_pairs * len(episodes))
         gradient = torch.zeros_like(theta)
         for slope, displacement in zip(slopes, displacements):
             gradient += slope @ displacement

@@ -71,7 +71,7 @@ class Learner:
         self.world = world or World()
         self.run_dir = Path(config.run_dir) if config.run_dir else None
         samples = [self._sample(task, "train", "check", index) for index, task in enumerate(config.tasks)]
-        options = RuleOptions(config.hidden_size, config.theta_gradient, config.teleport_steps)
+        options = RuleOptions(config.hidden_size, config.orthogonalises, config.theta_gradient, config.teleport_steps)
         self.rule = make_rule(config.variant, options, stream("weights", config.seed), samples[0])
         for task, problem in zip(config.tasks, samples):
             self.rule.check(problem)
@@ -141,7 +141,7 @@ class Learner:
                 f"checkpoints are of the variant 'controller'"
             )
         weights = self.best if self.config.validate_every else self.average
-        self.rule.network.load_state_dict(self.rule.named(weights))
+        self.rule.network.load_state_dict(self.rule.named(weights), strict=False)
         description = {
             "meta_training": self.config.identity | {"num_outer_steps_taken": self.step},
             "meta_training_minutes": round(self.seconds / 60, 1),

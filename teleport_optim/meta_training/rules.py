@@ -26,11 +26,13 @@ class RuleOptions(NamedTuple):
 
     Attributes:
         hidden_size: Width of the network.
+        orthogonalises: Whether the controller steers orthogonalised steps.
         theta_gradient: Give the paper's variants the derivative of the squared gradient norm along the orbit as an input.
         teleport_steps: The set Z of steps after which the paper's variants teleport; empty for every step.
     """
 
     hidden_size: int = 12
+    orthogonalises: bool = True
     theta_gradient: bool = False
     teleport_steps: tuple[int, ...] = ()
 
@@ -113,7 +115,10 @@ class ControllerRule(Rule):
     """
 
     def __init__(self, options: RuleOptions, generator: torch.Generator) -> None:
-        self.network: MetaOptimizer = MetaOptimizer(options.hidden_size, generator)
+        self.network: MetaOptimizer = MetaOptimizer(
+            options.hidden_size, generator, orthogonalises=options.orthogonalises
+        )
+        self._orthogonalises = options.orthogonalises
 
     def check(self, problem: InnerProblem) -> None:
         """Every problem can be trained."""
@@ -138,8 +143,17 @@ class ControllerRule(Rule):
             return functional_call(self.network, weights, (features, hidden))  # type: ignore[no-any-return]
 
         layout = problem.layout
-        hyper = Hyper.default(len(layout.names), problem.horizon)
-        return update(controller, params, grads, state, step=step, hyper=hyper, layout=layout)
+        hyper = Hyper.default(len(layout.names), problem.horizon if problem.knows_horizon else None)
+        return update(
+            controller,
+            params,
+            grads,
+            state,
+            step=step,
+            hyper=hyper,
+            layout=layout,
+            orthogonalises=self._orthogonalises,
+        )
 
     def labels(self) -> list[str]:
         labels = []

@@ -145,7 +145,7 @@ def network_problem(
     """Draw what is left of a problem: initial values, the scale of the loss and the horizon.
 
     In one of three the initial matrices have another size; in one of three the hidden units are rescaled along their
-    orbit, where there is one.
+    orbit, where there is one; in one of six the optimizer is not told the horizon.
 
     Args:
         model: The architecture.
@@ -169,6 +169,7 @@ def network_problem(
         params = rescale_units(spec, params, sigma, draw)
     loss_scale = 10.0 ** draw.uniform(-3, 3)
     horizon = draw.horizon(*horizons)
+    knows_horizon = not draw.chance(1 / 6)
     architecture = f"{draw.task} {architecture}"
 
     def scaled_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -176,4 +177,16 @@ def network_problem(
         return scaled
 
     description = f"{architecture} gain={gain:.1f} sigma={sigma:.1f} {batch_text} steps={horizon}"
-    return InnerProblem(model, params, scaled_loss, sample_batch, horizon, description, architecture, symmetries=spec)
+    if not knows_horizon:
+        description += " unknown"
+    return InnerProblem(
+        model,
+        params,
+        scaled_loss,
+        sample_batch,
+        horizon,
+        description,
+        architecture,
+        symmetries=spec,
+        knows_horizon=knows_horizon,
+    )

@@ -21,8 +21,8 @@ _NUM_TEACHER_UNITS = 32
 
 
 def draw_perceptron(draw: Draw, num_inputs: int, num_outputs: int) -> tuple[nn.Sequential, str]:
-    """A perceptron with one to four hidden layers of the split's widths, and its architecture in words."""
-    depth = draw.integer(1, 4)
+    """A perceptron with one to four hidden layers of the split's widths, in training also none, and its architecture in words."""
+    depth = draw.integer(0 if draw.split == "train" else 1, 4)
     activation, make_activation = draw_activation(draw)
     widths = [draw.choice(WIDTHS[draw.split])] * depth
     if draw.chance(0.3):
@@ -31,7 +31,8 @@ def draw_perceptron(draw: Draw, num_inputs: int, num_outputs: int) -> tuple[nn.S
     for width_in, width in zip([num_inputs, *widths], widths):
         layers += [nn.Linear(width_in, width), make_activation()]
     sizes = "-".join(map(str, [num_inputs, *widths, num_outputs]))
-    return nn.Sequential(*layers, nn.Linear(widths[-1], num_outputs)), f"{activation} {sizes}"
+    last = nn.Linear([num_inputs, *widths][-1], num_outputs)
+    return nn.Sequential(*layers, last), f"{activation if widths else 'linear'} {sizes}"
 
 
 class DigitsMLP(Task):

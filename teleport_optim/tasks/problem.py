@@ -78,6 +78,7 @@ class InnerProblem:
         loss: Output and target of one problem's minibatch to a scalar loss.
         sample_batch: Draws inputs and targets for all problems, each ``[num_problems, batch, ...]``.
         horizon: Number of steps of the training run.
+        knows_horizon: Whether the optimizer is told the horizon.
         description: What was drawn, for logs.
         architecture: Equal for equal architectures; those of different splits are disjoint.
         normalise: Losses ``[..., steps]`` and first losses ``[..., 1]`` to meta-losses per step that are comparable between
@@ -101,6 +102,7 @@ class InnerProblem:
     orbit: Orbit | None = None
     optimum: Tensor | None = None
     symmetries: SymmetrySpec | None = None
+    knows_horizon: bool = True
 
     def __post_init__(self) -> None:
         for name, module in self.model.named_modules():

@@ -1,0 +1,201 @@
+"""Tasks on which the rule is developed, so that what is tried is not chosen on the tasks that are reported.
+
+Of the kinds of the suite, with other widths, on data of the "train" split or made with other seeds.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teleport_optim.evaluation.data import NUM_EXAMPLES, split_rows, standardised, windows
+from teleport_optim.evaluation.networks import (
+    CharRecurrent,
+    CharTransformer,
+    ResidualBlock,
+    VisionTransformer,
+    perceptron,
+)
+from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
+from teleport_optim.tasks.data import digits
+
+__all__ = ["DEVELOPMENT"]
+
+
+@cache
+def _digits() -> Data:
+    return Data(*digits("train"), *digits("validation"), noise=0.4)
+
+
+@cache
+def _reconstructed_digits() -> Data:
+    (inputs, _), (test_inputs, _) = digits("train"), digits("validation")
+    return Data(inputs, inputs, test_inputs, test_inputs, F.mse_loss)
+
+
+@cache
+def _windows() -> Data:
+    return windows("train", 32)
+
+
+@cache
+def _sines() -> Data:
+    """A sum of sines of projections and a product of two of them."""
+    generator = torch.Generator().manual_seed(77)
+    inputs = torch.randn(NUM_EXAMPLES, 14, generator=generator)
+    projections = inputs @ torch.randn(14, 5, generator=generator) / 14**0.5
+    values = torch.sin(2 * projections).sum(dim=1) + projections[:, 0] * projections[:, 1]
+    values = values + 0.2 * torch.randn(len(values), generator=generator)
+    return split_rows(inputs, standardised(values[:, None]), loss=F.mse_loss)
+
+
+@cache
+def _teacher_classes() -> Data:
+    """The largest output of a random network, of columns of different sizes."""
+    generator = torch.Generator().manual_seed(78)
+    inputs = torch.randn(NUM_EXAMPLES, 24, generator=generator)
+    hidden = torch.tanh(2 * inputs @ torch.randn(24, 40, generator=generator) / 24**0.5)
+    labels = (hidden @ torch.randn(40, 8, generator=generator)).argmax(dim=1)
+    return split_rows(inputs * torch.exp(0.5 * torch.randn(24, generator=generator)), labels)
+
+
+@cache
+def _ill_conditioned() -> Data:
+    """Random classes of features whose covariance has a condition number of 1e3."""
+    generator = torch.Generator().manual_seed(79)
+    whitened = torch.randn(NUM_EXAMPLES, 40, generator=generator)
+    scores = whitened @ torch.randn(40, 6, generator=generator) / 3
+    labels = torch.multinomial(scores.softmax(dim=1), 1, generator=generator).squeeze(1)
+    rotation, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator))
+    return split_rows(whitened * 2 * torch.logspace(0, -1.5, 40) @ rotation, labels)
+
+
+def _convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+class _Residual(nn.Module):
+    """Two residual blocks between a convolution and the mean over pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.Sequential(ResidualBlock(16, 16, 1), ResidualBlock(16, 24, 2))
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        output: Tensor = self.head(self.blocks(self.stem(pixels.view(-1, 1, 8, 8))).mean(dim=(2, 3)))
+        return output
+
+
+def _badly_scaled(seed: int) -> nn.Module:
+    model = seeded(partial(perceptron, (64, 80, 80, 80, 10), nn.ReLU))(seed)
+    rescale(model, torch.zeros(2, 64), 1.5, seed)
+    return model
+
+
+_TASKS = (
+    EvaluationTask(
+        "mlp",
+        "ReLU perceptron of 5 hidden layers of 64, noisy digits",
+        seeded(partial(perceptron, (64, *[64] * 5, 10), nn.ReLU)),
+        _digits,
+        steps=300,
+    ),
+    EvaluationTask(
+        "wide",
+        "SiLU perceptron of 2 hidden layers of 200, noisy digits",
+        seeded(partial(perceptron, (64, 200, 200, 10), nn.SiLU)),
+        _digits,
+        steps=200,
+    ),
+    EvaluationTask(
+        "convolutional",
+        "2 convolutions of 16 and 32 channels, noisy digits",
+        seeded(_convolutional),
+        _digits,
+        batch_size=32,
+        steps=250,
+    ),
+    EvaluationTask(
+        "residual",
+        "residual network of 16 and 24 channels with BatchNorm, noisy digits",
+        seeded(_Residual),
+        _digits,
+        batch_size=24,
+        steps=200,
+    ),
+    EvaluationTask(
+        "reconstruction",
+        "deep tanh autoencoder 96-48-20-48-96, digits",
+        seeded(partial(perceptron, (64, 96, 48, 20, 48, 96, 64), nn.Tanh)),
+        _reconstructed_digits,
+    ),
+    EvaluationTask(
+        "patches",
+        "vision transformer of 2 blocks of width 48, noisy digits",
+        seeded(partial(VisionTransformer, 48)),
+        _digits,
+        batch_size=24,
+        steps=300,
+    ),
+    EvaluationTask(
+        "decoder",
+        "causal transformer of 2 blocks of width 48, 32 characters of text",
+        seeded(partial(CharTransformer, 48, 32)),
+        _windows,
+        batch_size=12,
+        steps=300,
+    ),
+    EvaluationTask(
+        "recurrent",
+        "GRU of width 56, 32 characters of text",
+        seeded(partial(CharRecurrent, nn.GRU, 56)),
+        _windows,
+        batch_size=12,
+        steps=300,
+    ),
+    EvaluationTask(
+        "regression",
+        "tanh perceptron of 3 hidden layers of 72, sines of projections",
+        seeded(partial(perceptron, (14, 72, 72, 72, 1), nn.Tanh)),
+        _sines,
+        steps=300,
+    ),
+    EvaluationTask(
+        "classes",
+        "GELU perceptron of 2 hidden layers of 100, classes of a random network",
+        seeded(partial(perceptron, (24, 100, 100, 8), nn.GELU)),
+        _teacher_classes,
+        steps=300,
+    ),
+    EvaluationTask(
+        "linear",
+        "multinomial logistic regression on features of condition number 1e3",
+        seeded(partial(nn.Linear, 40, 6)),
+        _ill_conditioned,
+        steps=300,
+    ),
+    EvaluationTask(
+        "rescaled",
+        "ReLU perceptron of 3 hidden layers of 80 with badly scaled hidden units, noisy digits",
+        _badly_scaled,
+        _digits,
+        steps=300,
+    ),
+)
+
+DEVELOPMENT: dict[str, EvaluationTask] = {task.name: task for task in _TASKS}
+"""Every task by name."""
