@@ -133,8 +133,8 @@ def _inner_products(
     products = []
     for bucket in layout.buckets:
         p, g, m = (bucket.gather(tensors, run_axes).float() for tensors in (params, grads, momenta))
-        for group in bucket.groups:
-            x, y, z = (group.view(vector).flatten(run_axes + 1) for vector in (p, g, m))
+        for views in zip(*map(bucket.views, (p, g, m))):
+            x, y, z = (view.flatten(run_axes + 1) for view in views)
             pairs = ((y, y), (z, z), (x, x), (y, z), (y, x))
             products.append(torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=-2))
     inner = torch.cat(products, dim=-1)

@@ -79,27 +79,15 @@ class Group(NamedTuple):
     Attributes:
         entries: Rows and columns of every one if they are matrices, else the number of entries.
         rows: Their rows in the layout.
-        start: Where the first of them begins.
     """
 
     entries: tuple[int, ...]
     rows: tuple[int, ...]
-    start: int
 
     @property
     def is_matrix(self) -> bool:
         """Whether they are matrices."""
         return len(self.entries) == 2
-
-    @property
-    def size(self) -> int:
-        """Number of entries of all of them."""
-        return len(self.rows) * math.prod(self.entries)
-
-    def view(self, vector: Tensor) -> Tensor:
-        """The group's part of a vector ``[*runs, n]`` of the bucket: ``[*runs, len(rows), *entries]``."""
-        part = vector.narrow(-1, self.start, self.size)
-        return part.view([*part.shape[:-1], len(self.rows), *self.entries])
 
 
 class Bucket(NamedTuple):
@@ -108,18 +96,26 @@ class Bucket(NamedTuple):
     Attributes:
         names: Their names, in the order in which they lie in the vector.
         groups: What it consists of.
+        sizes: Number of entries of every group.
     """
 
     names: tuple[str, ...]
     groups: tuple[Group, ...]
+    sizes: tuple[int, ...]
 
     def gather(self, tensors: Mapping[str, Tensor], run_axes: int) -> Tensor:
         """The tensors, each ``[*runs, *shape]``, as one vector ``[*runs, n]``; 16-bit ones become float32."""
-        parts = [
-            tensors[name].flatten(run_axes) if tensors[name].dim() > run_axes else tensors[name].unsqueeze(-1)
-            for name in self.names
-        ]
+        parts = []
+        for name in self.names:
+            tensor = tensors[name]
+            parts.append(tensor.flatten(run_axes) if tensor.dim() > run_axes else tensor.unsqueeze(-1))
         return in_full_precision(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The groups in a vector ``[*runs, n]``, each ``[*runs, len(rows), *entries]``."""
+        runs = vector.shape[:-1]
+        parts = torch.split(vector, list(self.sizes), dim=-1)
+        return [part.view([*runs, len(group.rows), *group.entries]) for group, part in zip(self.groups, parts)]
 
 
 def in_full_precision(tensor: Tensor) -> Tensor:
@@ -192,12 +188,9 @@ class Layout:
         return tuple(self._bucket(groups) for groups in ([small] if small else []) + large)
 
     def _bucket(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> Bucket:
-        groups = []
-        start = 0
-        for entries, members in rows.items():
-            groups.append(Group(entries, tuple(members), start))
-            start += groups[-1].size
-        return Bucket(tuple(self.names[row] for group in groups for row in group.rows), tuple(groups))
+        groups = tuple(Group(entries, tuple(members)) for entries, members in rows.items())
+        names = tuple(self.names[row] for group in groups for row in group.rows)
+        return Bucket(names, groups, tuple(len(group.rows) * math.prod(group.entries) for group in groups))
 
     @cached_property
     def num_layers(self) -> int:

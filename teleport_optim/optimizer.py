@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, overload
@@ -22,15 +22,17 @@ from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names, in_full_precision
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
-from teleport_optim.sharding import local, part_like, whole
+from teleport_optim.sharding import all_local, all_parts_like, all_whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
 from teleport_optim.update import (
     Factors,
     Hyper,
+    Pace,
     Step,
     UpdateState,
+    averaged,
     balanced,
     control,
     descend,
@@ -112,7 +114,7 @@ class ScalarWriter(Protocol):
 class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
 
-    arguments: tuple[dict[str, Tensor], dict[str, Tensor], Factors, Layout, bool, bool]
+    arguments: tuple[dict[str, Tensor], Factors, Layout, bool]
     params: dict[str, Tensor]
     """Where the step is taken from, by name; other tensors than the targets if it teleports."""
     rows: dict[str, Tensor]
@@ -216,6 +218,8 @@ class LearnedTeleportOptimizer(Optimizer):
         self._model_name = type(model).__name__
         self._layouts: dict[tuple[str, ...], Layout] = {}
         self._held: tuple[Layout, Controls] | None = None
+        self._last_pace: tuple[tuple[Controls, Hyper, Layout], Pace] | None = None
+        self._last_hyper: tuple[tuple[Any, ...], Hyper] | None = None
         self._warned: set[str] = set()
         self._spec = self._found = SymmetrySpec()
         self._first_call: FirstCall | None = None
@@ -319,7 +323,7 @@ class LearnedTeleportOptimizer(Optimizer):
                 loss = closure()
         plan = self._prepare(loss)
         if plan is not None:
-            self._finish(plan, *descend(*plan.arguments))  # torch.compile(optimizer.step) compiles descend
+            self._finish(plan, descend(*plan.arguments))  # torch.compile(optimizer.step) compiles descend
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -330,8 +334,11 @@ class LearnedTeleportOptimizer(Optimizer):
         if not active:
             return None
         _check_active([(name, param) for name, param, _ in active])
-        params = {name: whole(param.detach()) for name, param, _ in active}
-        grads = {name: _gradient(whole(_grad_of(param)), group["maximize"]) for name, param, group in active}
+        names = [name for name, *_ in active]
+        targets = [param.detach() for _, param, _ in active]
+        params = dict(zip(names, all_whole(targets)))
+        whole_grads = all_whole(_grad_of(param) for _, param, _ in active)
+        grads = {n: _gradient(grad, group["maximize"]) for grad, (n, _, group) in zip(whole_grads, active)}
         full_grads = [in_full_precision(grad) for grad in grads.values()]
         norms = dict(zip(grads, torch.stack(torch._foreach_norm(full_grads)).tolist()))
         slots = [self._slots(param) for _, param, _ in active]
@@ -347,7 +354,7 @@ class LearnedTeleportOptimizer(Optimizer):
         step = progress.num_steps
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
-        momenta = {name: whole(own["exp_avg"]) for name, own in zip(grads, slots)}
+        momenta = dict(zip(names, all_whole(own["exp_avg"] for own in slots)))
         layout = self._layout(params)
         hyper = self._hyper([group for _, _, group in active], step)
         rows: dict[str, Tensor] = {}
@@ -377,10 +384,9 @@ class LearnedTeleportOptimizer(Optimizer):
             *moved, own_sizes = teleport(params, grads, momenta, controls, layout)
             params, grads, momenta = map(dict, moved)
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
-        factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
-        targets = [param.detach() for _, param, _ in active]
+        factors = self._pace(controls, hyper, layout).factors(step, hyper.total_steps, layout)
         return _Plan(
-            (grads, momenta, factors, layout, self._orthogonalises, True),
+            (_averages(momenta, grads, slots, factors.beta), factors, layout, self._orthogonalises),
             params,
             rows,
             learned,
@@ -391,21 +397,22 @@ class LearnedTeleportOptimizer(Optimizer):
         )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _finish(self, plan: _Plan, steps: dict[str, Step], momenta: dict[str, Tensor]) -> None:
+    def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
-        averages = [(own["exp_avg"], momenta[name]) for own, name in zip(plan.slots, plan.params)]
-        averages = [(target, value) for target, value in averages if target.data_ptr() != value.data_ptr()]
-        targets, values = [target for target, _ in averages], [value for _, value in averages]
+        targets, values = [], []
+        for own, average in zip(plan.slots, plan.arguments[0].values()):
+            if average is not own["exp_avg"]:
+                targets.append(own["exp_avg"])
+                values.append(average)
         for key, rows in plan.rows.items():
             targets += [own[key] for own in plan.slots]
             values += rows.unbind(0)
-        parts = [local(part_like(value, target)) for value, target in zip(values, targets)]
         if targets:
-            torch._foreach_copy_([local(target) for target in targets], parts)
+            torch._foreach_copy_(all_local(targets), all_parts_like(values, targets))
         torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
         self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
         _descend_in_place(plan, steps)
-        sizes, layout = plan.teleport_sizes, plan.arguments[3]
+        sizes, layout = plan.teleport_sizes, plan.arguments[2]
         self._held = (layout, plan.controls)
         if sizes is not None:
             channels = torch.tensor([float(symmetry.size) for symmetry in layout.spec], device=sizes.device)
@@ -461,9 +468,20 @@ class LearnedTeleportOptimizer(Optimizer):
                 "whole run, or leave total_steps out.",
                 once="past total_steps",
             )
-        decays = [math.nan if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
-        rates = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float32)
-        return Hyper(rates, torch.tensor(decays, dtype=torch.float32), total_steps)
+        decays = tuple(math.nan if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups)
+        rates = tuple(float(group["lr"]) for group in groups)
+        key = (rates, tuple(map(str, decays)), total_steps)  # NaN equals nothing
+        if self._last_hyper is None or self._last_hyper[0] != key:
+            lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, decays))
+            self._last_hyper = (key, Hyper(lr, weight_decay, total_steps))
+        return self._last_hyper[1]
+
+    def _pace(self, controls: Controls, hyper: Hyper, layout: Layout) -> Pace:
+        """The pace under these controls, which most steps share with the step before."""
+        key = (controls, hyper, layout)
+        if self._last_pace is None or any(new is not old for new, old in zip(key, self._last_pace[0])):
+            self._last_pace = (key, Pace.of(*key))
+        return self._last_pace[1]
 
     def _layout(self, params: dict[str, Tensor]) -> Layout:
         key = tuple(params)
@@ -603,7 +621,7 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._held = None
+        self._held = self._last_pace = self._last_hyper = None
         self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -616,27 +634,42 @@ def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
     return Controls(*(value.to(controls.rate) for value in prior)), hyper._replace(lr=_SAFE_RATE * hyper.lr)
 
 
+def _averages(
+    momenta: dict[str, Tensor], grads: Mapping[str, Tensor], slots: Sequence[Mapping[str, Tensor]], beta: Tensor
+) -> dict[str, Tensor]:
+    """The gradient averages after a step; where they lie, if all of them can be changed there."""
+    old = list(momenta.values())
+    if all(
+        own["exp_avg"] is momentum and in_full_precision(momentum) is momentum and grads[name].dtype == momentum.dtype
+        for own, (name, momentum) in zip(slots, momenta.items())
+    ):
+        rests = {dtype: (1.0 - beta).to(dtype) for dtype in {momentum.dtype for momentum in old}}
+        torch._foreach_lerp_(old, [grads[name] for name in momenta], [rests[momentum.dtype] for momentum in old])
+        return momenta
+    return {name: averaged(momentum, grads[name], beta) for name, momentum in momenta.items()}
+
+
 def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
     """Shrink the parameters and take the steps, where they lie."""
-    targets = [local(target) for target in plan.targets]
+    targets = all_local(plan.targets)
     if plan.teleport_sizes is not None:
-        torch._foreach_copy_(
-            targets, [local(part_like(plan.params[name], target)) for name, target in zip(plan.params, plan.targets)]
-        )
-    shrinks = list(plan.arguments[2].shrinks.unbind(-1))
-    if any(target is not whole for target, whole in zip(targets, plan.targets)):
-        whole_steps = (steps[name].direction * steps[name].scale for name in plan.params)
-        parts = [local(part_like(step, target)) for step, target in zip(whole_steps, plan.targets)]
-        own_steps = [Step(part, torch.ones((), dtype=part.dtype, device=part.device)) for part in parts]
-    else:
-        own_steps = [steps[name] for name in plan.params]
-    if all(in_full_precision(target) is target for target in targets):
-        torch._foreach_mul_(targets, shrinks)
-        directions, scales = zip(*own_steps)
-        torch._foreach_addcmul_(targets, directions, scales, value=-1.0)
-    else:
+        torch._foreach_copy_(targets, all_parts_like(plan.params.values(), plan.targets))
+    shrinks = list(plan.arguments[1].shrinks.unbind(-1))
+    own_steps = [steps[name] for name in plan.params]
+    if any(target is not whole_target for target, whole_target in zip(targets, plan.targets)):
+        moves = (step.direction if step.scale is None else step.direction * step.scale for step in own_steps)
+        own_steps = [Step(part, None) for part in all_parts_like(moves, plan.targets)]
+    if any(in_full_precision(target) is not target for target in targets):
         for target, shrink, step in zip(targets, shrinks, own_steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))
+        return
+    torch._foreach_mul_(targets, shrinks)
+    small = [(target, step.direction) for target, step in zip(targets, own_steps) if step.scale is None]
+    if small:
+        torch._foreach_sub_(*map(list, zip(*small)))
+    for target, (direction, scale) in zip(targets, own_steps):
+        if scale is not None:
+            target.addcmul_(direction, scale.to(target.dtype), value=-1.0)
 
 
 _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))

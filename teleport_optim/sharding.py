@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["local", "part_like", "whole"]
+__all__ = ["all_local", "all_parts_like", "all_whole", "local", "part_like", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -34,6 +35,25 @@ def part_like(value: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements)
 
 
+def all_whole(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`whole` of every tensor; it costs nothing where there is no ``DTensor``."""
+    return list(tensors) if _module() is None else [whole(tensor) for tensor in tensors]
+
+
+def all_local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`local` of every tensor."""
+    return list(tensors) if _module() is None else [local(tensor) for tensor in tensors]
+
+
+def all_parts_like(values: Iterable[Tensor], targets: Iterable[Tensor]) -> list[Tensor]:
+    """Of values, which every process has as a whole, the parts that lie where those of the targets lie in this process."""
+    return list(values) if _module() is None else [local(part_like(*pair)) for pair in zip(values, targets)]
+
+
 def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
-    module = sys.modules.get("torch.distributed.tensor")  # Slow to import, and needed only where it has been.
+    module = _module()
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _module() -> Any:
+    return sys.modules.get("torch.distributed.tensor")  # Slow to import, and needed only where it has been.

@@ -36,7 +36,9 @@ __all__ = [
     "TELEPORT_INTERVAL",
     "Factors",
     "Hyper",
+    "Pace",
     "UpdateState",
+    "averaged",
     "balanced",
     "control",
     "descend",
@@ -260,12 +262,13 @@ def update(
     if is_teleport_step(step, layout):
         params, grads, momenta, _ = teleport(params, grads, momenta, controls, layout)
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
-    steps, new_momenta = descend(grads, momenta, factors, layout, orthogonalises)
+    averages = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
+    steps = descend(averages, factors, layout, orthogonalises)
     new_params = {}
     for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
-        shrink = shrink.reshape(*shrink.shape, *[1] * len(layout.shapes[name]))
+        shrink = shrink.reshape([*shrink.shape, *[1] * len(layout.shapes[name])])
         new_params[name] = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
-    return new_params, state._replace(momenta=new_momenta)
+    return new_params, state._replace(momenta={name: value.to(momenta[name]) for name, value in averages.items()})
 
 
 def is_control_step(step: int) -> bool:
@@ -380,74 +383,103 @@ def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: 
     return torch.where(is_inside, log_scale, 0.0)
 
 
+class Pace(NamedTuple):
+    """What the factors of a step have per unit of the prior rate; it changes only with the controls and with what the user sets."""
+
+    beta: Tensor
+    """Decay of the gradient average, ``[*runs]``."""
+    lengths: Tensor
+    """Length of the step of every row of a matrix, or of a vector, ``[*runs, num_tensors]``."""
+    learned_decays: Tensor
+    """Decay per unit of the prior decay, where it is learned."""
+    user_decays: Tensor
+    """Decay where the user has set it."""
+
+    @classmethod
+    def of(cls, controls: Controls, hyper: Hyper, layout: Layout) -> Pace:
+        """The pace under these controls."""
+        table = layout.table(controls.rate)
+        rates = controls.rate * hyper.lr.to(controls.rate)
+        user_decay = hyper.weight_decay.to(controls.rate)
+        is_learned = torch.isnan(user_decay)
+        return cls(
+            controls.momentum,
+            rates * table.step_length,
+            rates * torch.where(is_learned, controls.decay * table.is_matrix, 0.0),
+            rates * torch.where(is_learned, 0.0, user_decay),
+        )
+
+    def factors(self, step: int, total_steps: int | None, layout: Layout) -> Factors:
+        """What steers the momentum step of this number."""
+        rate, decay = prior_rate(step, total_steps, layout.num_layers)
+        if len(layout.matrices) == 1:
+            rate, decay = _LINEAR_RATE * rate, decay / _LINEAR_RATE
+        shrinks = (1.0 - rate * self.user_decays).sub_(self.learned_decays, alpha=rate * decay)
+        return Factors(self.beta, shrinks, rate * self.lengths)
+
+
 def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Factors:
     """What steers the momentum step of this number."""
-    rate, decay = prior_rate(step, hyper.total_steps, layout.num_layers)
-    if len(layout.matrices) == 1:
-        rate, decay = _LINEAR_RATE * rate, decay / _LINEAR_RATE
-    table = layout.table(controls.rate)
-    rates = controls.rate * (rate * hyper.lr.to(controls.rate))
-    user_decay = hyper.weight_decay.to(controls.rate)
-    learned_decay = controls.decay * (decay * table.is_matrix)
-    shrinks = 1.0 - rates * torch.where(torch.isnan(user_decay), learned_decay, user_decay)
-    return Factors(controls.momentum, shrinks, rates * table.step_length)
+    return Pace.of(controls, hyper, layout).factors(step, hyper.total_steps, layout)
+
+
+def averaged(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
+    """The gradient average of a tensor after a step, ``[*runs, *shape]``, in float32 at least; ``beta`` is ``[*runs]``."""
+    momentum = in_full_precision(momentum)
+    rest = (1.0 - beta).to(momentum.dtype)
+    return torch.lerp(
+        momentum, grad.to(momentum.dtype), rest.reshape([*rest.shape, *[1] * (momentum.dim() - rest.dim())])
+    )
 
 
 class Step(NamedTuple):
-    """What one tensor moves by: a direction times a scale, which are best multiplied only when they are applied."""
+    """What one tensor moves by: a direction times a scale. Of large tensors they are multiplied only when they are applied."""
 
     direction: Tensor
     """``[*runs, *shape]``."""
-    scale: Tensor
-    """Broadcasts to the direction: one number for each row of a matrix, or for all of a vector."""
+    scale: Tensor | None
+    """Broadcasts to the direction: one number for each row of a matrix, or for all of a vector; None for 1."""
 
     def taken_from(self, params: Tensor) -> Tensor:
         """``params - direction * scale``."""
+        if self.scale is None:
+            return params - self.direction
         return torch.addcmul(params, self.direction, self.scale.to(params.dtype), value=-1.0)
 
 
 def descend(
-    grads: Mapping[str, Tensor],
-    momenta: Mapping[str, Tensor],
-    factors: Factors,
-    layout: Layout,
-    orthogonalises: bool = True,
-    in_place: bool = False,
-) -> tuple[dict[str, Step], dict[str, Tensor]]:
-    """What to take from the parameters, once they are multiplied by ``factors.shrinks``, and the new momenta.
+    momenta: Mapping[str, Tensor], factors: Factors, layout: Layout, orthogonalises: bool = True
+) -> dict[str, Step]:
+    """What to take from the parameters, once they are multiplied by ``factors.shrinks``, under given gradient averages.
 
     Args:
-        grads, momenta, factors, layout, orthogonalises: As for :func:`update`.
-        in_place: Whether the momenta of large tensors may be changed where they lie.
+        momenta: Gradient averages, this step's gradients included.
+        factors, layout, orthogonalises: As for :func:`update`.
 
     Returns:
-        Steps and momenta in float32, or in float64 where gradients or momenta are.
+        Steps in float32, or in float64 where momenta are.
     """
     run_axes = factors.beta.dim()
     lengths = factors.lengths.index_select(-1, layout.table(factors.lengths).order)
     steps: dict[str, Step] = {}
-    new_momenta: dict[str, Tensor] = {}
     first = 0
     for bucket in layout.buckets:
-        g, m = (bucket.gather(tensors, run_axes) for tensors in (grads, momenta))
-        rest = (1.0 - factors.beta).to(m.dtype).unsqueeze(-1)
-        m = m.lerp_(g, rest) if in_place and m.dtype == g.dtype else torch.lerp(m, g.to(m.dtype), rest)
-        for group in bucket.groups:
-            direction = group.view(m)
+        is_alone = len(bucket.names) == 1
+        for group, direction in zip(bucket.groups, bucket.views(bucket.gather(momenta, run_axes))):
             if group.is_matrix and orthogonalises:
                 direction = orthogonalise(direction)
             norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
             length = lengths.narrow(-1, first, len(group.rows)).to(norm.dtype)
-            scale = length.reshape(*length.shape, *[1] * len(group.entries)) / _threshold(norm)
+            scale = length.reshape([*length.shape, *[1] * len(group.entries)]) / _threshold(norm)
             first += len(group.rows)
-            for row, part, part_scale in zip(group.rows, direction.unbind(run_axes), scale.unbind(run_axes)):
-                name = layout.names[row]
-                runs = part.shape[:run_axes]
-                steps[name] = Step(
-                    part.reshape([*runs, *layout.shapes[name]]), part_scale.reshape([*runs, *layout.scale_shapes[name]])
-                )
-        names = bucket.names
-        parts = torch.split(m, [layout.shapes[name].numel() for name in names], dim=-1)
-        for name, part in zip(names, parts):
-            new_momenta[name] = part.view([*part.shape[:-1], *layout.shapes[name]])
-    return steps, new_momenta
+            names = [layout.names[row] for row in group.rows]
+            if is_alone:
+                runs, name = direction.shape[:run_axes], names[0]
+                scale = scale.reshape([*runs, *layout.scale_shapes[name]])
+                steps[name] = Step(direction.reshape([*runs, *layout.shapes[name]]), scale)
+                continue
+            for name, part in zip(names, (direction * scale).unbind(run_axes)):
+                shape = layout.shapes[name]
+                fits = len(shape) == len(group.entries)
+                steps[name] = Step(part if fits else part.reshape([*part.shape[:run_axes], *shape]), None)
+    return steps

@@ -161,10 +161,10 @@ class TestCheckpoints:
 
     def test_those_that_are_given(self, capsys: pytest.CaptureFixture[str]) -> None:
         save_checkpoint(MetaOptimizer(3), "mine.safetensors")
-        assert main(["checkpoints", "mine.safetensors", "standard"]) == 0
+        assert main(["checkpoints", "mine.safetensors", "light"]) == 0
         output = capsys.readouterr().out
         assert "mine.safetensors" in output
-        assert "standard" in output
+        assert "light" in output
         assert "default" not in output
 
     @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (again,) = make().results()
     assert len(calls) == num_calls
     assert again == result
-    make(checkpoint="standard").results()
+    make(checkpoint="light").results()
     assert len(calls) == num_calls + 3
     other = make(others={"mine": lambda model, steps: torch.optim.Adagrad(model.parameters(), lr=0.05)})
     assert list(other.results()[0].runs)[-1] == "mine"

@@ -13,7 +13,7 @@ from typing import Any
 
 from teleport_optim.checkpoints import find_checkpoint
 from teleport_optim.evaluation.problem import EvaluationTask
-from teleport_optim.evaluation.rivals import ABLATIONS, OURS, REFERENCE, Rival, rivals, tuned_rate
+from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
 from teleport_optim.evaluation.training import Recipe, Run, milliseconds_per_step, run_training, speed_up
 
 __all__ = ["Comparison", "Score", "TaskResult"]
@@ -110,6 +110,10 @@ class Score:
         )
 
 
+def _digest(checkpoint: str | Path) -> str:
+    return hashlib.sha256(find_checkpoint(checkpoint).read_bytes()).hexdigest()[:12]
+
+
 def _geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) if value > 0 else -math.inf for value in values))
 
@@ -144,8 +148,8 @@ class Comparison:
             for line in self._path.read_text().splitlines():
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["value"]
-        weights = find_checkpoint(self.checkpoint).read_bytes()
-        self._sha256 = hashlib.sha256(weights).hexdigest()[:12]
+        self._sha256 = _digest(self.checkpoint)
+        self._light_sha256 = _digest("light")
 
     @property
     def rivals(self) -> dict[str, Rival]:
@@ -183,7 +187,7 @@ class Comparison:
             recipes[name] = rival.make(rate)
             runs[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
         self.report(f"{task.name}: time of a step")
-        key = f"time {task.name} {self._sha256} {' '.join(sorted(self.others))}"
+        key = f"time {task.name} {self._sha256} {self._light_sha256} {' '.join(sorted(self.others))}"
         milliseconds = self._kept(key, lambda: milliseconds_per_step(task, recipes))
         return TaskResult(task.name, runs, rates, milliseconds)
 
@@ -195,8 +199,9 @@ class Comparison:
 
     def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, rate: float) -> Run:
         steps = max(20, round(self.share * task.steps))
-        depends = name == OURS or name not in rivals()  # on the checkpoint
-        key = f"{task.name} {steps} | {name} {rate:.4g} {self._sha256 if depends else ''} | {seed}"
+        known = dict.fromkeys(rivals(), "") | {OURS: self._sha256, LIGHT: self._light_sha256}
+        digest = known.get(name, self._sha256)  # of what the run depends on
+        key = f"{task.name} {steps} | {name} {rate:.4g} {digest} | {seed}"
         self.report(f"{task.name}: {name}, seed {seed}" + (f", rate {rate:.4g}" if rate else ""))
         marks, losses, *rest = self._kept(key, lambda: run_training(task, recipe, steps=steps, seed=seed))
         return Run(tuple(marks), tuple(losses), *rest)

@@ -21,11 +21,13 @@ from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry.moves import move_scaling
 from teleport_optim.update import TELEPORT_INTERVAL
 
-__all__ = ["ABLATIONS", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
+__all__ = ["ABLATIONS", "LIGHT", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
 
 REFERENCE = "AdamW cosine, tuned"
 """What others are measured against."""
 OURS = "learned, untuned"
+LIGHT = "light, untuned"
+"""The shipped checkpoint that does not orthogonalise."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
         "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
         "rule, nothing learned": Rival(lambda lr: learned(MetaOptimizer(), teleport=False)),
+        LIGHT: Rival(lambda lr: learned("light")),
         OURS: Rival(lambda lr: learned(checkpoint)),
     }
 
