@@ -1,6 +1,6 @@
 """Write every table and figure of the comparison: docs/comparison.md, its picture, README's table and the model cards' scores.
 
-python -m benchmarks.publish [--seeds 5] [--runs runs/bench] [--task NAME ...] [--ablations]
+python -m benchmarks.publish [--seeds 5] [--ablation-seeds 2] [--runs runs/bench] [--task NAME ...]
 
 What is not yet in the folder of runs is run first, as by ``teleport-optim bench``.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
     parser.add_argument("--task", action="append", choices=tuple(SUITE))
-    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--ablation-seeds", type=int, default=2)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     tasks = {name: SUITE[name] for name in arguments.task or SUITE}
     options = [f"--seeds {arguments.seeds}", *(f"--task {name}" for name in arguments.task or ())]
-    options += ["--ablations"] if arguments.ablations else []
     command = " ".join(["python -m benchmarks.publish", *options])
     comparison = Comparison(arguments.runs, tasks, num_seeds=arguments.seeds, report=print)
     results = comparison.results()
@@ -73,8 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         _INTRODUCTION.format(command=command, num_seeds=arguments.seeds),
         f"## All {len(results)} tasks\n\n{table}",
     ]
-    if arguments.ablations:
-        parts.append(f"## One part taken away at a time\n\n{score_table(comparison.ablations(), with_times=False)}")
+    ablations = replace(comparison, num_seeds=arguments.ablation_seeds).ablations()
+    parts.append(
+        f"## One part taken away at a time\n\n{arguments.ablation_seeds} seeds.\n\n{score_table(ablations, with_times=False)}"
+    )
     parts += [f"## {result.task}: {SUITE[result.task].description}\n\n{task_table(result)}" for result in results]
     (_ROOT / "docs" / "comparison.md").write_text("\n".join(parts))
     plot(results, _ROOT / "docs" / "curves.png")

@@ -197,7 +197,20 @@ PRESETS: dict[str, Config] = {
         validate_every=25,
         num_validation=3,
     ),
-    "standard": Config(),
+    "standard": Config(
+        num_outer_steps=200,
+        num_tasks=7,
+        min_horizon=60,
+        max_horizon=280,
+        curriculum=0.0,
+        sigma=0.05,
+        learning_rate=2e-3,
+        averaging=0.96,
+        equal_tasks=True,
+        frozen=("input_weight", "hidden_weight", "bias"),
+        validate_every=20,
+        num_validation=3,
+    ),
     "large": Config(
         num_outer_steps=10_000,
         num_tasks=64,
@@ -211,7 +224,8 @@ PRESETS: dict[str, Config] = {
         num_validation=8,
     ),
 }
-"""``quick``: perceptrons only, minutes on one core; ``standard``: an hour or two; ``large``: for many machines."""
+"""``quick``: perceptrons only, minutes on one core; ``standard``: that of the default checkpoint, half an hour on one core, with
+the recurrent weights as they are drawn; ``large``: for many machines."""
 
 
 def read_config(name: str) -> Config:

@@ -1,0 +1,70 @@
+"""Random small problems of the "test" split: does the shipped checkpoint ever diverge, and how does it end beside the rule alone?
+
+python -m benchmarks.random_tasks [--count 100] [--checkpoint default]
+
+Every problem is one network of a family that meta-training draws from, with other data, widths and depths; in a third of them
+hidden units are rescaled, in a sixth the horizon is unknown to the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from functools import partial
+
+import torch
+
+from teleport_optim.checkpoints import load_checkpoint
+from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
+from teleport_optim.meta_training.unroll import advance, begin
+from teleport_optim.streams import stream
+from teleport_optim.tasks import NETWORK_TASKS, find_task
+from teleport_optim.tasks.problem import InnerProblem
+
+__all__ = ["final_loss", "main"]
+
+_TAIL = 0.1
+
+
+def final_loss(meta_optimizer: MetaOptimizer, problem: InnerProblem, number: int) -> float:
+    """Mean loss over the last tenth of a run, relative to the first loss; infinite if it diverged."""
+    options = RuleOptions(meta_optimizer.hidden_size, meta_optimizer.orthogonalises)
+    rule = ControllerRule(options, torch.Generator())
+    weights = {name: param.detach().unsqueeze(0) for name, param in meta_optimizer.named_parameters()}
+    with torch.no_grad():
+        runs = begin(rule, problem, 1)
+        window = advance(rule, weights, problem, runs, problem.horizon, partial(stream, "random tasks", number))
+    tail = window.losses[0, -max(1, int(_TAIL * problem.horizon)) :]
+    return float(tail.mean() / window.runs.initial[0])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run all problems and print what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--checkpoint", default="default")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    trained = load_checkpoint(arguments.checkpoint)
+    untrained = MetaOptimizer(orthogonalises=trained.orthogonalises)
+    ratios, worse, diverged = [], [], 0
+    for number in range(arguments.count):
+        task = find_task(NETWORK_TASKS[number % len(NETWORK_TASKS)])
+        problem = task.sample(1, (50, 400), "test", stream("random tasks", number))
+        learned, alone = (final_loss(each, problem, number) for each in (trained, untrained))
+        if not learned < 1.0:
+            worse.append(problem.description)
+        diverged += not math.isfinite(learned)
+        if math.isfinite(learned) and math.isfinite(alone):
+            ratios.append(math.log(learned / alone))
+    quartiles = [math.exp(quartile) for quartile in statistics.quantiles(ratios, n=4)]
+    print(f"{arguments.count} problems, {diverged} diverged, {len(worse)} ended above their first loss")
+    print(f"final loss beside the rule alone: {math.exp(statistics.fmean(ratios)):.3f} in the geometric mean,")
+    print("quartiles " + ", ".join(f"{quartile:.3f}" for quartile in quartiles))
+    print("\n".join(worse))
+
+
+if __name__ == "__main__":
+    main()
