@@ -131,21 +131,28 @@ class Layout:
         shapes: Shape of every tensor, by name; the order of the names is the order of all per-tensor rows.
         spec: The positive scalings along which the rule may teleport; every leg lies on a tensor of ``shapes``.
         embeddings: Names of embedding tables, which do not count as layers.
+        is_whole: Whether they are known to be all the tensors of a model.
     """
 
     shapes: Mapping[str, torch.Size]
     spec: SymmetrySpec
     embeddings: frozenset[str] = frozenset()
+    is_whole: bool = False
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, Tensor], spec: SymmetrySpec | None = None, embeddings: Iterable[str] = ()
+        cls,
+        tensors: Mapping[str, Tensor],
+        spec: SymmetrySpec | None = None,
+        embeddings: Iterable[str] = (),
+        *,
+        is_whole: bool = False,
     ) -> Layout:
         """The layout of ``tensors``; of ``spec`` it keeps the exact scalings that move none but these tensors."""
         scalings = () if spec is None else spec.of_group("scaling").symmetries
         usable = tuple(s for s in scalings if s.exact and all(leg.name in tensors for leg in s.legs))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes))
+        return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes), is_whole)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -191,6 +198,11 @@ class Layout:
         groups = tuple(Group(entries, tuple(members)) for entries, members in rows.items())
         names = tuple(self.names[row] for group in groups for row in group.rows)
         return Bucket(names, groups, tuple(len(group.rows) * math.prod(group.entries) for group in groups))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether they are those of a model of one matrix, such as logistic regression."""
+        return self.is_whole and len(self.matrices) == 1
 
     @cached_property
     def num_layers(self) -> int:

@@ -486,8 +486,12 @@ class LearnedTeleportOptimizer(Optimizer):
     def _layout(self, params: dict[str, Tensor]) -> Layout:
         key = tuple(params)
         if key not in self._layouts:
-            self._layouts = {key: Layout.of(params, self._spec, self._embeddings)}
+            self._layouts = {key: self._layout_of(params, self._spec)}
         return self._layouts[key]
+
+    def _layout_of(self, params: Mapping[str, Tensor], spec: SymmetrySpec | None) -> Layout:
+        is_whole = len(params) == len(self._tensor_names)  # without a model there are no names
+        return Layout.of(params, spec, self._embeddings, is_whole=is_whole)
 
     def _use(self, spec: SymmetrySpec, model: nn.Module) -> None:
         """Teleport along the scalings of ``spec``, as far as the optimizer manages their tensors."""
@@ -546,7 +550,7 @@ class LearnedTeleportOptimizer(Optimizer):
             is_safe = self._is_guarded and progress.guard.num_safe_steps > 0
             controls = Controls.from_outputs(outputs)
             controls, hyper = _safe(controls, hyper) if is_safe else (controls, hyper)
-            layout = Layout.of({name: param for name, param, _ in active}, None, self._embeddings)
+            layout = self._layout_of({name: param for name, param, _ in active}, None)
             factors, known = step_factors(controls, step=step, hyper=hyper, layout=layout), layout.table(controls.rate)
             table = torch.stack(
                 [

@@ -412,7 +412,7 @@ class Pace(NamedTuple):
     def factors(self, step: int, total_steps: int | None, layout: Layout) -> Factors:
         """What steers the momentum step of this number."""
         rate, decay = prior_rate(step, total_steps, layout.num_layers)
-        if len(layout.matrices) == 1:
+        if layout.is_linear:
             rate, decay = _LINEAR_RATE * rate, decay / _LINEAR_RATE
         shrinks = (1.0 - rate * self.user_decays).sub_(self.learned_decays, alpha=rate * decay)
         return Factors(self.beta, shrinks, rate * self.lengths)

@@ -684,3 +684,27 @@ def test_training_can_be_differentiated_where_gradients_vanish() -> None:
     assert torch.isfinite(slope).all()
     assert slope[0].any()
     assert slope.abs().max() < 1e6
+
+
+def test_only_what_is_known_to_be_a_model_of_one_matrix_steps_further() -> None:
+    """A single parameter of a deep network, given to an optimizer of its own, is not taken for a linear model."""
+
+    def first_step(model: nn.Module, names: set[str], whole: nn.Module | None) -> float:
+        params = [param for name, param in model.named_parameters() if name in names]
+        optimizer = LearnedTeleportOptimizer(
+            params, total_steps=100, checkpoint=MetaOptimizer(), model=whole, teleport=False
+        )
+        x = torch.ones(5, 4)
+        model(x).square().sum().backward()
+        before = params[0].detach().clone()
+        optimizer.step()
+        return float((params[0].detach() - before).norm(dim=1).max())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linear, deep = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    rate, _ = prior_rate(0, 100, 1)
+    assert first_step(copy.deepcopy(linear), {"weight", "bias"}, None) == pytest.approx(rate, rel=0.1)
+    model = copy.deepcopy(linear)
+    assert first_step(model, {"weight", "bias"}, model) == pytest.approx(8 * rate, rel=0.1)
+    assert first_step(deep, {"0.weight"}, deep) == pytest.approx(rate, rel=0.1)

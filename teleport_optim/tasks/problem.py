@@ -149,7 +149,7 @@ class InnerProblem:
         if spec is None:
             inputs, _ = self.sample_batch(torch.Generator().manual_seed(0))
             spec = find_symmetries(self.model, inputs[0], groups=["scaling"])
-        return Layout.of(tensors, spec, embedding_names(self.model))
+        return Layout.of(tensors, spec, embedding_names(self.model), is_whole=True)
 
     def to(self, device: torch.device | str) -> InnerProblem:
         """The same problem on another device; minibatches are drawn on the CPU, so that they are the same everywhere."""
