@@ -26,6 +26,8 @@ from teleport_optim.tasks.problem import InnerProblem
 __all__ = ["final_loss", "main"]
 
 _TAIL = 0.1
+_FLOOR = 1e-4
+"""Added to losses that are compared, so that perfect fits do not dominate."""
 
 
 def final_loss(meta_optimizer: MetaOptimizer, problem: InnerProblem, number: int) -> float:
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             worse.append(problem.description)
         diverged += not math.isfinite(learned)
         if math.isfinite(learned) and math.isfinite(alone):
-            ratios.append(math.log(learned / alone))
+            ratios.append(math.log((learned + _FLOOR) / (alone + _FLOOR)))
     quartiles = [math.exp(quartile) for quartile in statistics.quantiles(ratios, n=4)]
     print(f"{arguments.count} problems, {diverged} diverged, {len(worse)} ended above their first loss")
     print(f"final loss beside the rule alone: {math.exp(statistics.fmean(ratios)):.3f} in the geometric mean,")
