@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from teleport_optim.checkpoints import find_checkpoint, load_checkpoint, read_card, save_checkpoint
+from teleport_optim.checkpoints import find_checkpoint, read_card, write_atomically
 from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
 from teleport_optim.evaluation.report import plot, score_table, task_table
 from teleport_optim.evaluation.rivals import LIGHT, OURS, REFERENCE
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, optimizer in (("default", OURS), ("light", LIGHT)):
         path = find_checkpoint(name)
         card = read_card(path) | {"scores": _scores(results, optimizer, command)}
-        save_checkpoint(load_checkpoint(path), path, card)
+        write_atomically(path.with_suffix(".json"), json.dumps(card, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":
