@@ -8,6 +8,7 @@ What is not yet in the folder of runs is run first, as by ``teleport-optim bench
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
