@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME|FILE.toml",
-        help=f"quick, standard, large, or a file (default: {_DEFAULT_CONFIG})",
+        help=f"quick, standard, default, large, or a file (default: {_DEFAULT_CONFIG})",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated"

@@ -197,7 +197,8 @@ PRESETS: dict[str, Config] = {
         validate_every=25,
         num_validation=3,
     ),
-    "standard": Config(
+    "standard": Config(),
+    "default": Config(
         num_outer_steps=200,
         num_tasks=7,
         min_horizon=60,
@@ -224,8 +225,8 @@ PRESETS: dict[str, Config] = {
         num_validation=8,
     ),
 }
-"""``quick``: perceptrons only, minutes on one core; ``standard``: that of the default checkpoint, half an hour on one core, with
-the recurrent weights as they are drawn; ``large``: for many machines."""
+"""``quick``: perceptrons only, minutes on one core; ``standard``: an hour or two; ``default``: that of the default checkpoint, 40
+minutes on one core, with the recurrent weights as they are drawn; ``large``: for many machines."""
 
 
 def read_config(name: str) -> Config:
