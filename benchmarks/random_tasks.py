@@ -32,7 +32,7 @@ _FLOOR = 1e-4
 
 def final_loss(meta_optimizer: MetaOptimizer, problem: InnerProblem, number: int) -> float:
     """Mean loss over the last tenth of a run, relative to the first loss; infinite if it diverged."""
-    options = RuleOptions(meta_optimizer.hidden_size, meta_optimizer.orthogonalises)
+    options = RuleOptions(meta_optimizer.hidden_size, meta_optimizer.block_rows)
     rule = ControllerRule(options, torch.Generator())
     weights = {name: param.detach().unsqueeze(0) for name, param in meta_optimizer.named_parameters()}
     with torch.no_grad():
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     trained = load_checkpoint(arguments.checkpoint)
-    untrained = MetaOptimizer(orthogonalises=trained.orthogonalises)
+    untrained = MetaOptimizer(block_rows=trained.block_rows)
     ratios, worse, diverged = [], [], 0
     for number in range(arguments.count):
         task = find_task(NETWORK_TASKS[number % len(NETWORK_TASKS)])

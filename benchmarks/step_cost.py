@@ -104,7 +104,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Stateful]] = {
     "AdamW fused": lambda params: AdamW(params, fused=True),
     "AdamW default": AdamW,
     "Muon + AdamW": _MuonAndAdamW,
-    "ours, rows only": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer(orthogonalises=False)),
+    "ours, rows only": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer(block_rows=1)),
     "ours": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer()),
 }
 

@@ -20,7 +20,8 @@ from teleport_optim.meta_optimizer import MetaOptimizer
 
 __all__ = ["CheckpointError", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_MAX_BLOCK_ROWS = 1024
 _MAX_BYTES, _MAX_HEADER_BYTES, _MAX_CARD_BYTES = 2**26, 2**16, 2**18
 _ADDRESS = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)@(\w[\w.-]*(?:/\w[\w.-]*)*)", re.ASCII)
 _HUB_FILES = {"meta_optimizer.json": _MAX_CARD_BYTES, "meta_optimizer.safetensors": _MAX_BYTES}
@@ -145,6 +146,11 @@ def load_checkpoint(checkpoint: str | Path) -> MetaOptimizer:
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{name} in {path} holds values that are not finite: fetch the checkpoint again")
     meta_optimizer.load_state_dict(tensors)
+    if tensors["rows_per_block"].item() not in range(1, _MAX_BLOCK_ROWS + 1):
+        raise CheckpointError(
+            f"rows_per_block in {path} is {tensors['rows_per_block'].item()}, expected a whole number from 1 to "
+            f"{_MAX_BLOCK_ROWS}: fetch it again"
+        )
     return meta_optimizer.requires_grad_(False)
 
 

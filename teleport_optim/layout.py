@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.symmetry.spec import SymmetrySpec
@@ -16,6 +17,8 @@ from teleport_optim.symmetry.spec import SymmetrySpec
 __all__ = ["Bucket", "Group", "Layout", "Table", "embedding_names", "in_full_precision", "matrix_shape"]
 
 NUM_STATIC_FEATURES = 9
+BLOCK_ROWS = 32
+"""Number of rows of a matrix that are made orthogonal to each other, unless a checkpoint says otherwise."""
 _MAX_GROUPED = 2**15
 """Most entries of a tensor that is updated together with others of its shape."""
 
@@ -67,10 +70,12 @@ class Table(NamedTuple):
     """``[num_tensors, NUM_STATIC_FEATURES]``: role, size and depth, of order one."""
     site_weights: Tensor
     """``[num_sites, num_tensors]``: averages a per-tensor quantity over the matrices on the legs of a site."""
-    order: Tensor
-    """``[num_tensors]``: rows of the tensors in the order of ``Layout.buckets``."""
     inverse_order: Tensor
-    """``[num_tensors]``: where in that order every tensor stands."""
+    """``[num_tensors]``: where in ``Layout.buckets`` every tensor stands."""
+    single_rows: Tensor
+    """``[num_blocks]``: the row of the tensor of every block of one row, in the order of ``Layout.buckets``."""
+    mixed_rows: Tensor
+    """``[num_blocks]``: the same of blocks of more rows."""
 
 
 class Group(NamedTuple):
@@ -79,15 +84,55 @@ class Group(NamedTuple):
     Attributes:
         entries: Rows and columns of every one if they are matrices, else the number of entries.
         rows: Their rows in the layout.
+        num_blocks: Number of blocks of rows of every one; a vector is one row.
+        block_size: Number of rows of a block; the last block of a matrix may have fewer.
+        is_large: Whether it is one large tensor of full blocks.
     """
 
     entries: tuple[int, ...]
     rows: tuple[int, ...]
+    num_blocks: int
+    block_size: int
+    is_large: bool
+
+    @classmethod
+    def of(cls, entries: tuple[int, ...], rows: Sequence[int], most: int) -> Group:
+        """The group with blocks of at most ``most`` rows: as few as can be, or some more that have the same size."""
+        num_rows = max(entries[0], 1) if len(entries) == 2 else 1
+        num_blocks = -(-num_rows // most)
+        even = (number for number in range(num_blocks, min(2 * num_blocks, num_rows) + 1) if num_rows % number == 0)
+        num_blocks = next(even, num_blocks)
+        is_large = num_rows % num_blocks == 0 and math.prod(entries) > _MAX_GROUPED
+        return cls(entries, tuple(rows), num_blocks, -(-num_rows // num_blocks), is_large)
 
     @property
     def is_matrix(self) -> bool:
         """Whether they are matrices."""
         return len(self.entries) == 2
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether blocks have more than one row."""
+        return self.block_size > 1
+
+    def blocks_of(self, tensors: Tensor) -> Tensor:
+        """Tensors ``[*runs, len(rows), *entries]`` as blocks ``[*runs, blocks, block_size, columns]``; zeros fill the last ones."""
+        if not self.is_matrix:
+            return tensors.unsqueeze(-2)
+        missing = self.num_blocks * self.block_size - self.entries[0]
+        if missing:
+            tensors = F.pad(tensors, [0, 0, 0, missing])
+        return tensors.reshape(
+            [*tensors.shape[:-3], len(self.rows) * self.num_blocks, self.block_size, self.entries[1]]
+        )
+
+    def tensors_of(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of blocks, each ``[*runs, *entries]``."""
+        runs = blocks.shape[:-3]
+        if not self.is_matrix:
+            return blocks.squeeze(-2).unbind(-2)
+        padded = blocks.reshape([*runs, len(self.rows), self.num_blocks * self.block_size, self.entries[1]])
+        return padded.narrow(-2, 0, self.entries[0]).unbind(-3)
 
 
 class Bucket(NamedTuple):
@@ -132,12 +177,14 @@ class Layout:
         spec: The positive scalings along which the rule may teleport; every leg lies on a tensor of ``shapes``.
         embeddings: Names of embedding tables, which do not count as layers.
         is_whole: Whether they are known to be all the tensors of a model.
+        block_rows: Number of rows of a matrix that are made orthogonal to each other, at most.
     """
 
     shapes: Mapping[str, torch.Size]
     spec: SymmetrySpec
     embeddings: frozenset[str] = frozenset()
     is_whole: bool = False
+    block_rows: int = BLOCK_ROWS
 
     @classmethod
     def of(
@@ -147,12 +194,13 @@ class Layout:
         embeddings: Iterable[str] = (),
         *,
         is_whole: bool = False,
+        block_rows: int = BLOCK_ROWS,
     ) -> Layout:
         """The layout of ``tensors``; of ``spec`` it keeps the exact scalings that move none but these tensors."""
         scalings = () if spec is None else spec.of_group("scaling").symmetries
         usable = tuple(s for s in scalings if s.exact and all(leg.name in tensors for leg in s.legs))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes), is_whole)
+        return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes), is_whole, block_rows)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -164,19 +212,6 @@ class Layout:
         """``(rows, columns)`` of every tensor that is read as a matrix."""
         shapes = {name: matrix_shape(shape) for name, shape in self.shapes.items()}
         return {name: shape for name, shape in shapes.items() if shape is not None}
-
-    @cached_property
-    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
-        """For every tensor a shape that broadcasts to it: that of one number for each row of a matrix, or for all of a vector."""
-        shapes = {}
-        for name, shape in self.shapes.items():
-            ones = [1] * len(shape)
-            if name in self.matrices:
-                rows, _ = self.matrices[name]
-                axis = next((axis for axis, size in enumerate(shape) if size != 1), 0)
-                ones[axis if shape[axis] == rows else 0] = rows
-            shapes[name] = tuple(ones)
-        return shapes
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -195,9 +230,15 @@ class Layout:
         return tuple(self._bucket(groups) for groups in ([small] if small else []) + large)
 
     def _bucket(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> Bucket:
-        groups = tuple(Group(entries, tuple(members)) for entries, members in rows.items())
+        groups = tuple(Group.of(entries, members, self.block_rows) for entries, members in rows.items())
         names = tuple(self.names[row] for group in groups for row in group.rows)
         return Bucket(names, groups, tuple(len(group.rows) * math.prod(group.entries) for group in groups))
+
+    def with_blocks_of(self, block_rows: int) -> Layout:
+        """This layout, with blocks of at most so many rows."""
+        if block_rows == self.block_rows:
+            return self
+        return self._variants.setdefault(block_rows, replace(self, block_rows=block_rows))
 
     @property
     def is_linear(self) -> bool:
@@ -217,8 +258,18 @@ class Layout:
             lengths = [
                 1.0 if name in self.matrices else shape.numel() ** 0.5 / 6 for name, shape in self.shapes.items()
             ]
-            rows = [row for bucket in self.buckets for group in bucket.groups for row in group.rows]
-            order = torch.tensor(rows, dtype=torch.int64)
+            groups = [group for bucket in self.buckets for group in bucket.groups]
+            single_rows, mixed_rows = (
+                [
+                    row
+                    for group in groups
+                    if group.is_mixed == are_mixed
+                    for row in group.rows
+                    for _ in range(group.num_blocks)
+                ]
+                for are_mixed in (False, True)
+            )
+            order = torch.tensor([row for group in groups for row in group.rows], dtype=torch.int64)
             table = Table(
                 step_scale=torch.tensor(scales, dtype=torch.float64),
                 step_length=torch.tensor(lengths, dtype=torch.float64),
@@ -226,8 +277,9 @@ class Layout:
                 size=torch.tensor([max(shape.numel(), 1) for shape in self.shapes.values()], dtype=torch.float32),
                 static_features=self._static_features(),
                 site_weights=self._site_weights(),
-                order=order,
                 inverse_order=torch.argsort(order),
+                single_rows=torch.tensor(single_rows, dtype=torch.int64),
+                mixed_rows=torch.tensor(mixed_rows, dtype=torch.int64),
             )
             floats = (tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device) for tensor in table)
             self._tables[key] = Table(*floats)
@@ -235,6 +287,10 @@ class Layout:
 
     @cached_property
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Table]:
+        return {}
+
+    @cached_property
+    def _variants(self) -> dict[int, Layout]:
         return {}
 
     def teleport_sizes(self, site_sizes: Tensor) -> dict[str, float]:

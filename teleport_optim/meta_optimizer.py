@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_optim.features import NUM_FEATURES
+from teleport_optim.layout import BLOCK_ROWS
 
 __all__ = ["Controller", "Controls", "MetaOptimizer"]
 
@@ -69,11 +70,11 @@ class MetaOptimizer(nn.Module):
     Args:
         hidden_size: Width of the LSTM, at least 1.
         generator: Draws the initial weights; a generator seeded with 0 by default.
-        orthogonalises: Whether steps of matrices are orthogonalised; else only their rows are normalised, which is worth less
-            and costs less.
+        block_rows: Number of rows of a matrix whose steps are made orthogonal to each other. More cost more, and are worth
+            more up to about 32; 1 leaves rows of unit norm.
 
     Raises:
-        ValueError: if ``hidden_size`` is not positive.
+        ValueError: if ``hidden_size`` or ``block_rows`` is not positive.
 
     Example:
         >>> meta_optimizer = MetaOptimizer(hidden_size=8)
@@ -82,14 +83,15 @@ class MetaOptimizer(nn.Module):
         (torch.Size([3, 5]), torch.Size([3, 16]), False)
     """
 
-    is_orthogonalising: Tensor
+    rows_per_block: Tensor
 
     def __init__(
-        self, hidden_size: int = 12, generator: torch.Generator | None = None, *, orthogonalises: bool = True
+        self, hidden_size: int = 12, generator: torch.Generator | None = None, *, block_rows: int = BLOCK_ROWS
     ) -> None:
         super().__init__()
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
+        for name, value in (("hidden_size", hidden_size), ("block_rows", block_rows)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.hidden_size = hidden_size
         generator = generator or torch.Generator().manual_seed(0)
         num_outputs = len(Controls._fields)
@@ -108,12 +110,12 @@ class MetaOptimizer(nn.Module):
         self.readout_weight = zeros(num_outputs, hidden_size)
         self.skip_weight = zeros(num_outputs, NUM_FEATURES)
         self.readout_bias = zeros(num_outputs)
-        self.register_buffer("is_orthogonalising", torch.tensor(float(orthogonalises)))
+        self.register_buffer("rows_per_block", torch.tensor(float(block_rows)))
 
     @property
-    def orthogonalises(self) -> bool:
-        """Whether steps of matrices are orthogonalised."""
-        return bool(self.is_orthogonalising > 0.5)
+    def block_rows(self) -> int:
+        """Number of rows of a matrix whose steps are made orthogonal to each other."""
+        return max(1, round(self.rows_per_block.item()))
 
     def initial_hidden(self, num_tensors: int) -> Tensor:
         """Hidden and cell state side by side, zeros of shape ``[num_tensors, 2 * hidden_size]``."""

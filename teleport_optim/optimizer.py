@@ -114,7 +114,7 @@ class ScalarWriter(Protocol):
 class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
 
-    arguments: tuple[dict[str, Tensor], Factors, Layout, bool]
+    arguments: tuple[dict[str, Tensor], Factors, Layout]
     params: dict[str, Tensor]
     """Where the step is taken from, by name; other tensors than the targets if it teleports."""
     rows: dict[str, Tensor]
@@ -134,11 +134,11 @@ class LearnedTeleportOptimizer(Optimizer):
 
     .. math::
         \begin{aligned}
-        &\text{every 10 steps: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
-        &\text{every 20 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
+        &\text{every 20 steps: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
+        &\text{every 40 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
         &m \leftarrow \beta m + (1 - \beta) g \\
-        &d = \text{orthogonalise}(m)\text{, every row to unit norm, for matrices, }
+        &d = \text{rows of } m \text{, orthogonalised 32 at a time, of unit norm, for matrices, }
             m / \lVert m \rVert \text{ for vectors} \\
         &\theta \leftarrow (1 - \gamma a \rho \omega \lambda)\, \theta - \gamma a \rho\, c\, d
         \end{aligned}
@@ -209,7 +209,7 @@ class LearnedTeleportOptimizer(Optimizer):
             self._meta_optimizer = copy.deepcopy(checkpoint)
         else:
             self._meta_optimizer = load_checkpoint(checkpoint)
-        self._orthogonalises = self._meta_optimizer.orthogonalises
+        self._block_rows = self._meta_optimizer.block_rows
         if model is not None:
             model = unwrapped(model)
         self._tensor_names: dict[Tensor, str] = (
@@ -335,9 +335,9 @@ class LearnedTeleportOptimizer(Optimizer):
             return None
         _check_active([(name, param) for name, param, _ in active])
         names = [name for name, *_ in active]
-        targets = [param.detach() for _, param, _ in active]
+        targets = [param for _, param, _ in active]
         params = dict(zip(names, all_whole(targets)))
-        whole_grads = all_whole(_grad_of(param) for _, param, _ in active)
+        whole_grads = all_whole([_grad_of(param) for _, param, _ in active])
         grads = {n: _gradient(grad, group["maximize"]) for grad, (n, _, group) in zip(whole_grads, active)}
         full_grads = [in_full_precision(grad) for grad in grads.values()]
         norms = dict(zip(grads, torch.stack(torch._foreach_norm(full_grads)).tolist()))
@@ -354,7 +354,7 @@ class LearnedTeleportOptimizer(Optimizer):
         step = progress.num_steps
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
-        momenta = dict(zip(names, all_whole(own["exp_avg"] for own in slots)))
+        momenta = dict(zip(names, all_whole([own["exp_avg"] for own in slots])))
         layout = self._layout(params)
         hyper = self._hyper([group for _, _, group in active], step)
         rows: dict[str, Tensor] = {}
@@ -386,7 +386,7 @@ class LearnedTeleportOptimizer(Optimizer):
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         factors = self._pace(controls, hyper, layout).factors(step, hyper.total_steps, layout)
         return _Plan(
-            (_averages(momenta, grads, slots, factors.beta), factors, layout, self._orthogonalises),
+            (_averages(momenta, grads, slots, factors.beta), factors, layout),
             params,
             rows,
             learned,
@@ -491,7 +491,7 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def _layout_of(self, params: Mapping[str, Tensor], spec: SymmetrySpec | None) -> Layout:
         is_whole = len(params) == len(self._tensor_names)  # without a model there are no names
-        return Layout.of(params, spec, self._embeddings, is_whole=is_whole)
+        return Layout.of(params, spec, self._embeddings, is_whole=is_whole, block_rows=self._block_rows)
 
     def _use(self, spec: SymmetrySpec, model: nn.Module) -> None:
         """Teleport along the scalings of ``spec``, as far as the optimizer manages their tensors."""
@@ -657,23 +657,24 @@ def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
     """Shrink the parameters and take the steps, where they lie."""
     targets = all_local(plan.targets)
     if plan.teleport_sizes is not None:
-        torch._foreach_copy_(targets, all_parts_like(plan.params.values(), plan.targets))
-    shrinks = list(plan.arguments[1].shrinks.unbind(-1))
+        torch._foreach_copy_(targets, all_parts_like(list(plan.params.values()), plan.targets))
     own_steps = [steps[name] for name in plan.params]
     if any(target is not whole_target for target, whole_target in zip(targets, plan.targets)):
-        moves = (step.direction if step.scale is None else step.direction * step.scale for step in own_steps)
-        own_steps = [Step(part, None) for part in all_parts_like(moves, plan.targets)]
+        moves = [step.product().view(target.shape) for step, target in zip(own_steps, plan.targets)]
+        own_steps = list(map(Step, all_parts_like(moves, plan.targets)))
     if any(in_full_precision(target) is not target for target in targets):
-        for target, shrink, step in zip(targets, shrinks, own_steps):
+        for target, shrink, step in zip(targets, plan.arguments[1].shrinks.unbind(-1), own_steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))
         return
-    torch._foreach_mul_(targets, shrinks)
-    small = [(target, step.direction) for target, step in zip(targets, own_steps) if step.scale is None]
+    shrunk = [(target, shrink) for target, shrink in zip(targets, plan.arguments[1].shrinks.tolist()) if shrink != 1.0]
+    if shrunk:
+        torch._foreach_mul_(*map(list, zip(*shrunk)))
+    small = [(target, step.move) for target, step in zip(targets, own_steps) if step.left is None]
     if small:
         torch._foreach_sub_(*map(list, zip(*small)))
-    for target, (direction, scale) in zip(targets, own_steps):
-        if scale is not None:
-            target.addcmul_(direction, scale.to(target.dtype), value=-1.0)
+    for target, step in zip(targets, own_steps):
+        if step.left is not None:
+            step.take_from_(target)
 
 
 _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -681,7 +682,7 @@ _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _OWN_ATTRIBUTES = frozenset(
     (
         "_meta_optimizer",
-        "_orthogonalises",
+        "_block_rows",
         "_tensor_names",
         "_model_name",
         "_layouts",
@@ -755,10 +756,10 @@ def _check_active(active: list[tuple[str, Tensor]]) -> None:
                 f"the gradient of parameter {name} is complex, which LearnedTeleportOptimizer does not support: keep real "
                 "and imaginary parts as two real parameters"
             )
-    devices = {str(param.device) for _, param in active}
+    devices = {param.device for _, param in active}
     if len(devices) > 1:
         raise RuntimeError(
-            f"parameters lie on several devices ({', '.join(sorted(devices))}): make one optimizer for each device"
+            f"parameters lie on several devices ({', '.join(sorted(map(str, devices)))}): make one optimizer for each device"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
@@ -35,19 +34,24 @@ def part_like(value: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements)
 
 
-def all_whole(tensors: Iterable[Tensor]) -> list[Tensor]:
+def all_whole(tensors: list[Tensor]) -> list[Tensor]:
     """:func:`whole` of every tensor; it costs nothing where there is no ``DTensor``."""
-    return list(tensors) if _module() is None else [whole(tensor) for tensor in tensors]
+    return [whole(tensor) for tensor in tensors] if _any_distributed(tensors) else tensors
 
 
-def all_local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def all_local(tensors: list[Tensor]) -> list[Tensor]:
     """:func:`local` of every tensor."""
-    return list(tensors) if _module() is None else [local(tensor) for tensor in tensors]
+    return [local(tensor) for tensor in tensors] if _any_distributed(tensors) else tensors
 
 
-def all_parts_like(values: Iterable[Tensor], targets: Iterable[Tensor]) -> list[Tensor]:
+def all_parts_like(values: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
     """Of values, which every process has as a whole, the parts that lie where those of the targets lie in this process."""
-    return list(values) if _module() is None else [local(part_like(*pair)) for pair in zip(values, targets)]
+    return [local(part_like(*pair)) for pair in zip(values, targets)] if _any_distributed(targets) else values
+
+
+def _any_distributed(tensors: list[Tensor]) -> bool:
+    module = _module()
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:

@@ -5,20 +5,19 @@ may have leading axes of runs, ``[*runs, ...]``: none in the optimizer, one in t
 prior it is a rule without anything learned in it ("rule H"):
 
     m <- beta m + (1 - beta) g          beta = 0.65
-    matrices:   O = orthogonalise(m), every row to unit norm;   p <- (1 - a w) p - a O
+    matrices:   O = rows of m, orthogonalised 32 at a time, of unit norm;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
-    a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)^2, and 8 times that for a model of one matrix
+    a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)^2, and 4 times that for a model of one matrix
     w   so that the decay of a whole run is about 2/3 / sqrt(layers)
 
-Orthogonalised momentum is from Muon (Jordan et al., 2024).
+Orthogonalised momentum is from Muon (Jordan et al., 2024), to orthogonalise in blocks from MuonBP (Khaled et al., 2025).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,34 +43,31 @@ __all__ = [
     "descend",
     "is_control_step",
     "is_teleport_step",
-    "orthogonalise",
     "prior_rate",
+    "row_mixers",
     "step_factors",
     "teleport",
     "update",
 ]
 
-CONTROL_INTERVAL = 10
+CONTROL_INTERVAL = 20
 """Steps between two runs of the meta-optimizer; its controls are held in between."""
-TELEPORT_INTERVAL = 20
+TELEPORT_INTERVAL = 40
 """Steps between two teleports."""
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
 _MAX_SWEEPS, _BALANCED = 30, 0.01
-_LINEAR_RATE = 8.0
+_LINEAR_RATE = 4.0
 """Factor on the rate of a model of one matrix, such as logistic regression: nothing comes after it that a step could upset."""
 
 _ITERATIONS = ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194))
 """Coefficients of x, x^3 and x^5 in the polynomials that move singular values in (0, 1] towards 1.
 
-Each is the odd quintic p with the least ``max |1 - p(x)|`` on an interval [l, 1.02 u], found by a linear program on a fine
-grid: first l = 0.01 and u = 1, then l and u are the least and the largest value of the polynomial before. The 2 % are
-room for rounding to bfloat16: beyond its interval the first polynomial rises steeply. Together the three take [0.01, 1]
-to [0.71, 1.29] and multiply small singular values by 75. Rows are brought to one norm afterwards, so that only the spread
-matters. Composing optimal polynomials is from Polar Express (Amsel et al., 2025).
+Each is the odd quintic p with the least ``max |1 - p(x)|`` on an interval [l, u], found by a linear program on a fine
+grid: first l = 0.01 and u = 1.02, then l and u are the least and the largest value of the polynomial before (u and 2 % more).
+Together the three take [0.01, 1] to [0.71, 1.29] and multiply small singular values by 75. Rows are brought to one norm
+afterwards, so that only the spread matters. Composing optimal polynomials is from Polar Express (Amsel et al., 2025).
 """
-_LARGE = 2**15
-"""Number of entries from which on bfloat16 is faster than float32, on a CPU that has instructions for it."""
 _TINY = 1e-18
 """A norm below which a direction counts as zero; its square is still a float32."""
 
@@ -139,81 +135,40 @@ def prior_rate(step: int, total_steps: int | None, num_layers: int) -> tuple[flo
     return alpha * num_layers**-0.5 * (1.0 - progress) ** 2, 2.0 / (alpha * horizon)
 
 
-def orthogonalise(x: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to ``x``, approximately.
+def row_mixers(gram: Tensor, lengths: Tensor) -> Tensor:
+    """What to multiply the rows of blocks by from the left, so that they are nearly orthogonal and have given lengths.
 
-    Singular values from 0.01 to 1, relative to the fourth root of the sum of the fourth powers of all, go to 0.71 to 1.29.
-    Zero matrices give zeros, with zero derivatives. Where the CPU multiplies in bfloat16 natively, large matrices are
-    multiplied so.
+    Rows are brought to one norm; then the singular values of the block, from 0.01 to 1 relative to the fourth root of the sum
+    of the fourth powers of all, go to 0.71 to 1.29; then every row gets its length. Rows of zeros stay so, with zero derivatives.
 
     Args:
-        x: ``[..., rows, columns]``, float32 or float64.
+        gram: Inner products of the rows of every block, ``[*runs, blocks, k, k]``, float32 or float64.
+        lengths: Length of the rows of every block, ``[*runs, blocks]``.
 
-    Cost, in products of n x n with n x m, n the shorter and m the longer side: 6 and 3 of n x n; of large ones with m more
-    than twice n, 2 and 9 of n x n, or in bfloat16 4 and 6.
+    Returns:
+        ``[*runs, blocks, k, k]``. However long rows are, it costs ten products of k x k.
     """
-    dtype, is_tall = _product_dtype(x), x.shape[-2] > x.shape[-1]
-    wide = x.mT if is_tall else x
-    y = wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:])
-    # First by the norm, so that squares of small entries do not vanish, then by the norm of the Gram matrix, whose root is
-    # at least the largest singular value.
-    y = (y / _threshold(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True))).to(dtype)
-    if dtype == torch.bfloat16:
-        y = y.contiguous()  # Products of transposed ones are less exact.
-    gram = torch.bmm(y, y.mT)
-    norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(_TINY)
-    gram, y = gram / norm, y * norm.rsqrt()
-    # Products of Gram matrices are the cheaper ones where rows are long; between small matrices the fewest products are.
-    # Rounded to bfloat16, small eigenvalues of a Gram matrix can become negative; a second iteration bears that, a third
-    # does not.
-    num_composed = 1
-    if y.shape[-1] > 2 * y.shape[-2] and y[0].numel() >= _LARGE:
-        num_composed = 2 if dtype == torch.bfloat16 else 3
-    if num_composed > 1:
-        y = torch.bmm(_composed(_ITERATIONS[:num_composed], gram), y)
-    for index, (a, b, c) in enumerate(_ITERATIONS if num_composed == 1 else _ITERATIONS[num_composed:]):
-        if index or num_composed > 1:
-            gram = torch.bmm(y, y.mT)
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    y = y.to(x.dtype).reshape(wide.shape)
-    return y.mT if is_tall else y
+    inverse_norms = _threshold(gram.diagonal(dim1=-2, dim2=-1), _TINY**2).rsqrt()
+    cosines = gram * (inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2))
+    cosines = cosines.reshape(-1, *gram.shape[-2:])
+    norms = torch.linalg.vector_norm(cosines, dim=(-2, -1), keepdim=True)
+    power = cosines / norms.clamp_min(0.5)  # norms are at least 1 but for zeros
+    mixers = None
+    for index, (a, b, c) in enumerate(_ITERATIONS):
+        factor = torch.baddbmm(power, power, power, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        mixers = factor if mixers is None else torch.bmm(factor, mixers)
+        if index + 1 < len(_ITERATIONS):
+            power = torch.bmm(torch.bmm(factor, power), factor)
+    assert mixers is not None
+    squares = torch.linalg.vecdot(torch.bmm(mixers, cosines), mixers).reshape(inverse_norms.shape)
+    scales = _threshold(squares, _TINY).rsqrt() * lengths.unsqueeze(-1).to(gram.dtype)
+    return mixers.reshape(gram.shape) * (scales.unsqueeze(-1) * inverse_norms.unsqueeze(-2))
 
 
-def _threshold(norm: Tensor) -> Tensor:
+def _threshold(norm: Tensor, least: float = _TINY) -> Tensor:
     """What to divide by to get zeros, with zero derivatives, where a norm vanishes."""
-    return F.threshold(norm, _TINY, math.inf)
-
-
-def _composed(iterations: Sequence[tuple[float, float, float]], gram: Tensor) -> Tensor:
-    """What the iterations together multiply x by: each iterate is a polynomial of the Gram matrix times x."""
-    factor = product = _factor(iterations[0], gram)
-    for coefficients in iterations[1:]:
-        gram = torch.bmm(torch.bmm(factor, gram), factor)
-        factor = _factor(coefficients, gram)
-        product = torch.bmm(factor, product)
-    return product
-
-
-def _factor(coefficients: tuple[float, float, float], gram: Tensor) -> Tensor:
-    a, b, c = coefficients
-    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    factor.diagonal(dim1=-2, dim2=-1).add_(a)
-    return factor
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which to multiply matrices ``x``."""
-    is_large = math.prod(x.shape[-2:]) >= _LARGE
-    if x.dtype == torch.float32 and x.device.type == "cpu" and is_large and _has_bfloat16():
-        return torch.bfloat16
-    return x.dtype
-
-
-@functools.cache
-def _has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 natively, as far as torch can tell."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.threshold(norm, least, math.inf)
 
 
 class Factors(NamedTuple):
@@ -236,7 +191,6 @@ def update(
     step: int,
     hyper: Hyper,
     layout: Layout,
-    orthogonalises: bool = True,
 ) -> tuple[dict[str, Tensor], UpdateState]:
     """One step: maybe ask the meta-optimizer, maybe teleport, then the momentum step.
 
@@ -248,7 +202,6 @@ def update(
         step: Steps taken so far.
         hyper: What the user set.
         layout: Shapes, roles and symmetries of the parameters.
-        orthogonalises: Whether steps of matrices are orthogonalised.
 
     Returns:
         New parameters and state; the arguments are unchanged.
@@ -263,7 +216,7 @@ def update(
         params, grads, momenta, _ = teleport(params, grads, momenta, controls, layout)
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
     averages = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
-    steps = descend(averages, factors, layout, orthogonalises)
+    steps = descend(averages, factors, layout)
     new_params = {}
     for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
         shrink = shrink.reshape([*shrink.shape, *[1] * len(layout.shapes[name])])
@@ -433,53 +386,82 @@ def averaged(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What one tensor moves by: a direction times a scale. Of large tensors they are multiplied only when they are applied."""
+    """What one tensor moves by. That of a large one is multiplied only when it is applied."""
 
-    direction: Tensor
-    """``[*runs, *shape]``."""
-    scale: Tensor | None
-    """Broadcasts to the direction: one number for each row of a matrix, or for all of a vector; None for 1."""
+    move: Tensor
+    """``[*runs, *shape]``, or blocks of rows ``[*runs, blocks, k, columns]``."""
+    left: Tensor | None = None
+    """``[*runs, blocks, k, k]``: what the blocks are to be multiplied by from the left; None for nothing."""
+
+    def product(self) -> Tensor:
+        """The step, of the shape of ``move``."""
+        if self.left is None:
+            return self.move
+        return self.left * self.move if self.left.shape[-1] == 1 else torch.matmul(self.left, self.move)
 
     def taken_from(self, params: Tensor) -> Tensor:
-        """``params - direction * scale``."""
-        if self.scale is None:
-            return params - self.direction
-        return torch.addcmul(params, self.direction, self.scale.to(params.dtype), value=-1.0)
+        """``params``, ``[*runs, *shape]``, less the step."""
+        return params - self.product().reshape(params.shape)
+
+    def take_from_(self, params: Tensor) -> None:
+        """:meth:`taken_from` in place, without axes of runs."""
+        if self.left is None or not params.is_contiguous():
+            params.sub_(self.product().view(params.shape))
+        elif self.left.shape[-1] == 1:
+            params.view(self.move.shape).addcmul_(self.left, self.move, value=-1.0)
+        else:
+            params.view(self.move.shape).baddbmm_(self.left, self.move, alpha=-1.0)
 
 
-def descend(
-    momenta: Mapping[str, Tensor], factors: Factors, layout: Layout, orthogonalises: bool = True
-) -> dict[str, Step]:
+def descend(momenta: Mapping[str, Tensor], factors: Factors, layout: Layout) -> dict[str, Step]:
     """What to take from the parameters, once they are multiplied by ``factors.shrinks``, under given gradient averages.
 
     Args:
         momenta: Gradient averages, this step's gradients included.
-        factors, layout, orthogonalises: As for :func:`update`.
+        factors, layout: As for :func:`update`.
 
     Returns:
         Steps in float32, or in float64 where momenta are.
     """
-    run_axes = factors.beta.dim()
-    lengths = factors.lengths.index_select(-1, layout.table(factors.lengths).order)
+    run_axes, table = factors.beta.dim(), layout.table(factors.lengths)
+    groups = [
+        (group, group.blocks_of(view))
+        for bucket in layout.buckets
+        for group, view in zip(bucket.groups, bucket.views(bucket.gather(momenta, run_axes)))
+    ]
     steps: dict[str, Step] = {}
-    first = 0
-    for bucket in layout.buckets:
-        is_alone = len(bucket.names) == 1
-        for group, direction in zip(bucket.groups, bucket.views(bucket.gather(momenta, run_axes))):
-            if group.is_matrix and orthogonalises:
-                direction = orthogonalise(direction)
-            norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-            length = lengths.narrow(-1, first, len(group.rows)).to(norm.dtype)
-            scale = length.reshape([*length.shape, *[1] * len(group.entries)]) / _threshold(norm)
-            first += len(group.rows)
-            names = [layout.names[row] for row in group.rows]
-            if is_alone:
-                runs, name = direction.shape[:run_axes], names[0]
-                scale = scale.reshape([*runs, *layout.scale_shapes[name]])
-                steps[name] = Step(direction.reshape([*runs, *layout.shapes[name]]), scale)
+    for are_mixed, order in ((False, table.single_rows), (True, table.mixed_rows)):
+        chosen = [(group, blocks) for group, blocks in groups if group.is_mixed == are_mixed]
+        if not chosen:
+            continue
+        lengths = factors.lengths.index_select(-1, order)
+        if are_mixed:
+            most = max(group.block_size for group, _ in chosen)
+            left = row_mixers(_joined([_padded(torch.matmul(b, b.mT), most) for _, b in chosen]), lengths)
+        else:
+            norms = _joined([torch.linalg.vector_norm(b, dim=-1, keepdim=True) for _, b in chosen])
+            left = lengths[..., None, None].to(norms.dtype) / _threshold(norms)
+        parts = torch.split(left, [blocks.shape[-3] for _, blocks in chosen], dim=-3)
+        for (group, blocks), part in zip(chosen, parts):
+            if group.block_size < part.shape[-1]:
+                part = part[..., : group.block_size, : group.block_size]
+            step = Step(blocks, part.to(blocks.dtype))
+            if group.is_large:
+                steps[layout.names[group.rows[0]]] = step
                 continue
-            for name, part in zip(names, (direction * scale).unbind(run_axes)):
+            for row, move in zip(group.rows, group.tensors_of(step.product())):
+                name = layout.names[row]
                 shape = layout.shapes[name]
                 fits = len(shape) == len(group.entries)
-                steps[name] = Step(part if fits else part.reshape([*part.shape[:run_axes], *shape]), None)
+                steps[name] = Step(move if fits else move.reshape([*move.shape[:run_axes], *shape]))
     return steps
+
+
+def _padded(squares: Tensor, size: int) -> Tensor:
+    """Square matrices with zeros around them."""
+    missing = size - squares.shape[-1]
+    return F.pad(squares, [0, missing, 0, missing]) if missing else squares
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)

@@ -96,12 +96,12 @@ def test_the_card_of_another_checkpoint_will_do(tmp_path: Path) -> None:
     assert read_card(other)["note"] == "a test"
 
 
-@pytest.mark.parametrize("orthogonalises", [True, False])
-def test_whether_steps_are_orthogonalised_is_kept(tmp_path: Path, orthogonalises: bool) -> None:
-    """First steps of matrices that are not orthogonalised are the gradient's, with rows of one length."""
-    saved = MetaOptimizer(4, orthogonalises=orthogonalises)
+@pytest.mark.parametrize("block_rows", [1, 3, 32, 1024])
+def test_how_many_rows_make_a_block_is_kept(tmp_path: Path, block_rows: int) -> None:
+    """First steps of rows in blocks of their own are the gradient's, with rows of one length."""
+    saved = MetaOptimizer(4, block_rows=block_rows)
     path = save_checkpoint(saved, tmp_path / "weights.safetensors")
-    assert load_checkpoint(path).orthogonalises == saved.orthogonalises == orthogonalises
+    assert load_checkpoint(path).block_rows == saved.block_rows == block_rows
     assert read_card(path)["num_parameters"] == sum(param.numel() for param in saved.parameters())
     assert len(list(saved.parameters())) == len(WEIGHTS) - 1
     grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -116,8 +116,23 @@ def test_whether_steps_are_orthogonalised_is_kept(tmp_path: Path, orthogonalises
     lengths = steps[0].norm(dim=1)
     torch.testing.assert_close(lengths, lengths.mean().expand(5))
     cosines = -torch.nn.functional.cosine_similarity(steps[0], grad, dim=1)
-    assert (cosines.min() > 1 - 1e-5) == (not orthogonalises)
+    assert (cosines.min() > 1 - 1e-5) == (block_rows == 1)
     assert cosines.min() > 0.5
+    directions = torch.nn.functional.normalize(steps[0], dim=1)
+    products = (directions @ directions.T).abs() - torch.eye(5)
+    assert products[:3, :3].max() < (0.3 if block_rows > 1 else 1.0)
+    assert (products[3:, :3].max() < 0.3) == (block_rows >= 5)
+
+
+@pytest.mark.parametrize("block_rows", [0, -1])
+def test_blocks_have_a_row(block_rows: int) -> None:
+    with pytest.raises(ValueError, match=f"block_rows must be at least 1, got {block_rows}"):
+        MetaOptimizer(4, block_rows=block_rows)
+
+
+def test_the_shipped_checkpoints_have_the_blocks_that_are_documented() -> None:
+    blocks = {name: load_checkpoint(name).block_rows for name in list_checkpoints()}
+    assert blocks == {"default": 32, "light": 8}
 
 
 WEIGHTS = MetaOptimizer(4).state_dict()
@@ -126,11 +141,17 @@ NUM_BYTES = 4 * sum(value.numel() for value in WEIGHTS.values())
 
 
 def of_the_first_format() -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of format 1, which had six outputs and always orthogonalised."""
-    tensors = {name: value for name, value in WEIGHTS.items() if name != "is_orthogonalising"}
+    """The tensors of a checkpoint of format 1, which had six outputs and always orthogonalised whole matrices."""
+    tensors = {name: value for name, value in WEIGHTS.items() if name != "rows_per_block"}
     readouts = {name: value for name, value in tensors.items() if len(value) == NUM_OUTPUTS}
     assert set(readouts) == {"readout_weight", "skip_weight", "readout_bias"}
     return tensors | {name: torch.cat([value, value[:1]]) for name, value in readouts.items()}
+
+
+def of_the_second_format() -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of format 2, which orthogonalised whole matrices or none."""
+    tensors = {name: value for name, value in WEIGHTS.items() if name != "rows_per_block"}
+    return tensors | {"is_orthogonalising": torch.tensor(1.0)}
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -193,18 +214,33 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: rewrite(path, of_the_first_format(), {"format_version": "1"}),
         "holds the tensors",
     ),
+    "the second format": (
+        lambda path: rewrite(path, of_the_second_format(), {"format_version": "2"}),
+        "holds the tensors.*is_orthogonalising.*another version",
+    ),
     "six outputs": (
         lambda path: rewrite(path, WEIGHTS | of_the_first_format(), {"format_version": "1"}),
         r"\(6,.*another version",
     ),
-    "no flag": (
-        lambda path: rewrite(path, WEIGHTS | {"is_orthogonalising": torch.ones(1)}),
-        r"is_orthogonalising.*\(1,\).*another version",
+    "rows per block are no scalar": (
+        lambda path: rewrite(path, WEIGHTS | {"rows_per_block": torch.ones(1)}),
+        r"rows_per_block.*\(1,\).*another version",
     ),
-    "a flag that is no number": (
-        lambda path: rewrite(path, WEIGHTS | {"is_orthogonalising": torch.tensor(math.nan)}),
-        "is_orthogonalising .* not finite",
+    "rows per block are an integer": (
+        lambda path: rewrite(path, WEIGHTS | {"rows_per_block": torch.tensor(8, dtype=torch.int32)}),
+        r"rows_per_block.*'I32'.*another version",
     ),
+    **{
+        f"{value} rows per block": (
+            lambda path, value=value: rewrite(path, WEIGHTS | {"rows_per_block": torch.tensor(value)}),
+            f"rows_per_block .* {reason}",
+        )
+        for values, reason in (
+            ((math.nan, math.inf, -math.inf), "not finite"),
+            ((0.0, -0.0, -1.0, 0.5, 1.5, 31.999, 1025.0, 2.0**24, 3e38), "expected a whole number from 1 to 1024"),
+        )
+        for value in values
+    },
     "format of the weights is no number": (
         lambda path: rewrite(path, WEIGHTS, {"format_version": "new"}),
         "not a readable safetensors file .*'new'",
@@ -259,6 +295,8 @@ def load_or_refuse(path: Path) -> bool:
         assert value.shape == expected[name].shape
         assert value.dtype == torch.float32
         assert bool(torch.isfinite(value).all())
+    assert loaded.rows_per_block.item() == loaded.block_rows
+    assert 1 <= loaded.block_rows <= 1024
     return True
 
 

@@ -74,11 +74,11 @@ def test_teleports_are_recorded(tmp_path: Path) -> None:
     balancing = MetaOptimizer()
     balancing.readout_bias.data[Controls._fields.index("balance")] = 1.0
     path = save_checkpoint(balancing, tmp_path / "balancing.safetensors")
-    run = run_training(make_network(0, rescaling=2.0), learned(path), demo_data(), steps=22, seed=0)
+    run = run_training(make_network(0, rescaling=2.0), learned(path), demo_data(), steps=TELEPORT_INTERVAL + 2, seed=0)
     assert [step for step, size in enumerate(run.teleport_sizes) if size > 0] == [0, TELEPORT_INTERVAL]
     assert not any(
         run_training(
-            make_network(0), learned(MetaOptimizer(), teleport=False), demo_data(), steps=22, seed=0
+            make_network(0), learned(MetaOptimizer(), teleport=False), demo_data(), steps=TELEPORT_INTERVAL + 2, seed=0
         ).teleport_sizes
     )
 

@@ -29,7 +29,7 @@ from teleport_optim import LearnedTeleportOptimizer, find_symmetries
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 
-NUM_STEPS = 25
+NUM_STEPS = 45
 X = torch.randn(36, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(3, (36,), generator=torch.Generator().manual_seed(1))
 Result = dict[str, Any]

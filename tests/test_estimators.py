@@ -11,16 +11,18 @@ import torch
 from problems import in_float64
 from torch import Tensor
 
+from teleport_optim import update
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES, Config
 from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, Estimator, meta_loss, step_weights
-from teleport_optim.meta_training.rules import VARIANTS, Rule, RuleOptions, make_rule
+from teleport_optim.meta_training.rules import VARIANTS, ControllerRule, Rule, RuleOptions, make_rule
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.meta_training.world import World
 from teleport_optim.streams import stream
 from teleport_optim.tasks import InnerProblem, find_task
-from teleport_optim.update import CONTROL_INTERVAL
 
 HORIZON = 6
+INTERVAL = 10
+"""Steps between two runs of the controller here; over more, the final loss is too rough a function of the weights."""
 CONFIG = Config(
     variant="lr+teleport+momentum",
     tasks=("ellipse",),
@@ -36,7 +38,12 @@ CONFIG = Config(
 
 SMOOTH, TELEPORTING = "teacher_regression", "teacher_classification"
 """Tasks of which two kinds of perceptrons are drawn: of tanh, without a kink anywhere, and of ReLU, which can teleport."""
-DRAWN = {SMOOTH: (0, CONTROL_INTERVAL + 2, " tanh "), TELEPORTING: (24, HORIZON, " relu ")}
+DRAWN = {SMOOTH: (0, INTERVAL + 2, " tanh "), TELEPORTING: (24, HORIZON, " relu ")}
+
+
+@pytest.fixture(autouse=True)
+def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "CONTROL_INTERVAL", INTERVAL)
 
 
 @cache
@@ -55,8 +62,11 @@ def setting(config: Config) -> tuple[Rule, Tensor]:
         config.hidden_size, theta_gradient=config.theta_gradient, teleport_steps=config.teleport_steps
     )
     rule = make_rule(config.variant, options, stream("weights", 0), draw(config.tasks[0]))
-    if config.variant != "controller":  # Its inputs are single precision.
-        rule.network.double()
+    rule.network.double()
+    if isinstance(rule, ControllerRule):  # Its inputs are single precision; its controls need not be.
+        start = rule.network.initial_hidden
+        rule.network.initial_hidden = lambda num_tensors: start(num_tensors).float()  # type: ignore[method-assign]
+        rule.network.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
     flat = rule.flat()
     return rule, flat + 0.2 * torch.randn(flat.shape, generator=stream("theta")).to(flat)
 
@@ -111,7 +121,7 @@ def test_full_length_backpropagation_equals_finite_differences(variant: str, tas
     directions = torch.randn(8, len(theta), generator=stream("directions"), dtype=theta.dtype)
     exact = exact_gradient(config, rule, theta, directions)
     assert exact.abs().max() > 1e-4
-    tolerance = 2e-2 if variant == "controller" else 1e-4
+    tolerance = 1e-3 if variant == "controller" else 1e-4
     torch.testing.assert_close(
         (directions @ gradient).to(exact), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max())
     )

@@ -63,19 +63,19 @@ def test_a_run_in_memory_is_the_same_run(tmp_path: Path) -> None:
     assert [r._replace(seconds=0.0) for r in written.run()] == [r._replace(seconds=0.0) for r in kept.run()]
 
 
-@pytest.mark.parametrize("orthogonalises", [True, False])
-def test_the_best_average_is_exported(tmp_path: Path, orthogonalises: bool) -> None:
-    learner = Learner(replace(TINY, orthogonalises=orthogonalises))
+@pytest.mark.parametrize("block_rows", [32, 8, 1])
+def test_the_best_average_is_exported(tmp_path: Path, block_rows: int) -> None:
+    learner = Learner(replace(TINY, block_rows=block_rows))
     for _ in learner.run():
         pass
     learner.export(tmp_path / "out.safetensors", note="a test")
     loaded = load_checkpoint(tmp_path / "out.safetensors")
     assert torch.equal(torch.cat([param.reshape(-1) for param in loaded.parameters()]), learner.best)
-    assert loaded.orthogonalises == orthogonalises
+    assert loaded.block_rows == block_rows
     card = json.loads((tmp_path / "out.json").read_text())
     assert card["note"] == "a test"
     assert card["meta_training"]["max_horizon"] == TINY.max_horizon
-    assert card["meta_training"]["orthogonalises"] == orthogonalises
+    assert card["meta_training"]["block_rows"] == block_rows
     paper = Learner(replace(TINY, variant="lr", tasks=("ellipse",)))
     with pytest.raises(ValueError, match="variant 'lr' trains a network for test functions"):
         paper.export(tmp_path / "paper.safetensors")

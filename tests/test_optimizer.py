@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, find_symmetries
+from teleport_optim.update import TELEPORT_INTERVAL
 
 OPTIMIZERS: dict[str, Callable[[Iterable[Any]], Optimizer]] = {
-    "ours": lambda params: LearnedTeleportOptimizer(params, total_steps=50),
+    "ours": lambda params: LearnedTeleportOptimizer(params, total_steps=90),
     "ours open-ended": LearnedTeleportOptimizer,
     "AdamW": lambda params: AdamW(params, lr=1e-2),
     "SGD": lambda params: SGD(params, lr=1e-2, momentum=0.9),
@@ -141,7 +142,7 @@ def test_groups_can_be_added_later(make: Callable[..., Optimizer]) -> None:
 
 
 @everyone
-@pytest.mark.parametrize("step", [1, 9, 10, 20, 23])
+@pytest.mark.parametrize("step", [1, 19, 20, 40, 43])
 def test_a_state_dict_continues_bit_for_bit(make: Callable[..., Optimizer], step: int) -> None:
     model = network()
     optimizer = make(model.parameters())
@@ -154,14 +155,16 @@ def test_a_state_dict_continues_bit_for_bit(make: Callable[..., Optimizer], step
     other.load_state_dict(weights)
     resumed = make(other.parameters())
     resumed.load_state_dict(state)
-    assert train(model, optimizer, 20) == train(other, resumed, 20)
+    assert train(model, optimizer, 42) == train(other, resumed, 42)
     for first, second in zip(model.parameters(), other.parameters()):
         assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize(
-    "checkpoint", ["default", MetaOptimizer(4, orthogonalises=False)], ids=["default", "rows normalised"]
+    "checkpoint",
+    ["default", MetaOptimizer(4, block_rows=1), MetaOptimizer(4, block_rows=4)],
+    ids=["default", "rows normalised", "blocks of four rows"],
 )
 def test_copies_continue_bit_for_bit(clone: Callable[[Any], Any], checkpoint: str | MetaOptimizer) -> None:
     model = network()
@@ -169,7 +172,7 @@ def test_copies_continue_bit_for_bit(clone: Callable[[Any], Any], checkpoint: st
     train(model, optimizer, 12)
     other, copied = clone((model, optimizer))
     assert len(copied.spec) == len(optimizer.spec) == 2
-    assert train(model, optimizer, 20) == train(other, copied, 20)
+    assert train(model, optimizer, 40) == train(other, copied, 40)
 
 
 @everyone
@@ -250,7 +253,7 @@ def test_it_teleports_only_with_a_model_and_when_allowed() -> None:
         model = network()
         if options.pop("with_model", True):
             options["model"] = model
-        optimizer = LearnedTeleportOptimizer(model.parameters(), total_steps=40, **options)
+        optimizer = LearnedTeleportOptimizer(model.parameters(), total_steps=60, **options)
         train(model, optimizer, num_steps)
         return optimizer.teleport_size > 0
 
@@ -260,8 +263,9 @@ def test_it_teleports_only_with_a_model_and_when_allowed() -> None:
     assert not teleports(teleport=False, example_inputs=X)
     assert not teleports(with_model=False)
     assert teleports(checkpoint=MetaOptimizer())  # to the balanced point where every run begins
-    assert teleports(21)
-    assert not teleports(21, checkpoint=MetaOptimizer())
+    assert teleports(TELEPORT_INTERVAL + 1)
+    assert not teleports(TELEPORT_INTERVAL)
+    assert not teleports(TELEPORT_INTERVAL + 1, checkpoint=MetaOptimizer())
 
 
 def test_sites_outside_the_parameters_are_dropped_with_a_warning() -> None:
@@ -271,7 +275,7 @@ def test_sites_outside_the_parameters_are_dropped_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="0.bias, 0.weight"):
         train(model, optimizer, 1)
     assert [symmetry.id for symmetry in optimizer.spec] == ["2:scaling"]
-    train(model, optimizer, 21)
+    train(model, optimizer, TELEPORT_INTERVAL + 1)
     with pytest.warns(UserWarning, match="0.bias, 0.weight"):
         optimizer = LearnedTeleportOptimizer(params, model=model, example_inputs=X)
     assert [symmetry.id for symmetry in optimizer.spec] == ["2:scaling"]
@@ -406,15 +410,17 @@ def test_inputs_by_name_are_learned() -> None:
 
 def test_a_model_that_is_never_called_trains_and_warns_once() -> None:
     model = network()
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=60)
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=100)
     with pytest.warns(UserWarning, match=r"the model \(Sequential\) has not been called.*example_inputs") as record:
         before = step_on(optimizer, model.forward(X))
     assert [warning.filename for warning in record] == [__file__]
-    for _ in range(24):
+    for _ in range(TELEPORT_INTERVAL + 4):
         step_on(optimizer, model.forward(X))
         assert optimizer.teleport_size == 0.0
     assert F.cross_entropy(model.forward(X), Y).item() < before
-    train(model, optimizer, 16)  # The last of them is the first one since the call at which it may teleport.
+    train(
+        model, optimizer, TELEPORT_INTERVAL - 4
+    )  # The last of them is the first one since the call at which it may teleport.
     assert len(optimizer.spec) == 2
     assert optimizer.teleport_size > 0
     given = LearnedTeleportOptimizer.for_model(model, total_steps=20, example_inputs=X)
@@ -424,9 +430,9 @@ def test_a_model_that_is_never_called_trains_and_warns_once() -> None:
 
 def test_a_model_whose_way_depends_on_data_trains_without_teleports() -> None:
     model = Branching()
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=30)
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=50)
     before = step_on(optimizer, model(X))
-    for _ in range(24):
+    for _ in range(TELEPORT_INTERVAL + 4):
         step_on(optimizer, model(X))
         assert optimizer.teleport_size == 0.0
     assert F.cross_entropy(model(X), Y).item() < before
@@ -441,10 +447,10 @@ def test_inputs_that_are_given_and_those_that_are_learned_train_alike(
     ends = []
     for options in ({}, {}, {"example_inputs": inputs}, {"example_inputs": (inputs[:2],)}):
         model = seeded(make)
-        optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=45, **options)
+        optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=85, **options)
         assert (len(optimizer.spec) > 0) == ("example_inputs" in options)
         sizes = []
-        for _ in range(45):
+        for _ in range(2 * TELEPORT_INTERVAL + 5):
             step_on(optimizer, model(inputs))
             sizes.append(optimizer.teleport_size)
         assert sum(size > 0 for size in sizes) == 3
@@ -454,16 +460,16 @@ def test_inputs_that_are_given_and_those_that_are_learned_train_alike(
         assert all(torch.equal(value, ends[0][0][name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("step", [1, 20, 23])
+@pytest.mark.parametrize("step", [1, 40, 43])
 def test_a_state_dict_continues_teleports_bit_for_bit(step: int) -> None:
     model, other = network(), network(seed=9)
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=70)
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=130)
     train(model, optimizer, step)
-    resumed = LearnedTeleportOptimizer.for_model(other, total_steps=70)
+    resumed = LearnedTeleportOptimizer.for_model(other, total_steps=130)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     sizes = []
-    for _ in range(40):
+    for _ in range(2 * TELEPORT_INTERVAL):
         assert train(model, optimizer, 1) == train(other, resumed, 1)
         assert resumed.teleport_size == optimizer.teleport_size
         sizes.append(resumed.teleport_size)
@@ -474,9 +480,9 @@ def test_a_state_dict_continues_teleports_bit_for_bit(step: int) -> None:
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_made_before_the_first_step_teleport(clone: Callable[[Any], Any]) -> None:
     model = network()
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=25)
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=45)
     other, copied = clone((model, optimizer))
-    assert train(other, copied, 22) == train(model, optimizer, 22)
+    assert train(other, copied, 42) == train(model, optimizer, 42)
     assert len(copied.spec) == len(optimizer.spec) == 2
     assert all(torch.equal(first, second) for first, second in zip(model.parameters(), other.parameters()))
 

@@ -225,7 +225,7 @@ def test_parameters_without_state_may_get_it_after_loading(make: Make) -> None:
     model, other = network(), network()
     optimizer, resumed = make(model), make(other)
     model[0].weight.requires_grad_(False)
-    train(model, optimizer, 17)
+    train(model, optimizer, 37)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(through_file(optimizer.state_dict()))
     model[0].weight.requires_grad_(True)
@@ -250,11 +250,11 @@ def test_names_are_matched_and_else_the_order(kind: str, order: list[int]) -> No
         groups = by_position([named[index] for index in order])
         if kind in ("model", "unnamed"):
             groups = [{"params": [param for _, param in group["params"]]} for group in groups]
-        return LearnedTeleportOptimizer(groups, model=model if kind == "model" else None, total_steps=40)
+        return LearnedTeleportOptimizer(groups, model=model if kind == "model" else None, total_steps=60)
 
     model, other = network(), network()
     optimizer = make(model, list(range(6)))
-    train(model, optimizer, 17)
+    train(model, optimizer, 37)
     saved = through_file(optimizer.state_dict())
     other.load_state_dict(model.state_dict())
     if kind in ("unnamed", "prefixed"):
@@ -442,7 +442,7 @@ def test_states_with_six_outputs_load_without_the_third(is_flat: bool) -> None:
 
     model = network()
     optimizer = horizon(model)
-    train(model, optimizer, 13)
+    train(model, optimizer, 33)
     saved = through_file(optimizer.state_dict())
     if is_flat:
         names = saved["param_groups"][0]["param_names"]
@@ -717,7 +717,7 @@ def test_distributed_checkpoints_restore_everything(
     options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
     model, other = network(), network(seed=9)
     optimizer, resumed = make(model), make(other)
-    train(model, optimizer, 13)
+    train(model, optimizer, 33)
     if not isinstance(optimizer, AdamW):
         model[0].weight.grad.fill_(math.nan)  # type: ignore[union-attr]
         with pytest.warns(UserWarning, match="a step is skipped"):
@@ -823,10 +823,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(what: str) -> None:
     change, message = REFUSED[what]
     model, other = network(), network()
     optimizer, control = (
-        LearnedTeleportOptimizer(position_groups(own), model=own, total_steps=40, guard=True) for own in (model, other)
+        LearnedTeleportOptimizer(position_groups(own), model=own, total_steps=60, guard=True) for own in (model, other)
     )
-    train(model, optimizer, 17)
-    train(other, control, 17)
+    train(model, optimizer, 37)
+    train(other, control, 37)
     source = network(seed=5)
     saved_optimizer = LearnedTeleportOptimizer(position_groups(source), model=source, total_steps=60)
     train(source, saved_optimizer, 3)
@@ -952,7 +952,7 @@ def fuzzed() -> tuple[list[tuple[nn.Module, LearnedTeleportOptimizer]], list[dic
         model, other = network(), network(seed=4)
         optimizer, target = make(model), make(other)
         assert isinstance(target, LearnedTeleportOptimizer)
-        train(model, optimizer, 19)  # The two steps after loading are one without anything and one with all there is.
+        train(model, optimizer, 39)  # The two steps after loading are one without anything and one with all there is.
         train(other, target, 3)
         pairs.append((other, target))
         saved.append(copy.deepcopy(optimizer.state_dict()))
@@ -961,7 +961,7 @@ def fuzzed() -> tuple[list[tuple[nn.Module, LearnedTeleportOptimizer]], list[dic
 
 
 def make_plain(model: nn.Module) -> Optimizer:
-    return LearnedTeleportOptimizer(model.parameters(), total_steps=40, teleport=False)
+    return LearnedTeleportOptimizer(model.parameters(), total_steps=60, teleport=False)
 
 
 @pytest.mark.slow

@@ -381,7 +381,7 @@ def test_one_group_or_many(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
     for is_split in (False, True):
         params = make_params(info)
         optimizer = make(info, [{"params": [param]} for param in params] if is_split else params, kwargs)
-        for step in range(12):
+        for step in range(22):
             take_steps(optimizer, params, 1, step)
             for param in params:
                 tracker.pop_check_set(param, CHECK) if is_split else tracker.add(param)
@@ -488,7 +488,7 @@ def test_tensor_lr(info: OptimizerInfo, kwargs: dict[str, Any], num_axes: int) -
         params = make_params(info)
         optimizer = make(info, params, {**kwargs, "lr": own})
         scheduler = schedulers.LinearLR(optimizer, start_factor=0.5, total_iters=4)
-        for step in range(12):
+        for step in range(22):
             take_steps(optimizer, params, 1, step)
             scheduler.step()
         ends.append(values(params))
@@ -648,7 +648,7 @@ def test_compiled_steps_match(info: OptimizerInfo, kind: str) -> None:
         params = make_params(info)
         optimizer = make(info, params, {"lr": torch.tensor(0.1)} if kind == "Tensor lr" else {})
         step = torch.compile(optimizer.step, backend="eager") if is_compiled else optimizer.step
-        for index in range(12):
+        for index in range(22):
             for seed, param in enumerate(params):
                 param.grad = random(param.shape, 10 * index + seed)
             step()
@@ -670,7 +670,7 @@ def test_state_dict_deterministic(info: OptimizerInfo, kwargs: dict[str, Any]) -
     other.load_state_dict(given)
     assert_identical(given, state)
     assert_same_state(other, state)
-    for step in range(7, 13):
+    for step in range(7, 23):
         take_steps(optimizer, params, 1, step)
         take_steps(other, others, 1, step)
         assert_identical(values(others), values(params))

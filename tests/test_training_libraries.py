@@ -73,7 +73,7 @@ def teleport_size(optimizer: Optimizer) -> float:
 
 
 def assert_teleports(make: Make, sizes: list[float]) -> None:
-    """The learned optimizer teleports in its first step and in every twentieth from there, AdamW never."""
+    """The learned optimizer teleports in its first step and in every fortieth from there, AdamW never."""
     assert [step for step, size in enumerate(sizes) if size > 0] == (
         list(range(0, len(sizes), TELEPORT_INTERVAL)) if make is ours else []
     )

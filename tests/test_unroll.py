@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import Window, advance, begin
 from teleport_optim.streams import stream
@@ -22,8 +23,8 @@ from teleport_optim.update import CONTROL_INTERVAL
 BATCHES = partial(stream, "batch")
 
 
-def new_rule(num_candidates: int, *, orthogonalises: bool = True) -> tuple[ControllerRule, Tensor]:
-    rule = ControllerRule(RuleOptions(hidden_size=3, orthogonalises=orthogonalises), stream("weights"))
+def new_rule(num_candidates: int, *, block_rows: int = BLOCK_ROWS) -> tuple[ControllerRule, Tensor]:
+    rule = ControllerRule(RuleOptions(hidden_size=3, block_rows=block_rows), stream("weights"))
     return rule, 0.2 * torch.randn(num_candidates, len(rule.flat()), generator=stream("candidates"))
 
 
@@ -71,12 +72,13 @@ def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
     assert_unroll_is_the_optimizer(problem, problem.horizon, *new_rule(2))
 
 
-def test_the_unroll_without_orthogonalisation_is_the_optimizer_run_by_run() -> None:
+@pytest.mark.parametrize("block_rows", [1, 5])
+def test_the_unroll_with_other_blocks_is_the_optimizer_run_by_run(block_rows: int) -> None:
     problem = draw("digits_mlp")
-    rule, candidates = new_rule(2, orthogonalises=False)
+    rule, candidates = new_rule(2, block_rows=block_rows)
     assert_unroll_is_the_optimizer(problem, problem.horizon, rule, candidates)
-    usual, cheap = (train(each, candidates, problem, 5).losses for each in (new_rule(2)[0], rule))
-    assert not torch.allclose(usual, cheap, rtol=1e-3)
+    usual, other = (train(each, candidates, problem, 5).losses for each in (new_rule(2)[0], rule))
+    assert not torch.allclose(usual, other, rtol=1e-3)
 
 
 def test_a_horizon_that_is_not_known_is_not_told() -> None:

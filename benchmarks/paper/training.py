@@ -82,7 +82,7 @@ _MORE_SETTINGS = (
 
 def rule_of(config: Config, problem: InnerProblem) -> Rule:
     """The rule that a configuration trains, with its initial weights."""
-    options = RuleOptions(config.hidden_size, config.orthogonalises, config.theta_gradient, config.teleport_steps)
+    options = RuleOptions(config.hidden_size, config.block_rows, config.theta_gradient, config.teleport_steps)
     return make_rule(config.variant, options, stream("weights", config.seed), problem)
 
 

@@ -209,7 +209,7 @@ def _without_memory(checkpoint: str | Path) -> Recipe:
 
 def _without_orthogonalisation(checkpoint: str | Path) -> Recipe:
     meta_optimizer = load_checkpoint(checkpoint)
-    meta_optimizer.is_orthogonalising.zero_()
+    meta_optimizer.rows_per_block.fill_(1.0)
     return learned(meta_optimizer)
 
 

@@ -18,7 +18,7 @@ __all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "minibatch", "no
 
 _MAX_MEASURED = 512
 """Most examples on which a loss is measured during a run."""
-_PHASES = 20
+_PHASES = 40
 """Steps after which what an optimizer does repeats itself, as far as timing goes."""
 
 
@@ -95,7 +95,7 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int)
 def milliseconds_per_step(task: EvaluationTask, recipes: Mapping[str, Recipe], repeats: int = 5) -> dict[str, float]:
     """Time of a whole training step (forward, backward, optimizer) under every recipe, which take turns step by step.
 
-    The mean over the steps of a period of twenty of their medians over ``repeats`` periods, so that what is done every few steps
+    The mean over the steps of a period of forty of their medians over ``repeats`` periods, so that what is done every few steps
     counts, and what a busy machine does in between does not.
     """
     data = task.make_data()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.rules import VARIANTS
 from teleport_optim.tasks import NETWORK_TASKS, find_task
 
@@ -78,8 +79,8 @@ class Config:
     averaging: float = 0.98
     """Decay of the average of the weights, which is what is validated and kept."""
     hidden_size: int = 12
-    orthogonalises: bool = True
-    """Whether the controller steers orthogonalised steps, or cheaper ones with normalised rows."""
+    block_rows: int = BLOCK_ROWS
+    """Number of rows of a matrix that the steps which the controller steers make orthogonal to each other."""
     theta_gradient: bool = False
     """Give the paper's variants the derivative of the squared gradient norm along the orbit as an input."""
     teleport_steps: tuple[int, ...] = ()
@@ -100,6 +101,7 @@ class Config:
             "min_horizon",
             "truncation",
             "hidden_size",
+            "block_rows",
         )
         for name in positive:
             if getattr(self, name) < 1:

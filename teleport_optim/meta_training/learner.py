@@ -71,7 +71,7 @@ class Learner:
         self.world = world or World()
         self.run_dir = Path(config.run_dir) if config.run_dir else None
         samples = [self._sample(task, "train", "check", index) for index, task in enumerate(config.tasks)]
-        options = RuleOptions(config.hidden_size, config.orthogonalises, config.theta_gradient, config.teleport_steps)
+        options = RuleOptions(config.hidden_size, config.block_rows, config.theta_gradient, config.teleport_steps)
         self.rule = make_rule(config.variant, options, stream("weights", config.seed), samples[0])
         for task, problem in zip(config.tasks, samples):
             self.rule.check(problem)

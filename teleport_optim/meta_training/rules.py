@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.tasks.problem import InnerProblem, Orbit
 from teleport_optim.update import Hyper, UpdateState, update
@@ -26,13 +27,13 @@ class RuleOptions(NamedTuple):
 
     Attributes:
         hidden_size: Width of the network.
-        orthogonalises: Whether the controller steers orthogonalised steps.
+        block_rows: Number of rows that the steps which the controller steers make orthogonal to each other.
         theta_gradient: Give the paper's variants the derivative of the squared gradient norm along the orbit as an input.
         teleport_steps: The set Z of steps after which the paper's variants teleport; empty for every step.
     """
 
     hidden_size: int = 12
-    orthogonalises: bool = True
+    block_rows: int = BLOCK_ROWS
     theta_gradient: bool = False
     teleport_steps: tuple[int, ...] = ()
 
@@ -115,10 +116,7 @@ class ControllerRule(Rule):
     """
 
     def __init__(self, options: RuleOptions, generator: torch.Generator) -> None:
-        self.network: MetaOptimizer = MetaOptimizer(
-            options.hidden_size, generator, orthogonalises=options.orthogonalises
-        )
-        self._orthogonalises = options.orthogonalises
+        self.network: MetaOptimizer = MetaOptimizer(options.hidden_size, generator, block_rows=options.block_rows)
 
     def check(self, problem: InnerProblem) -> None:
         """Every problem can be trained."""
@@ -142,7 +140,7 @@ class ControllerRule(Rule):
         def controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             return functional_call(self.network, weights, (features, hidden))  # type: ignore[no-any-return]
 
-        layout = problem.layout
+        layout = problem.layout.with_blocks_of(self.network.block_rows)
         hyper = Hyper.default(len(layout.names), problem.horizon if problem.knows_horizon else None)
         return update(
             controller,
@@ -152,7 +150,6 @@ class ControllerRule(Rule):
             step=step,
             hyper=hyper,
             layout=layout,
-            orthogonalises=self._orthogonalises,
         )
 
     def labels(self) -> list[str]:
