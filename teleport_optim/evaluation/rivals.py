@@ -27,7 +27,7 @@ REFERENCE = "AdamW cosine, tuned"
 """What others are measured against."""
 OURS = "learned, untuned"
 LIGHT = "light, untuned"
-"""The shipped checkpoint that does not orthogonalise."""
+"""The shipped checkpoint of the cheapest steps."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,9 @@ def _without_memory(checkpoint: str | Path) -> Recipe:
     return learned(meta_optimizer)
 
 
-def _without_orthogonalisation(checkpoint: str | Path) -> Recipe:
+def _with_blocks_of(checkpoint: str | Path, rows: int) -> Recipe:
     meta_optimizer = load_checkpoint(checkpoint)
-    meta_optimizer.rows_per_block.fill_(1.0)
+    meta_optimizer.rows_per_block.fill_(float(rows))
     return learned(meta_optimizer)
 
 
@@ -269,7 +269,8 @@ ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
     "rate fixed": partial(_holding, rate=0.0),
     "momentum fixed": partial(_holding, momentum=0.0),
     "decay fixed": partial(_holding, decay=0.0),
-    "rows normalised, not orthogonalised": _without_orthogonalisation,
+    "rows normalised, not orthogonalised": partial(_with_blocks_of, rows=1),
+    "whole matrices orthogonalised": partial(_with_blocks_of, rows=2**20),
     "linear controller (LSTM cut off)": _without_memory,
     "rule with teleports, nothing else learned": partial(_holding, rate=0.0, momentum=0.0, decay=0.0),
 }
