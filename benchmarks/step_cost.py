@@ -4,7 +4,7 @@ python -m benchmarks.step_cost [--network NAME] [--threads 1] [--plot FILE.png]
 
 The mean over twenty steps (four for large networks, where none of them asks the meta-optimizer) after a first one that is
 not counted. Parameters are given without their model, so that nothing teleports. "rows only" is a step that does not
-orthogonalise: what ours costs outside the orthogonalisation, and what the checkpoint "light" costs. The limit is the time
+orthogonalise: what ours costs outside the orthogonalisation. The limit is the time
 of copying as many bytes as must be read (parameters, gradients, momenta) and written (parameters, momenta).
 """
 
@@ -105,6 +105,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Stateful]] = {
     "AdamW default": AdamW,
     "Muon + AdamW": _MuonAndAdamW,
     "ours, rows only": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer(block_rows=1)),
+    "ours, light": lambda params: LearnedTeleportOptimizer(params, checkpoint="light"),
     "ours": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer()),
 }
 
