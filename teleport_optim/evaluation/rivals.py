@@ -266,12 +266,9 @@ ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
     "random teleports": _random_teleports,
     "weights balanced in closed form": partial(_holding, balance=20.0, gradient_balance=0.0),
     "horizon unknown": partial(learned, horizon=False),
-    "rate fixed": partial(_holding, rate=0.0),
-    "momentum fixed": partial(_holding, momentum=0.0),
-    "decay fixed": partial(_holding, decay=0.0),
     "rows normalised, not orthogonalised": partial(_with_blocks_of, rows=1),
     "whole matrices orthogonalised": partial(_with_blocks_of, rows=2**20),
     "linear controller (LSTM cut off)": _without_memory,
-    "rule with teleports, nothing else learned": partial(_holding, rate=0.0, momentum=0.0, decay=0.0),
+    "rate, momentum and decay of the rule": partial(_holding, rate=0.0, momentum=0.0, decay=0.0),
 }
 """The learned optimizer with one part taken away, by name: a checkpoint to a recipe."""
