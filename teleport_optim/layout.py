@@ -17,7 +17,7 @@ from teleport_optim.symmetry.spec import SymmetrySpec
 __all__ = ["Bucket", "Group", "Layout", "Table", "embedding_names", "in_full_precision", "matrix_shape"]
 
 NUM_STATIC_FEATURES = 9
-BLOCK_ROWS = 32
+BLOCK_ROWS = 64
 """Number of rows of a matrix that are made orthogonal to each other, unless a checkpoint says otherwise."""
 _MAX_GROUPED = 2**15
 """Most entries of a tensor that is updated together with others of its shape."""

@@ -71,7 +71,7 @@ class MetaOptimizer(nn.Module):
         hidden_size: Width of the LSTM, at least 1.
         generator: Draws the initial weights; a generator seeded with 0 by default.
         block_rows: Number of rows of a matrix whose steps are made orthogonal to each other. More cost more, and are worth
-            more up to about 32; 1 leaves rows of unit norm.
+            more; 1 leaves rows of unit norm.
 
     Raises:
         ValueError: if ``hidden_size`` or ``block_rows`` is not positive.

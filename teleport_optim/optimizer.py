@@ -138,7 +138,7 @@ class LearnedTeleportOptimizer(Optimizer):
         &\text{every 40 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
         &m \leftarrow \beta m + (1 - \beta) g \\
-        &d = \text{rows of } m \text{, orthogonalised 32 at a time, of unit norm, for matrices, }
+        &d = \text{rows of } m \text{, orthogonalised 64 at a time, of unit norm, for matrices, }
             m / \lVert m \rVert \text{ for vectors} \\
         &\theta \leftarrow (1 - \gamma a \rho \omega \lambda)\, \theta - \gamma a \rho\, c\, d
         \end{aligned}

@@ -5,7 +5,7 @@ may have leading axes of runs, ``[*runs, ...]``: none in the optimizer, one in t
 prior it is a rule without anything learned in it ("rule H"):
 
     m <- beta m + (1 - beta) g          beta = 0.65
-    matrices:   O = rows of m, orthogonalised 32 at a time, of unit norm;   p <- (1 - a w) p - a O
+    matrices:   O = rows of m, orthogonalised 64 at a time, of unit norm;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
     a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)^2, and 4 times that for a model of one matrix
     w   so that the decay of a whole run is about 2/3 / sqrt(layers)

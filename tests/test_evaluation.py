@@ -37,6 +37,10 @@ def perceptron() -> nn.Module:
     )
 
 
+def wide_perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 80), nn.ReLU(), nn.Linear(80, 3))
+
+
 TASK = EvaluationTask("blobs", "a small perceptron", seeded(perceptron), blobs, batch_size=20, steps=40)
 
 
@@ -139,7 +143,8 @@ def test_kernels_are_matrices_to_muon_and_the_head_is_adamws() -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_changes_something(name: str) -> None:
-    full, part = (run_training(TASK, recipe, steps=25, seed=0) for recipe in (learned(), ABLATIONS[name]("default")))
+    task = dataclasses.replace(TASK, make_model=seeded(wide_perceptron))
+    full, part = (run_training(task, recipe, steps=50, seed=0) for recipe in (learned(), ABLATIONS[name]("default")))
     assert part.losses != full.losses
     assert part.losses[-1] < part.losses[0]
 

@@ -143,9 +143,11 @@ def test_the_guard_takes_safe_steps_while_batches_are_bad(with_loss: bool) -> No
                 optimizer.step()
         moved[guard] = math.sqrt(sum(float((model.state_dict()[key] - start[key]).square().sum()) for key in start))
         assert optimizer.stats().num_guarded_steps == (10 if guard else 0)
-        train(model, optimizer, 60)
+        train(model, optimizer, 110)
         assert optimizer.stats().num_guarded_steps >= (20 if guard else 0)
-        assert F.cross_entropy(model(X), Y).item() < 0.5
+        assert F.cross_entropy(model(X), Y).item() < (
+            0.1 if guard else 1.0
+        )  # Units may have died where none was on guard.
     assert moved[True] < 0.3 * moved[False]
 
 

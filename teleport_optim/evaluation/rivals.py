@@ -269,6 +269,5 @@ ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
     "rows normalised, not orthogonalised": partial(_with_blocks_of, rows=1),
     "whole matrices orthogonalised": partial(_with_blocks_of, rows=2**20),
     "linear controller (LSTM cut off)": _without_memory,
-    "rate, momentum and decay of the rule": partial(_holding, rate=0.0, momentum=0.0, decay=0.0),
 }
 """The learned optimizer with one part taken away, by name: a checkpoint to a recipe."""
