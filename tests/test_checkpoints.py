@@ -132,7 +132,7 @@ def test_blocks_have_a_row(block_rows: int) -> None:
 
 def test_the_shipped_checkpoints_have_the_blocks_that_are_documented() -> None:
     blocks = {name: load_checkpoint(name).block_rows for name in list_checkpoints()}
-    assert blocks == {"default": 32, "light": 8}
+    assert blocks == {"default": 64, "light": 8}
 
 
 WEIGHTS = MetaOptimizer(4).state_dict()
