@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
-from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, OptimizerStateError
 
 SAMPLE = Path(__file__).parent / "samples" / "optimizer_state_0.1.pt"
 ROWS = ("hidden", "outputs", "log_grad_rms")
@@ -58,12 +58,21 @@ def horizon(model: nn.Module) -> Optimizer:
     return LearnedTeleportOptimizer.for_model(model, total_steps=200)
 
 
+def all_learned(model: nn.Module) -> Optimizer:
+    """Every output of the meta-optimizer has a say, where the default one moves none but the teleports."""
+    meta_optimizer, generator = MetaOptimizer(), torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(meta_optimizer.readout_weight, std=0.5, generator=generator)
+    torch.nn.init.normal_(meta_optimizer.skip_weight, std=0.1, generator=generator)
+    return LearnedTeleportOptimizer.for_model(model, total_steps=200, checkpoint=meta_optimizer)
+
+
 def adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.named_parameters(), lr=1e-2)
 
 
 MAKERS: dict[str, Make] = {
     "horizon": horizon,
+    "all learned": all_learned,
     "open-ended": LearnedTeleportOptimizer.for_model,
     "guarded": lambda model: LearnedTeleportOptimizer.for_model(model, guard=True),
     "two groups": lambda model: LearnedTeleportOptimizer(two_groups(model), model=model, total_steps=200),
@@ -197,8 +206,8 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["nothing", "exp_avg", *ROWS, "num_steps", "guard", "scheduler"])
 def test_whatever_is_lost_is_missed(lost: str) -> None:
-    """The control of the tests above: every part of the state matters."""
-    case, start = ("guarded", 50) if lost == "guard" else ("horizon", 48)
+    """The control of the tests above: every part of the state matters, up to the control and teleport of step 80 at the latest."""
+    case, start = ("guarded", 50) if lost == "guard" else ("all learned", 48)
     run = Run.of(case)
     run.train(0, start)
     saved = through_file(run.state())
@@ -214,8 +223,8 @@ def test_whatever_is_lost_is_missed(lost: str) -> None:
             slots[lost] = torch.zeros_like(slots[lost])
     resumed = Run.of(case, seed=9)
     resumed.load(saved)
-    run.train(start, 62)
-    resumed.train(start, 62)
+    run.train(start, 84)
+    resumed.train(start, 84)
     assert same(run.model.state_dict(), resumed.model.state_dict()) == (lost == "nothing")
 
 
@@ -401,7 +410,7 @@ def test_a_sample_of_version_0_1_is_loaded_and_trains_on() -> None:
         change(saved)
         model = network(seed=9)
         model.load_state_dict(sample["model"])
-        optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=40)
+        optimizer = all_learned(model)
         optimizer.load_state_dict(saved)
         stats = optimizer.stats()
         assert (stats.num_steps, stats.num_skipped_steps, stats.num_guarded_steps) == (13, 0, 0)
