@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teleport_optim.symmetry.spec import SymmetrySpec
 
-__all__ = ["Bucket", "Group", "Layout", "Table", "embedding_names", "in_full_precision", "matrix_shape"]
+__all__ = ["Block", "Bucket", "Group", "Layout", "Table", "embedding_names", "in_full_precision", "matrix_shape"]
 
 NUM_STATIC_FEATURES = 9
 BLOCK_ROWS = 64
@@ -135,6 +135,25 @@ class Group(NamedTuple):
         return padded.narrow(-2, 0, self.entries[0]).unbind(-3)
 
 
+class Block(NamedTuple):
+    """Rows of a tensor that are updated as one; a vector is one row."""
+
+    tensor: int
+    """Row of the tensor in the layout."""
+    offset: int
+    """First entry of the block in the tensor."""
+    rows: int
+    columns: int
+    is_mixed: bool
+    """Whether the rows are made orthogonal to each other, or every row is for itself."""
+
+    @property
+    def work(self) -> int:
+        """About how many multiplications its update takes."""
+        size = self.rows * self.columns
+        return 10 * self.rows**3 + 2 * self.rows * size if self.is_mixed else 4 * size
+
+
 class Bucket(NamedTuple):
     """Tensors that are updated as one long vector.
 
@@ -228,6 +247,18 @@ class Layout:
             else:
                 small.setdefault(entries, []).append(row)
         return tuple(self._bucket(groups) for groups in ([small] if small else []) + large)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks of all tensors; those whose rows are for themselves are as large as can be."""
+        blocks = []
+        for group in (group for bucket in self.buckets for group in bucket.groups):
+            rows, columns = group.entries if group.is_matrix else (1, *group.entries)
+            most = group.block_size if group.is_mixed else max(rows, 1)
+            for tensor in group.rows:
+                for first in range(0, rows if columns else 0, most):
+                    blocks.append(Block(tensor, first * columns, min(most, rows - first), columns, group.is_mixed))
+        return blocks
 
     def _bucket(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> Bucket:
         groups = tuple(Group.of(entries, members, self.block_rows) for entries, members in rows.items())

@@ -21,6 +21,7 @@ from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names, in_full_precision
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
+from teleport_optim.native import NativeStep, all_norms, are_plain
 from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
 from teleport_optim.sharding import all_local, all_parts_like, all_whole
 from teleport_optim.symmetry import find_symmetries
@@ -115,6 +116,8 @@ class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
 
     arguments: tuple[dict[str, Tensor], Factors, Layout]
+    grads: list[Tensor] | None
+    """The gradients, where the step is yet to average them: that is what :class:`NativeStep` begins with."""
     params: dict[str, Tensor]
     """Where the step is taken from, by name; other tensors than the targets if it teleports."""
     rows: dict[str, Tensor]
@@ -220,6 +223,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._held: tuple[Layout, Controls] | None = None
         self._last_pace: tuple[tuple[Controls, Hyper, Layout], Pace] | None = None
         self._last_hyper: tuple[tuple[Any, ...], Hyper] | None = None
+        self._last_native: tuple[Layout, NativeStep] | None = None
         self._warned: set[str] = set()
         self._spec = self._found = SymmetrySpec()
         self._first_call: FirstCall | None = None
@@ -321,13 +325,13 @@ class LearnedTeleportOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._prepare(loss)
-        if plan is not None:
-            self._finish(plan, descend(*plan.arguments))  # torch.compile(optimizer.step) compiles descend
+        plan = self._prepare(loss, may_be_native=not torch.compiler.is_compiling())
+        if plan is not None:  # torch.compile(optimizer.step) compiles descend
+            self._finish(plan, descend(*plan.arguments) if plan.grads is None else {})
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _prepare(self, loss: Any) -> _Plan | None:
+    def _prepare(self, loss: Any, may_be_native: bool) -> _Plan | None:
         """Everything before the momentum step; None if there is no step to take."""
         active = [entry for entry in self._entries() if entry[1].grad is not None]
         self._teleport_size = 0.0
@@ -339,8 +343,9 @@ class LearnedTeleportOptimizer(Optimizer):
         params = dict(zip(names, all_whole(targets)))
         whole_grads = all_whole([_grad_of(param) for _, param, _ in active])
         grads = {n: _gradient(grad, group["maximize"]) for grad, (n, _, group) in zip(whole_grads, active)}
-        full_grads = [in_full_precision(grad) for grad in grads.values()]
-        norms = dict(zip(grads, torch.stack(torch._foreach_norm(full_grads)).tolist()))
+        own_grads = list(grads.values())
+        is_native = may_be_native and are_plain(own_grads)
+        norms = dict(zip(grads, all_norms(own_grads) if is_native else _all_norms(own_grads)))
         slots = [self._slots(param) for _, param, _ in active]
         if not all(norm <= _MAX_NORM for norm in norms.values()):
             self._skip([name for name, norm in norms.items() if not norm <= _MAX_NORM], dict(zip(grads, slots)))
@@ -385,8 +390,16 @@ class LearnedTeleportOptimizer(Optimizer):
             params, grads, momenta = map(dict, moved)
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         factors = self._pace(controls, hyper, layout).factors(step, hyper.total_steps, layout)
+        is_native = (
+            is_native
+            and sizes is None
+            and self._native(layout).is_possible
+            and are_plain(targets)
+            and are_plain(own["exp_avg"] for own in slots)
+        )
         return _Plan(
-            (_averages(momenta, grads, slots, factors.beta), factors, layout),
+            (momenta if is_native else _averages(momenta, grads, slots, factors.beta), factors, layout),
+            own_grads if is_native else None,
             params,
             rows,
             learned,
@@ -400,7 +413,8 @@ class LearnedTeleportOptimizer(Optimizer):
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
         targets, values = [], []
-        for own, average in zip(plan.slots, plan.arguments[0].values()):
+        momenta, factors, layout = plan.arguments
+        for own, average in zip(plan.slots, momenta.values()):
             if average is not own["exp_avg"]:
                 targets.append(own["exp_avg"])
                 values.append(average)
@@ -409,10 +423,14 @@ class LearnedTeleportOptimizer(Optimizer):
             values += rows.unbind(0)
         if targets:
             torch._foreach_copy_(all_local(targets), all_parts_like(values, targets))
-        torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
+        counts = [own["step"] for own in plan.slots]
+        if plan.grads is not None:
+            self._native(layout).take(plan.targets, list(momenta.values()), plan.grads, counts, factors)
+        else:
+            _descend_in_place(plan, steps)
+            torch._foreach_add_(counts, 1.0)
         self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
-        _descend_in_place(plan, steps)
-        sizes, layout = plan.teleport_sizes, plan.arguments[2]
+        sizes = plan.teleport_sizes
         self._held = (layout, plan.controls)
         if sizes is not None:
             channels = torch.tensor([float(symmetry.size) for symmetry in layout.spec], device=sizes.device)
@@ -482,6 +500,11 @@ class LearnedTeleportOptimizer(Optimizer):
         if self._last_pace is None or any(new is not old for new, old in zip(key, self._last_pace[0])):
             self._last_pace = (key, Pace.of(*key))
         return self._last_pace[1]
+
+    def _native(self, layout: Layout) -> NativeStep:
+        if self._last_native is None or self._last_native[0] is not layout:
+            self._last_native = (layout, NativeStep(layout))
+        return self._last_native[1]
 
     def _layout(self, params: dict[str, Tensor]) -> Layout:
         key = tuple(params)
@@ -625,7 +648,7 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._held = self._last_pace = self._last_hyper = None
+        self._held = self._last_pace = self._last_hyper = self._last_native = None
         self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -636,6 +659,11 @@ def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
     """The prior, at a tenth of the rate that the user set."""
     prior = Controls.prior(controls.rate.shape[-1])
     return Controls(*(value.to(controls.rate) for value in prior)), hyper._replace(lr=_SAFE_RATE * hyper.lr)
+
+
+def _all_norms(tensors: list[Tensor]) -> list[float]:
+    norms: list[float] = torch.stack(torch._foreach_norm([in_full_precision(tensor) for tensor in tensors])).tolist()
+    return norms
 
 
 def _averages(

@@ -68,11 +68,13 @@ def gradient(model: nn.Module, tensors: dict[str, Tensor], inputs: Tensor) -> tu
     return loss.detach(), dict(zip(names, grads))
 
 
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+def assert_equal(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12, least: float = 1e-3
+) -> None:
     assert actual.keys() == expected.keys()
     for name in expected:
         scale = expected[name].abs().max().item() if expected[name].numel() else 0.0
-        torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance * max(scale, 1e-3))
+        torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance * max(scale, least))
 
 
 @every_model
@@ -151,7 +153,8 @@ def test_the_gradient_of_random_models_moves_by_the_dual(sample: Sample, seed: i
         theta[name] = param.detach() + 0.1 * torch.randn(param.shape, generator=source, dtype=param.dtype)
     _, grads = gradient(sample.model, theta, sample.inputs)
     _, moved_grads = gradient(sample.model, act(spec, element, theta), sample.inputs)
-    assert_equal(moved_grads, act_dual(spec, element, grads), 1e-9)
+    # Where a normalisation makes a gradient vanish, what is left of it are rounding errors, divided by eps for every layer.
+    assert_equal(moved_grads, act_dual(spec, element, grads), 1e-9, least=1e-2)
 
 
 @every_model

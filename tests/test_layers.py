@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "teleport_optim"
 
 LAYERS = (
-    ("commands", "guard", "sharding", "streams"),
+    ("_native", "commands", "guard", "sharding", "streams"),
     ("groups",),
     ("symmetry",),
     ("action",),
@@ -16,7 +16,7 @@ LAYERS = (
     ("features",),
     ("meta_optimizer",),
     ("update",),
-    ("checkpoints", "first_call", "optimizer_state"),
+    ("checkpoints", "first_call", "native", "optimizer_state"),
     ("optimizer", "tasks"),
     ("meta_training", "evaluation"),
     ("demo",),
@@ -28,11 +28,11 @@ LAYERS = (
 NO_IMPORTS_BETWEEN = ({"optimizer", "meta_training"}, {"tasks", "optimizer"})
 """Parts that do not know each other although one lies above the other."""
 
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+MODULES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")} - {PACKAGE / "__init__.py"})
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(path.suffix)
 
 
 def imported_parts(source: str) -> set[str]:

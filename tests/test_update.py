@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries, native
 from teleport_optim import layout as layout_module
 from teleport_optim import update as update_module
 from teleport_optim.features import NUM_FEATURES, compute_features, log_ratio, site_log_norms
@@ -370,8 +370,11 @@ def test_blocks_are_few_and_even_where_they_can_be(num_rows: int, columns: int, 
     st.sampled_from([0, 2**15]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     st.sampled_from([BLOCK_ROWS, 4, 2, 1]),
+    st.booleans(),
 )
-def test_a_step_changes_nothing_but_what_it_may(most: int, dtype: torch.dtype, block_rows: int) -> None:
+def test_a_step_changes_nothing_but_what_it_may(
+    most: int, dtype: torch.dtype, block_rows: int, may_be_native: bool
+) -> None:
     """The class changes parameters and momenta where they lie, to what the pure rule says, and leaves gradients alone."""
     source = generator()
     shapes = ((4, 6), (6, 4), (5,), (), (2, 3, 2, 2))
@@ -382,6 +385,8 @@ def test_a_step_changes_nothing_but_what_it_may(most: int, dtype: torch.dtype, b
     meta_optimizer = MetaOptimizer(block_rows=block_rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout_module, "_MAX_GROUPED", most)
+        if not may_be_native:
+            patch.setattr(native, "_native", None)
         layout = Layout.of(params, block_rows=block_rows)
         assert len(layout.buckets) == (1 if most else len(shapes))
         optimizer = LearnedTeleportOptimizer(params.values(), total_steps=20, checkpoint=meta_optimizer)
@@ -405,13 +410,17 @@ def test_a_step_changes_nothing_but_what_it_may(most: int, dtype: torch.dtype, b
             for name, param in params.items():
                 assert param.grad is not None
                 assert torch.equal(param.grad, grads[name])
-                if most or dtype == torch.bfloat16:
-                    assert torch.equal(param, expected[name])
-                else:  # A product that is subtracted as it is made may be rounded once less.
-                    rounding = 4 * torch.finfo(dtype).eps
-                    torch.testing.assert_close(param.detach(), expected[name], rtol=rounding, atol=rounding)
                 momentum = optimizer.state[param]["exp_avg"]
-                assert torch.equal(momentum, state.momenta[name])
+                is_native = native._native is not None and dtype == torch.float32
+                if (most or dtype == torch.bfloat16) and not is_native:
+                    assert torch.equal(param, expected[name])
+                else:  # A product that is subtracted as it is made may be rounded once less; in C much is.
+                    rounding = (40 if is_native else 4) * torch.finfo(dtype).eps
+                    torch.testing.assert_close(param.detach(), expected[name], rtol=rounding, atol=rounding)
+                if is_native:
+                    torch.testing.assert_close(momentum, state.momenta[name])
+                else:
+                    assert torch.equal(momentum, state.momenta[name])
                 assert places.setdefault(name, momentum.data_ptr()) == momentum.data_ptr()
 
 

@@ -1,0 +1,351 @@
+/* The momentum step of teleport_optim.update, for float32 tensors on the CPU: the same arithmetic as `averaged` and `descend`
+   there, in one call. Where this module is not built, or for other tensors, that code runs instead. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+/* One copy for every generation of processors; the right one is chosen when the module is loaded. */
+#define PORTABLE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PORTABLE
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LANES = 16, TILE_ROWS = 6, CHUNK = 256 };
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static const float ITERATIONS[3][3] = {
+    {7.9424f, -22.2873f, 15.8239f}, {3.5875f, -2.5845f, 0.4893f}, {2.6604f, -1.9134f, 0.4194f}};
+
+/* A block of rows of one tensor, which the step treats on its own. */
+typedef struct {
+    int64_t tensor, offset, rows, columns, is_mixed;
+} Unit;
+
+/* Square matrices of one block, padded with zeros so that every tile can be read and written whole. */
+typedef struct {
+    int stride, num_rows;
+    float *memory, *cosines, *power, *factor, *mixers, *product, *columns;
+    float *scales;
+} Workspace;
+
+INLINE vec load(const float *from) { return *(const vec *)from; }
+INLINE void store(float *to, vec value) { *(vec *)to = value; }
+INLINE int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
+static int workspace_new(Workspace *w, int most_rows) {
+    w->num_rows = round_up(most_rows, TILE_ROWS);
+    w->stride = round_up(most_rows, LANES) + LANES;
+    size_t square = (size_t)w->num_rows * w->stride, columns = (size_t)CHUNK * w->stride;
+    w->memory = calloc(5 * square + columns + 2 * (size_t)w->stride, sizeof(float));
+    if (!w->memory) return -1;
+    float *next = w->memory;
+    float **parts[] = {&w->cosines, &w->power, &w->factor, &w->mixers, &w->product};
+    for (int i = 0; i < 5; i++, next += square) *parts[i] = next;
+    w->columns = next;
+    w->scales = next + columns;
+    return 0;
+}
+
+/* Six rows and sixteen columns of a' b, over the rows of both. */
+INLINE void tile(int depth, const float *a, size_t a_stride, const float *b, size_t b_stride, vec out[TILE_ROWS]) {
+    vec c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0}, c4 = {0}, c5 = {0};
+    for (int row = 0; row < depth; row++, a += a_stride, b += b_stride) {
+        vec value = load(b);
+        c0 += a[0] * value;
+        c1 += a[1] * value;
+        c2 += a[2] * value;
+        c3 += a[3] * value;
+        c4 += a[4] * value;
+        c5 += a[5] * value;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3, out[4] = c4, out[5] = c5;
+}
+
+/* c = a' b, k x k, or c += a' b where is_added; a and b are depth x k. Where is_symmetric, what lies above the diagonal of c is
+   copied from below. */
+INLINE void multiply(const Workspace *w, int k, int depth, const float *a, const float *b, float *c, int is_symmetric, int is_added) {
+    size_t stride = w->stride;
+    for (int j = 0; j < k; j += LANES)
+        for (int i = is_symmetric ? j / TILE_ROWS * TILE_ROWS : 0; i < k; i += TILE_ROWS) {
+            vec out[TILE_ROWS];
+            tile(depth, a + i, stride, b + j, stride, out);
+            for (int row = 0; row < TILE_ROWS; row++) {
+                float *to = c + (i + row) * stride + j;
+                if (is_added) out[row] += load(to);
+                store(to, out[row]);
+            }
+        }
+    if (!is_symmetric) return;
+    for (int j = 0; j < k; j += LANES)
+        for (int i = j + LANES; i < k; i++)
+            for (int lane = 0; lane < LANES; lane++) c[(j + lane) * stride + i] = c[i * stride + j + lane];
+    for (int i = 0; i < k; i++) memset(c + i * stride + k, 0, (round_up(k, LANES) - k) * sizeof(float));
+}
+
+INLINE void transpose(const Workspace *w, int k, const float *from, float *to) {
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j < k; j++) to[(size_t)j * w->stride + i] = from[(size_t)i * w->stride + j];
+    for (int i = 0; i < k; i++) memset(to + (size_t)i * w->stride + k, 0, (round_up(k, LANES) - k) * sizeof(float));
+}
+
+/* The weights with which rows are mixed, in w->factor: what row j of the block gives to row i, in row j. */
+INLINE void row_mixers(Workspace *w, int k, float length) {
+    size_t stride = w->stride;
+    float *inverse = w->scales, *cosines = w->cosines;
+    int width = round_up(k, LANES);
+    for (int i = 0; i < k; i++) {
+        float square = cosines[i * stride + i];
+        inverse[i] = square > 1e-36f ? 1.0f / sqrtf(square) : 0.0f;
+    }
+    memset(inverse + k, 0, (w->stride - k) * sizeof(float));
+    vec sums = {0};
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j < width; j += LANES) {
+            float *at = cosines + i * stride + j;
+            vec value = load(at) * (inverse[i] * load(inverse + j));
+            store(at, value);
+            sums += value * value;
+        }
+    float norm = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) norm += sums[lane];
+    norm = sqrtf(norm);
+    float scale = 1.0f / (norm > 0.5f ? norm : 0.5f);
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j < width; j += LANES)
+            store(w->power + i * stride + j, scale * load(cosines + i * stride + j));
+    for (int step = 0; step < 3; step++) {
+        const float *p = ITERATIONS[step];
+        float *into = step ? w->factor : w->mixers;
+        multiply(w, k, k, w->power, w->power, into, 1, 0);
+        for (int i = 0; i < k; i++) {
+            for (int j = 0; j < width; j += LANES) {
+                float *at = into + i * stride + j;
+                store(at, p[1] * load(w->power + i * stride + j) + p[2] * load(at));
+            }
+            into[i * stride + i] += p[0];
+        }
+        if (step < 2) { /* factor power factor, as (power factor)' factor: small singular values need that order */
+            multiply(w, k, k, w->power, into, w->product, 0, 0);
+            multiply(w, k, k, w->product, into, w->power, 1, 0);
+        }
+        if (step) {
+            multiply(w, k, k, w->factor, w->mixers, w->product, 0, 0);
+            float *swap = w->mixers;
+            w->mixers = w->product, w->product = swap;
+        }
+    }
+    transpose(w, k, w->mixers, w->factor);
+    multiply(w, k, k, w->factor, cosines, w->product, 0, 0);
+    float *lengths = w->scales + w->stride;
+    memset(lengths, 0, w->stride * sizeof(float));
+    for (int i = 0; i < k; i++) {
+        vec own = {0};
+        for (int j = 0; j < width; j += LANES)
+            own += load(w->product + i * stride + j) * load(w->mixers + i * stride + j);
+        float square = 0.0f;
+        for (int lane = 0; lane < LANES; lane++) square += own[lane];
+        lengths[i] = square > 1e-18f ? length / sqrtf(square) : 0.0f;
+    }
+    for (int j = 0; j < k; j++)
+        for (int i = 0; i < width; i += LANES) {
+            float *at = w->factor + j * stride + i;
+            store(at, inverse[j] * (load(at) * load(lengths + i)));
+        }
+}
+
+/* Inner products of the rows of a block, in w->cosines. */
+INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
+    for (int64_t start = 0; start < columns; start += CHUNK) {
+        int count = columns - start < CHUNK ? (int)(columns - start) : CHUNK;
+        for (int row = 0; row < rows; row++) {
+            const float *from = values + row * columns + start;
+            float *to = w->columns + row;
+            for (int column = 0; column < count; column++) to[(size_t)column * w->stride] = from[column];
+        }
+        for (int column = 0; column < count; column++)
+            memset(w->columns + (size_t)column * w->stride + rows, 0, (w->stride - rows) * sizeof(float));
+        multiply(w, rows, count, w->columns, w->columns, w->cosines, 1, start > 0);
+    }
+}
+
+/* params = shrink params - mixed rows of values. */
+INLINE void apply(Workspace *w, float *params, const float *values, int rows, int64_t columns, float shrink) {
+    const float *a = w->factor;
+    int64_t whole = columns / LANES * LANES;
+    for (int64_t j = 0; j < whole; j += LANES)
+        for (int i = 0; i < rows; i += TILE_ROWS) {
+            vec out[TILE_ROWS];
+            tile(rows, a + i, w->stride, values + j, columns, out);
+            int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
+            for (int row = 0; row < count; row++) {
+                float *at = params + (i + row) * columns + j;
+                store(at, shrink * load(at) - out[row]);
+            }
+        }
+    int rest = (int)(columns - whole);
+    if (!rest) return;
+    float *last = w->product;
+    for (int row = 0; row < rows; row++) {
+        memset(last + row * LANES, 0, LANES * sizeof(float));
+        memcpy(last + row * LANES, values + row * columns + whole, rest * sizeof(float));
+    }
+    for (int i = 0; i < rows; i += TILE_ROWS) {
+        vec out[TILE_ROWS];
+        tile(rows, a + i, w->stride, last, LANES, out);
+        int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
+        for (int row = 0; row < count; row++)
+            for (int j = 0; j < rest; j++) {
+                float *at = params + (i + row) * columns + whole + j;
+                *at = shrink * *at - out[row][j];
+            }
+    }
+    memset(last, 0, (size_t)rows * LANES * sizeof(float));
+}
+
+INLINE double sum_of_squares(const float *values, int64_t size) {
+    double total = 0.0;
+    for (int64_t start = 0; start < size; start += 4096) {
+        int64_t end = start + 4096 < size ? start + 4096 : size, i = start;
+        vec first = {0}, second = {0};
+        for (; i + 2 * LANES <= end; i += 2 * LANES) {
+            vec a = load(values + i), b = load(values + i + LANES);
+            first += a * a, second += b * b;
+        }
+        first += second;
+        float rest = 0.0f;
+        for (; i < end; i++) rest += values[i] * values[i];
+        for (int lane = 0; lane < LANES; lane++) rest += first[lane];
+        total += rest;
+    }
+    return total;
+}
+
+PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, float *const *averages,
+                                float *const *grads, const double *shrinks, const double *lengths, float rest, Workspace *w) {
+    for (const Unit *unit = units; unit < units + count; unit++) {
+        int64_t size = unit->rows * unit->columns, i = 0;
+        float *param = params[unit->tensor] + unit->offset, *average = averages[unit->tensor] + unit->offset;
+        const float *grad = grads[unit->tensor] + unit->offset;
+        float shrink = (float)shrinks[unit->tensor], length = (float)lengths[unit->tensor];
+        for (; i + LANES <= size; i += LANES) {
+            vec old = load(average + i);
+            store(average + i, old + rest * (load(grad + i) - old));
+        }
+        for (; i < size; i++) average[i] += rest * (grad[i] - average[i]);
+        if (unit->is_mixed) {
+            gram(w, average, (int)unit->rows, unit->columns);
+            row_mixers(w, (int)unit->rows, length);
+            apply(w, param, average, (int)unit->rows, unit->columns, shrink);
+            continue;
+        }
+        for (int64_t row = 0; row < unit->rows; row++, param += unit->columns, average += unit->columns) {
+            double norm = sqrt(sum_of_squares(average, unit->columns));
+            float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;
+            for (i = 0; i + LANES <= unit->columns; i += LANES)
+                store(param + i, shrink * load(param + i) - factor * load(average + i));
+            for (; i < unit->columns; i++) param[i] = shrink * param[i] - factor * average[i];
+        }
+    }
+}
+
+PORTABLE static void square_sums(const float *const *tensors, const int64_t *sizes, Py_ssize_t count, double *out) {
+    for (Py_ssize_t i = 0; i < count; i++) out[i] = sum_of_squares(tensors[i], sizes[i]);
+}
+
+/* Numbers of a list as doubles, or addresses, which the caller frees; NULL with an exception set if that fails. */
+static void *numbers(PyObject *list, Py_ssize_t count, int are_addresses) {
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != count) {
+        PyErr_SetString(PyExc_ValueError, "lists of one length are needed");
+        return NULL;
+    }
+    void *out = PyMem_Malloc(8 * (count + 1));
+    if (!out) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyList_GET_ITEM(list, i);
+        if (are_addresses)
+            ((void **)out)[i] = PyLong_AsVoidPtr(item);
+        else
+            ((double *)out)[i] = PyFloat_AsDouble(item);
+    }
+    if (PyErr_Occurred()) {
+        PyMem_Free(out);
+        return NULL;
+    }
+    return out;
+}
+
+static PyObject *step(PyObject *self, PyObject *args) {
+    Py_buffer units;
+    PyObject *lists[5];
+    float rest;
+    int most_rows;
+    if (!PyArg_ParseTuple(args, "OOOOOfiy*", &lists[0], &lists[1], &lists[2], &lists[3], &lists[4], &rest, &most_rows, &units))
+        return NULL;
+    void *arrays[5] = {0};
+    Py_ssize_t count = PyList_Check(lists[0]) ? PyList_GET_SIZE(lists[0]) : -1;
+    Workspace workspace = {0};
+    int is_ready = 1;
+    for (int i = 0; i < 5 && is_ready; i++) is_ready = (arrays[i] = numbers(lists[i], count, i < 3)) != NULL;
+    if (is_ready && workspace_new(&workspace, most_rows)) {
+        PyErr_NoMemory();
+        is_ready = 0;
+    }
+    if (is_ready) {
+        Py_BEGIN_ALLOW_THREADS
+        take_units(units.buf, units.len / (Py_ssize_t)sizeof(Unit), arrays[0], arrays[1], arrays[2], arrays[3], arrays[4],
+                   rest, &workspace);
+        Py_END_ALLOW_THREADS
+    }
+    free(workspace.memory);
+    for (int i = 0; i < 5; i++) PyMem_Free(arrays[i]);
+    PyBuffer_Release(&units);
+    if (!is_ready) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *norms(PyObject *self, PyObject *args) {
+    PyObject *list;
+    Py_buffer sizes;
+    if (!PyArg_ParseTuple(args, "Oy*", &list, &sizes)) return NULL;
+    Py_ssize_t count = sizes.len / (Py_ssize_t)sizeof(int64_t);
+    PyObject *result = NULL;
+    void *tensors = numbers(list, count, 1);
+    double *out = tensors ? PyMem_Malloc(8 * (count + 1)) : NULL;
+    if (out) {
+        Py_BEGIN_ALLOW_THREADS
+        square_sums(tensors, sizes.buf, count, out);
+        Py_END_ALLOW_THREADS
+        result = PyList_New(count);
+        for (Py_ssize_t i = 0; result && i < count; i++) PyList_SET_ITEM(result, i, PyFloat_FromDouble(sqrt(out[i])));
+    } else if (tensors)
+        PyErr_NoMemory();
+    PyMem_Free(out);
+    PyMem_Free(tensors);
+    PyBuffer_Release(&sizes);
+    return result;
+}
+
+static PyObject *count(PyObject *self, PyObject *list) {
+    Py_ssize_t size = PyList_Check(list) ? PyList_GET_SIZE(list) : -1;
+    float **counts = numbers(list, size, 1);
+    if (!counts) return NULL;
+    for (Py_ssize_t i = 0; i < size; i++) *counts[i] += 1.0f;
+    PyMem_Free(counts);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef METHODS[] = {
+    {"step", step, METH_VARARGS, NULL},
+    {"norms", norms, METH_VARARGS, NULL},
+    {"count", count, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, METHODS, NULL, NULL, NULL, NULL};
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&MODULE); }

@@ -1,0 +1,15 @@
+from array import array
+
+def step(
+    params: list[int],
+    averages: list[int],
+    grads: list[int],
+    shrinks: list[float],
+    lengths: list[float],
+    rest: float,
+    most_rows: int,
+    units: memoryview,
+    /,
+) -> None: ...
+def norms(tensors: list[int], sizes: array[int], /) -> list[float]: ...
+def count(counts: list[int], /) -> None: ...

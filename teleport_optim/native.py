@@ -1,0 +1,101 @@
+"""The momentum step in C, where all tensors are contiguous ones of float32 on the CPU.
+
+It is the arithmetic of ``averaged`` and ``descend`` of :mod:`teleport_optim.update` in one call, where torch needs a hundred.
+Results differ in rounding only. ``_native`` is built when the package is installed where there is a C compiler; without it, and
+for all other tensors, the step is taken with torch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from teleport_optim.layout import Layout
+from teleport_optim.update import Factors
+
+try:
+    import teleport_optim._native as _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+__all__ = ["NativeStep", "all_norms", "are_plain"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MOST_ROWS = 128
+"""Blocks of more rows go to torch, which multiplies large matrices as fast."""
+_THREAD_WORK = 2.5e7
+"""Multiplications for which another thread pays."""
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether the module is there, and all are contiguous tensors of float32 on the CPU, of no class of their own."""
+    return _native is not None and all(
+        type(tensor) in _PLAIN
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        for tensor in tensors
+    )
+
+
+def all_norms(tensors: list[Tensor]) -> list[float]:
+    """Euclidean norms of plain tensors."""
+    return _native.norms(_addresses(tensors), array("q", [tensor.numel() for tensor in tensors]))
+
+
+class NativeStep:
+    """The momentum step of a layout, for plain tensors."""
+
+    def __init__(self, layout: Layout) -> None:
+        blocks = layout.blocks
+        self._units = array("q", [number for block in blocks for number in block])
+        self._work = list(accumulate(block.work for block in blocks))
+        self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
+        self.is_possible = _native is not None and self._most_rows <= _MOST_ROWS
+
+    def take(
+        self, params: list[Tensor], averages: list[Tensor], grads: list[Tensor], counts: list[Tensor], factors: Factors
+    ) -> None:
+        """Average the gradients, move the parameters and count the step, in place. Tensors are in the order of the layout.
+
+        Large steps are split over as many threads as torch has; which takes what makes no difference to the result.
+        """
+        take = partial(
+            _native.step,
+            _addresses(params),
+            _addresses(averages),
+            _addresses(grads),
+            factors.shrinks.tolist(),
+            factors.lengths.tolist(),
+            1.0 - factors.beta.item(),
+            self._most_rows,
+        )
+        parts = self._parts(torch.get_num_threads())
+        if len(parts) == 1:
+            take(parts[0])
+        else:
+            with ThreadPoolExecutor(len(parts)) as pool:
+                list(pool.map(take, parts))  # which raises what a thread has raised
+        _native.count(_addresses(counts))
+        torch.autograd.graph.increment_version([*params, *averages, *counts])
+
+    def _parts(self, num_threads: int) -> list[memoryview]:
+        """The blocks in parts of about equal work."""
+        whole, size = memoryview(self._units), len(self._units) // max(len(self._work), 1)
+        total = self._work[-1] if self._work else 0
+        number = max(1, min(num_threads, int(total / _THREAD_WORK)))
+        stops = [bisect_left(self._work, total * part / number) + 1 for part in range(1, number)]
+        bounds = [0, *stops, len(self._work)]
+        return [whole[size * first : size * last] for first, last in pairwise(bounds)]
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

@@ -1,0 +1,248 @@
+"""The momentum step in C: what torch computes, on the same tensors, with the same promises."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from test_optimizer import X, Y, network, train
+from torch import Tensor, nn
+
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, native
+from teleport_optim.layout import Layout
+from teleport_optim.native import NativeStep, all_norms, are_plain
+from teleport_optim.update import Factors, averaged, descend
+
+built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
+SIZES = st.integers(0, 40)
+SHAPES = st.one_of(
+    st.tuples(SIZES),
+    st.tuples(SIZES, SIZES),
+    st.tuples(SIZES, SIZES, st.integers(1, 3), st.integers(1, 3)),
+    st.sampled_from([(), (70, 20), (129, 3), (3, 300), (1, 1), (16, 16), (64, 33)]),
+)
+
+
+def test_it_is_built_where_there_is_a_compiler() -> None:
+    assert (native._native is not None) == (shutil.which("cc") is not None or shutil.which("gcc") is not None)
+
+
+def factors(num_tensors: int, generator: torch.Generator, beta: float = 0.65) -> Factors:
+    shrinks, lengths = torch.rand(2, num_tensors, generator=generator)
+    return Factors(torch.tensor(beta), 1.0 - 0.1 * shrinks, 0.01 + 0.1 * lengths)
+
+
+def by_torch(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], known: Factors, layout: Layout) -> None:
+    """The step in place, as :mod:`teleport_optim.update` writes it."""
+    for momentum, grad in zip(momenta, grads):
+        momentum.copy_(averaged(momentum, grad, known.beta))
+    steps = descend(dict(zip(layout.names, momenta)), known, layout)
+    for name, param, shrink in zip(layout.names, params, known.shrinks):
+        param.copy_(steps[name].taken_from(param * shrink))
+
+
+def natively(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], known: Factors, layout: Layout) -> None:
+    counts = [torch.tensor(3.0) for _ in params]
+    NativeStep(layout).take(params, momenta, grads, counts, known)
+    assert counts == [4.0] * len(params)
+
+
+@torch.no_grad()
+def assert_same_step(step: Tensor, expected: Tensor) -> None:
+    """Singular values next to zero are amplified, and so are rounding errors, 76 times: in torch's steps as in these."""
+    assert float((step - expected).norm()) <= 1e-3 * float(expected.norm()) + 1e-6
+
+
+@built
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(SHAPES, max_size=6),
+    st.sampled_from([1, 4, 17, 64, 128]),
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.65, 0.99]),
+    st.booleans(),
+)
+def test_it_takes_the_step_of_torch(
+    shapes: list[tuple[int, ...]], block_rows: int, seed: int, beta: float, has_zeros: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    params, momenta, grads = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3))
+    if has_zeros:
+        for tensor in (tensor for tensors in (momenta, grads) for tensor in tensors if tensor.dim()):
+            tensor[: len(tensor) // 2] = 0.0
+    layout = Layout.of({str(number): param for number, param in enumerate(params)}, block_rows=block_rows)
+    known = factors(len(params), generator, beta)
+    expected = copy.deepcopy((params, momenta))
+    by_torch(*expected, grads, known, layout)
+    start = copy.deepcopy(params)
+    natively(params, momenta, grads, known, layout)
+    for before, param, momentum, right_param, right_momentum in zip(start, params, momenta, *expected):
+        torch.testing.assert_close(momentum, right_momentum, rtol=1e-5, atol=1e-6)
+        assert_same_step(before - param, before - right_param)
+        assert torch.isfinite(param).all()
+
+
+@built
+def test_norms_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, generator=generator) for size in (0, 1, 5, 16, 33, 4095, 4096, 10_001)]
+    assert all_norms(tensors) == pytest.approx([float(tensor.norm()) for tensor in tensors], rel=1e-6)
+    tensors[2][3] = torch.nan
+    tensors[4][:2] = torch.tensor([torch.inf, -torch.inf])
+    tensors[5][7] = 1e30
+    norms = all_norms(tensors)
+    assert norms[2] != norms[2]
+    assert norms[4] == norms[5] == torch.inf
+
+
+@pytest.fixture
+def num_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@built
+def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 2000), (2000,), (256, 256), (10, 30)]
+    start = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    layout = Layout.of({str(number): param for number, param in enumerate(start[0])})
+    known = factors(len(shapes), generator)
+    results = []
+    for number in (1, 2, 3, 50):
+        num_threads(number)
+        parts = NativeStep(layout)._parts(number)
+        assert (len(parts) > 1) == (number > 1)
+        assert b"".join(bytes(part) for part in parts) == bytes(NativeStep(layout)._parts(1)[0])
+        params, momenta, grads = copy.deepcopy(start)
+        natively(params, momenta, grads, known, layout)
+        results.append([*params, *momenta])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@built
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"maximize": True, "lr": 0.01},
+        {"weight_decay": 0.1},
+        {"checkpoint": "light"},
+        {"checkpoint": MetaOptimizer(4, block_rows=1)},
+        {"guard": True},
+        {"teleport": False},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:lr=0.01")
+def test_every_step_of_a_training_is_that_of_torch(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    take = NativeStep.take
+    monkeypatch.setattr(NativeStep, "take", lambda *args: (taken.append(1), take(*args)))
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=100, **options)
+    for _ in range(45):
+        before = [param.detach().clone() for param in model.parameters()]
+        other, other_optimizer = copy.deepcopy((model, optimizer))
+        train(model, optimizer, 1)
+        num_native = len(taken)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "_native", None)
+            train(other, other_optimizer, 1)
+        assert len(taken) == num_native
+        for start, ours, theirs in zip(before, model.parameters(), other.parameters()):
+            assert_same_step(start - ours, start - theirs)
+        for own, others in zip(optimizer.state.values(), other_optimizer.state.values()):
+            assert own.keys() == others.keys()
+            assert torch.equal(own["step"], others["step"])
+            torch.testing.assert_close(own["exp_avg"], others["exp_avg"], rtol=1e-5, atol=1e-7)
+    num_teleports = 0 if options.get("teleport") is False else 2
+    assert len(taken) == 45 - num_teleports
+
+
+class Tagged(Tensor):
+    """A class of tensors of somebody else's."""
+
+
+@pytest.mark.parametrize(
+    ("tensor", "is_plain"),
+    [
+        (torch.ones(3, 2), True),
+        (nn.Parameter(torch.ones(3, 2)), True),
+        (torch.ones(0), True),
+        (torch.ones(3, 2).double(), False),
+        (torch.ones(3, 2).bfloat16(), False),
+        (torch.ones(3, 2).mT, False),
+        (torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), False),
+        (torch.ones(1).expand(3), False),
+        (torch.ones(3, 2, device="meta"), False),
+        (torch.ones(3, 2).to_sparse(), False),
+        (torch._neg_view(torch.ones(3, 2)), False),
+        (torch.ones(3, 2).as_subclass(Tagged), False),
+    ],
+)
+def test_only_plain_tensors_are_touched(tensor: Tensor, is_plain: bool) -> None:
+    assert are_plain([torch.ones(2), tensor]) == (is_plain and native._native is not None)
+
+
+def test_everything_else_is_left_to_torch() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    inputs = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    for network_ in (model, plain):
+        optimizer = LearnedTeleportOptimizer.for_model(network_, total_steps=20)
+        for _ in range(2):
+            optimizer.zero_grad()
+            network_(inputs).square().mean().backward()
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stale_graph_is_noticed() -> None:
+    """As after a step of any other optimizer: its tensors have changed since the forward pass."""
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=10, teleport=False)
+    train(model, optimizer, 3)
+    loss = nn.functional.cross_entropy(model(X), Y)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@built
+@pytest.mark.parametrize("arguments", [((), [], [], [], [], 0.5, 1, b""), ([], [1], [], [], [], 0.5, 1, b"")])
+def test_bad_arguments_are_refused(arguments: tuple[object, ...]) -> None:
+    assert native._native is not None
+    with pytest.raises(ValueError, match="lists of one length"):
+        native._native.step(*arguments)
+    with pytest.raises(TypeError):
+        native._native.count(["a"])
+
+
+def test_it_is_not_needed() -> None:
+    program = """
+import sys
+sys.modules["teleport_optim._native"] = None
+import torch, teleport_optim
+from teleport_optim import native
+assert native._native is None
+model = torch.nn.Linear(3, 2)
+optimizer = teleport_optim.LearnedTeleportOptimizer.for_model(model, total_steps=5)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+assert optimizer.stats().num_steps == 5
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
