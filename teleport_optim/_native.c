@@ -16,7 +16,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 16, TILE_ROWS = 6, CHUNK = 256 };
+enum { LANES = 16, TILE_ROWS = 6, FEW_COLUMNS = 192, CHUNK = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -39,10 +39,16 @@ INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec value) { *(vec *)to = value; }
 INLINE int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
+INLINE float sum(vec value) {
+    float total = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) total += value[lane];
+    return total;
+}
+
 static int workspace_new(Workspace *w, int most_rows) {
     w->num_rows = round_up(most_rows, TILE_ROWS);
     w->stride = round_up(most_rows, LANES) + LANES;
-    size_t square = (size_t)w->num_rows * w->stride, columns = (size_t)CHUNK * w->stride;
+    size_t square = (size_t)w->num_rows * w->stride, columns = (size_t)FEW_COLUMNS * w->stride;
     w->memory = calloc(5 * square + columns + 2 * (size_t)w->stride, sizeof(float));
     if (!w->memory) return -1;
     float *next = w->memory;
@@ -68,25 +74,27 @@ INLINE void tile(int depth, const float *a, size_t a_stride, const float *b, siz
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3, out[4] = c4, out[5] = c5;
 }
 
-/* c = a' b, k x k, or c += a' b where is_added; a and b are depth x k. Where is_symmetric, what lies above the diagonal of c is
-   copied from below. */
-INLINE void multiply(const Workspace *w, int k, int depth, const float *a, const float *b, float *c, int is_symmetric, int is_added) {
+/* What lies above the diagonal, copied from below. */
+INLINE void mirror(const Workspace *w, int k, float *c, int first_offset) {
+    size_t stride = w->stride;
+    for (int j = 0; j < k; j += LANES)
+        for (int i = j + first_offset; i < k; i++) {
+            int count = i - j < LANES ? i - j : LANES;
+            for (int lane = 0; lane < count; lane++) c[(j + lane) * stride + i] = c[i * stride + j + lane];
+        }
+    for (int i = 0; i < k; i++) memset(c + i * stride + k, 0, (round_up(k, LANES) - k) * sizeof(float));
+}
+
+/* c = a' b, k x k; a and b are depth x k. */
+INLINE void multiply(const Workspace *w, int k, int depth, const float *a, const float *b, float *c, int is_symmetric) {
     size_t stride = w->stride;
     for (int j = 0; j < k; j += LANES)
         for (int i = is_symmetric ? j / TILE_ROWS * TILE_ROWS : 0; i < k; i += TILE_ROWS) {
             vec out[TILE_ROWS];
             tile(depth, a + i, stride, b + j, stride, out);
-            for (int row = 0; row < TILE_ROWS; row++) {
-                float *to = c + (i + row) * stride + j;
-                if (is_added) out[row] += load(to);
-                store(to, out[row]);
-            }
+            for (int row = 0; row < TILE_ROWS; row++) store(c + (i + row) * stride + j, out[row]);
         }
-    if (!is_symmetric) return;
-    for (int j = 0; j < k; j += LANES)
-        for (int i = j + LANES; i < k; i++)
-            for (int lane = 0; lane < LANES; lane++) c[(j + lane) * stride + i] = c[i * stride + j + lane];
-    for (int i = 0; i < k; i++) memset(c + i * stride + k, 0, (round_up(k, LANES) - k) * sizeof(float));
+    if (is_symmetric) mirror(w, k, c, LANES);
 }
 
 INLINE void transpose(const Workspace *w, int k, const float *from, float *to) {
@@ -113,9 +121,7 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
             store(at, value);
             sums += value * value;
         }
-    float norm = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) norm += sums[lane];
-    norm = sqrtf(norm);
+    float norm = sqrtf(sum(sums));
     float scale = 1.0f / (norm > 0.5f ? norm : 0.5f);
     for (int i = 0; i < k; i++)
         for (int j = 0; j < width; j += LANES)
@@ -123,7 +129,7 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
     for (int step = 0; step < 3; step++) {
         const float *p = ITERATIONS[step];
         float *into = step ? w->factor : w->mixers;
-        multiply(w, k, k, w->power, w->power, into, 1, 0);
+        multiply(w, k, k, w->power, w->power, into, 1);
         for (int i = 0; i < k; i++) {
             for (int j = 0; j < width; j += LANES) {
                 float *at = into + i * stride + j;
@@ -132,25 +138,24 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
             into[i * stride + i] += p[0];
         }
         if (step < 2) { /* factor power factor, as (power factor)' factor: small singular values need that order */
-            multiply(w, k, k, w->power, into, w->product, 0, 0);
-            multiply(w, k, k, w->product, into, w->power, 1, 0);
+            multiply(w, k, k, w->power, into, w->product, 0);
+            multiply(w, k, k, w->product, into, w->power, 1);
         }
         if (step) {
-            multiply(w, k, k, w->factor, w->mixers, w->product, 0, 0);
+            multiply(w, k, k, w->factor, w->mixers, w->product, 0);
             float *swap = w->mixers;
             w->mixers = w->product, w->product = swap;
         }
     }
     transpose(w, k, w->mixers, w->factor);
-    multiply(w, k, k, w->factor, cosines, w->product, 0, 0);
+    multiply(w, k, k, w->factor, cosines, w->product, 0);
     float *lengths = w->scales + w->stride;
     memset(lengths, 0, w->stride * sizeof(float));
     for (int i = 0; i < k; i++) {
         vec own = {0};
         for (int j = 0; j < width; j += LANES)
             own += load(w->product + i * stride + j) * load(w->mixers + i * stride + j);
-        float square = 0.0f;
-        for (int lane = 0; lane < LANES; lane++) square += own[lane];
+        float square = sum(own);
         lengths[i] = square > 1e-18f ? length / sqrtf(square) : 0.0f;
     }
     for (int j = 0; j < k; j++)
@@ -160,19 +165,50 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
         }
 }
 
+/* Inner products of two rows with three, over a multiple of LANES columns, added to out. */
+INLINE void add_products(const float *const first[2], const float *const second[3], int64_t columns, float *const out[6]) {
+    vec sums[6] = {{0}};
+    for (int64_t j = 0; j < columns; j += LANES) {
+        vec a = load(first[0] + j), b = load(first[1] + j);
+        vec c = load(second[0] + j), d = load(second[1] + j), e = load(second[2] + j);
+        sums[0] += a * c, sums[1] += a * d, sums[2] += a * e;
+        sums[3] += b * c, sums[4] += b * d, sums[5] += b * e;
+    }
+    for (int i = 0; i < 6; i++) *out[i] += sum(sums[i]);
+}
+
 /* Inner products of the rows of a block, in w->cosines. */
 INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
-    for (int64_t start = 0; start < columns; start += CHUNK) {
-        int count = columns - start < CHUNK ? (int)(columns - start) : CHUNK;
-        for (int row = 0; row < rows; row++) {
-            const float *from = values + row * columns + start;
-            float *to = w->columns + row;
-            for (int column = 0; column < count; column++) to[(size_t)column * w->stride] = from[column];
-        }
-        for (int column = 0; column < count; column++)
-            memset(w->columns + (size_t)column * w->stride + rows, 0, (w->stride - rows) * sizeof(float));
-        multiply(w, rows, count, w->columns, w->columns, w->cosines, 1, start > 0);
+    size_t stride = w->stride;
+    if (columns < FEW_COLUMNS) {
+        for (int column = 0; column < columns; column++)
+            memset(w->columns + column * stride + rows, 0, (stride - rows) * sizeof(float));
+        for (int row = 0; row < rows; row++)
+            for (int column = 0; column < columns; column++)
+                w->columns[column * stride + row] = values[row * columns + column];
+        multiply(w, rows, (int)columns, w->columns, w->columns, w->cosines, 1);
+        return;
     }
+    for (int i = 0; i < rows; i++) memset(w->cosines + i * stride, 0, stride * sizeof(float));
+    int64_t whole = columns / LANES * LANES;
+    float ignored = 0.0f;
+    for (int64_t start = 0; start < whole; start += CHUNK)
+        for (int i = 0; i < rows; i += 2)
+            for (int j = 0; j <= i + 1 && j < rows; j += 3) {
+                const float *first[2], *second[3];
+                float *out[6];
+                for (int a = 0; a < 2; a++) first[a] = values + (i + a < rows ? i + a : i) * columns + start;
+                for (int b = 0; b < 3; b++) second[b] = values + (j + b < rows ? j + b : j) * columns + start;
+                for (int a = 0; a < 2; a++)
+                    for (int b = 0; b < 3; b++)
+                        out[3 * a + b] = i + a < rows && j + b <= i + a ? w->cosines + (i + a) * stride + j + b : &ignored;
+                add_products(first, second, whole - start < CHUNK ? whole - start : CHUNK, out);
+            }
+    for (int64_t column = whole; column < columns; column++)
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j <= i; j++)
+                w->cosines[i * stride + j] += values[i * columns + column] * values[j * columns + column];
+    mirror(w, rows, w->cosines, 1);
 }
 
 /* params = shrink params - mixed rows of values. */
@@ -221,8 +257,7 @@ INLINE double sum_of_squares(const float *values, int64_t size) {
         first += second;
         float rest = 0.0f;
         for (; i < end; i++) rest += values[i] * values[i];
-        for (int lane = 0; lane < LANES; lane++) rest += first[lane];
-        total += rest;
+        total += rest + sum(first);
     }
     return total;
 }

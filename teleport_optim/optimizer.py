@@ -137,8 +137,8 @@ class LearnedTeleportOptimizer(Optimizer):
 
     .. math::
         \begin{aligned}
-        &\text{every 20 steps: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
-        &\text{every 40 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
+        &\text{every 40 steps: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
+        &\text{every 80 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
         &m \leftarrow \beta m + (1 - \beta) g \\
         &d = \text{rows of } m \text{, orthogonalised 64 at a time, of unit norm, for matrices, }

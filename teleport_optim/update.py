@@ -50,9 +50,9 @@ __all__ = [
     "update",
 ]
 
-CONTROL_INTERVAL = 20
+CONTROL_INTERVAL = 40
 """Steps between two runs of the meta-optimizer; its controls are held in between."""
-TELEPORT_INTERVAL = 40
+TELEPORT_INTERVAL = 80
 """Steps between two teleports."""
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""

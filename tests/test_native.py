@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, native
 from teleport_optim.layout import Layout
 from teleport_optim.native import NativeStep, all_norms, are_plain
-from teleport_optim.update import Factors, averaged, descend
+from teleport_optim.update import TELEPORT_INTERVAL, Factors, averaged, descend
 
 built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
 SIZES = st.integers(0, 40)
@@ -150,7 +150,7 @@ def test_every_step_of_a_training_is_that_of_torch(options: dict[str, object], m
     monkeypatch.setattr(NativeStep, "take", lambda *args: (taken.append(1), take(*args)))
     model = network()
     optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=100, **options)
-    for _ in range(45):
+    for _ in range(TELEPORT_INTERVAL + 5):
         before = [param.detach().clone() for param in model.parameters()]
         other, other_optimizer = copy.deepcopy((model, optimizer))
         train(model, optimizer, 1)
@@ -166,7 +166,7 @@ def test_every_step_of_a_training_is_that_of_torch(options: dict[str, object], m
             assert torch.equal(own["step"], others["step"])
             torch.testing.assert_close(own["exp_avg"], others["exp_avg"], rtol=1e-5, atol=1e-7)
     num_teleports = 0 if options.get("teleport") is False else 2
-    assert len(taken) == 45 - num_teleports
+    assert len(taken) == TELEPORT_INTERVAL + 5 - num_teleports
 
 
 class Tagged(Tensor):

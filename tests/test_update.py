@@ -237,8 +237,8 @@ def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool, block_rows:
     assert all((size > 0) == (teleports and step % TELEPORT_INTERVAL == 0) for step, size in enumerate(sizes))
 
 
-def test_the_meta_optimizer_is_asked_every_twenty_steps_and_its_controls_are_held_in_between() -> None:
-    assert (CONTROL_INTERVAL, TELEPORT_INTERVAL) == (20, 40)
+def test_the_meta_optimizer_is_asked_every_forty_steps_and_its_controls_are_held_in_between() -> None:
+    assert (CONTROL_INTERVAL, TELEPORT_INTERVAL) == (40, 80)
     asked: list[int] = []
     model = perceptron(5, 8, 3)
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
@@ -246,12 +246,12 @@ def test_the_meta_optimizer_is_asked_every_twenty_steps_and_its_controls_are_hel
     optimizer = LearnedTeleportOptimizer.for_model(model, checkpoint=meta_optimizer)
     optimizer._meta_optimizer.register_forward_pre_hook(lambda *_: asked.append(len(held)))
     held: list[list[Tensor]] = []
-    for _ in range(65):
+    for _ in range(125):
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         optimizer.step()
         held.append([optimizer.state[param]["outputs"].clone() for param in model.parameters()])
-    assert asked == [0, 20, 40, 60]
+    assert asked == [0, 40, 80, 120]
     for step, (before, after) in enumerate(pairwise(held), start=1):
         assert all(map(torch.equal, before, after)) == (step not in asked)
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from teleport_optim.evaluation.problem import Data, EvaluationTask
+from teleport_optim.update import TELEPORT_INTERVAL
 
 __all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "minibatch", "noisy", "run_training", "speed_up"]
 
 _MAX_MEASURED = 512
 """Most examples on which a loss is measured during a run."""
-_PHASES = 40
-"""Steps after which what an optimizer does repeats itself, as far as timing goes."""
 
 
 class Stepper(Protocol):
@@ -95,20 +94,20 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int)
 def milliseconds_per_step(task: EvaluationTask, recipes: Mapping[str, Recipe], repeats: int = 5) -> dict[str, float]:
     """Time of a whole training step (forward, backward, optimizer) under every recipe, which take turns step by step.
 
-    The mean over the steps of a period of forty of their medians over ``repeats`` periods, so that what is done every few steps
-    counts, and what a busy machine does in between does not.
+    The mean over the steps between two teleports of their medians over ``repeats`` such periods, so that what is done every
+    few steps counts, and what a busy machine does in between does not.
     """
     data = task.make_data()
     models = {name: task.make_model(0) for name in recipes}
     optimizers = {name: recipe(models[name], 10_000) for name, recipe in recipes.items()}
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(_PHASES)] for name in recipes}
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(TELEPORT_INTERVAL)] for name in recipes}
     generator = torch.Generator().manual_seed(0)
-    for step in range(_PHASES * (repeats + 1)):
+    for step in range(TELEPORT_INTERVAL * (repeats + 1)):
         for name in recipes:
             start = time.perf_counter()
             _step(task, data, models[name], optimizers[name], generator)
-            if step >= _PHASES:
-                seconds[name][step % _PHASES].append(time.perf_counter() - start)
+            if step >= TELEPORT_INTERVAL:
+                seconds[name][step % TELEPORT_INTERVAL].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.fmean(map(statistics.median, phases)) for name, phases in seconds.items()}
 
 

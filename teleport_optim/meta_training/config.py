@@ -203,8 +203,8 @@ PRESETS: dict[str, Config] = {
     "default": Config(
         num_outer_steps=60,
         num_tasks=7,
-        min_horizon=60,
-        max_horizon=280,
+        min_horizon=120,
+        max_horizon=320,
         curriculum=0.0,
         sigma=0.05,
         learning_rate=5e-3,
