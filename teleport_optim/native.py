@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from teleport_optim.layout import Layout
-from teleport_optim.update import Factors
+from teleport_optim.update import Pace
 
 try:
     import teleport_optim._native as _native
@@ -36,14 +36,14 @@ _THREAD_WORK = 2.5e7
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether the module is there, and all are contiguous tensors of float32 on the CPU, of no class of their own."""
-    return _native is not None and all(
-        type(tensor) in _PLAIN
-        and tensor.dtype is torch.float32
-        and tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        for tensor in tensors
-    )
+    if _native is None:
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+        if not tensor.is_contiguous() or tensor.is_neg():
+            return False
+    return True
 
 
 def all_norms(tensors: list[Tensor]) -> list[float]:
@@ -59,23 +59,36 @@ class NativeStep:
         self._units = array("q", [number for block in blocks for number in block])
         self._work = list(accumulate(block.work for block in blocks))
         self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
+        self._numbers: tuple[Pace, list[float], list[float], list[float], float] | None = None
         self.is_possible = _native is not None and self._most_rows <= _MOST_ROWS
 
     def take(
-        self, params: list[Tensor], averages: list[Tensor], grads: list[Tensor], counts: list[Tensor], factors: Factors
+        self,
+        params: list[Tensor],
+        averages: list[Tensor],
+        grads: list[Tensor],
+        counts: list[Tensor],
+        *,
+        pace: Pace,
+        rate: float,
+        decay: float,
     ) -> None:
         """Average the gradients, move the parameters and count the step, in place. Tensors are in the order of the layout.
 
         Large steps are split over as many threads as torch has; which takes what makes no difference to the result.
         """
+        if self._numbers is None or self._numbers[0] is not pace:
+            rows = (pace.lengths.tolist(), pace.learned_decays.tolist(), pace.user_decays.tolist())
+            self._numbers = (pace, *rows, 1.0 - pace.beta.item())
+        _, lengths, learned_decays, user_decays, rest = self._numbers
         take = partial(
             _native.step,
             _addresses(params),
             _addresses(averages),
             _addresses(grads),
-            factors.shrinks.tolist(),
-            factors.lengths.tolist(),
-            1.0 - factors.beta.item(),
+            [1.0 - rate * (user + decay * learned) for user, learned in zip(user_decays, learned_decays)],
+            [rate * length for length in lengths],
+            rest,
             self._most_rows,
         )
         parts = self._parts(torch.get_num_threads())
@@ -85,7 +98,7 @@ class NativeStep:
             with ThreadPoolExecutor(len(parts)) as pool:
                 list(pool.map(take, parts))  # which raises what a thread has raised
         _native.count(_addresses(counts))
-        torch.autograd.graph.increment_version([*params, *averages, *counts])
+        torch.autograd.graph.increment_version(params)
 
     def _parts(self, num_threads: int) -> list[memoryview]:
         """The blocks in parts of about equal work."""

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, overload
 
@@ -39,6 +40,7 @@ from teleport_optim.update import (
     descend,
     is_control_step,
     is_teleport_step,
+    rate_and_decay,
     step_factors,
     teleport,
 )
@@ -115,18 +117,21 @@ class ScalarWriter(Protocol):
 class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
 
-    arguments: tuple[dict[str, Tensor], Factors, Layout]
-    grads: list[Tensor] | None
-    """The gradients, where the step is yet to average them: that is what :class:`NativeStep` begins with."""
+    arguments: tuple[dict[str, Tensor], Factors, Layout] | None
+    """Those of :func:`descend`; None where ``take`` does it all."""
+    take: Callable[[], None] | None
+    """The momentum step in C."""
     params: dict[str, Tensor]
     """Where the step is taken from, by name; other tensors than the targets if it teleports."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
+    layout: Layout
     controls: Controls
     """What the meta-optimizer has said last; of a safe step, too."""
     teleport_sizes: Tensor | None
     targets: list[Tensor]
     slots: list[dict[str, Tensor]]
+    counts: list[Tensor]
     progress: Progress
 
 
@@ -327,26 +332,25 @@ class LearnedTeleportOptimizer(Optimizer):
                 loss = closure()
         plan = self._prepare(loss, may_be_native=not torch.compiler.is_compiling())
         if plan is not None:  # torch.compile(optimizer.step) compiles descend
-            self._finish(plan, descend(*plan.arguments) if plan.grads is None else {})
+            self._finish(plan, {} if plan.arguments is None else descend(*plan.arguments))
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _prepare(self, loss: Any, may_be_native: bool) -> _Plan | None:
         """Everything before the momentum step; None if there is no step to take."""
-        active = [entry for entry in self._entries() if entry[1].grad is not None]
         self._teleport_size = 0.0
+        active = [(*entry, entry[1].grad) for entry in self._entries() if entry[1].grad is not None]
         if not active:
             return None
-        _check_active([(name, param) for name, param, _ in active])
-        names = [name for name, *_ in active]
-        targets = [param for _, param, _ in active]
-        params = dict(zip(names, all_whole(targets)))
-        whole_grads = all_whole([_grad_of(param) for _, param, _ in active])
-        grads = {n: _gradient(grad, group["maximize"]) for grad, (n, _, group) in zip(whole_grads, active)}
-        own_grads = list(grads.values())
+        names, targets, groups, own_grads = map(list, zip(*active))
         is_native = may_be_native and are_plain(own_grads)
-        norms = dict(zip(grads, all_norms(own_grads) if is_native else _all_norms(own_grads)))
-        slots = [self._slots(param) for _, param, _ in active]
+        if not is_native:
+            _check_active(names, targets, own_grads)
+        params = dict(zip(names, all_whole(targets)))
+        whole_grads = zip(names, all_whole(own_grads), groups)
+        grads = {name: _gradient(grad, group["maximize"]) for name, grad, group in whole_grads}
+        norms = dict(zip(names, (all_norms if is_native else _all_norms)(list(grads.values()))))
+        slots = [self._slots(param) for param in targets]
         if not all(norm <= _MAX_NORM for norm in norms.values()):
             self._skip([name for name, norm in norms.items() if not norm <= _MAX_NORM], dict(zip(grads, slots)))
             return None
@@ -359,9 +363,10 @@ class LearnedTeleportOptimizer(Optimizer):
         step = progress.num_steps
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
-        momenta = dict(zip(names, all_whole([own["exp_avg"] for own in slots])))
+        averages = [own["exp_avg"] for own in slots]
+        momenta = dict(zip(names, all_whole(averages)))
         layout = self._layout(params)
-        hyper = self._hyper([group for _, _, group in active], step)
+        hyper = self._hyper(groups, step)
         rows: dict[str, Tensor] = {}
         sizes = None
         if step == 0 and has_gradient and not is_safe and len(layout.spec):
@@ -389,53 +394,45 @@ class LearnedTeleportOptimizer(Optimizer):
             *moved, own_sizes = teleport(params, grads, momenta, controls, layout)
             params, grads, momenta = map(dict, moved)
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
-        factors = self._pace(controls, hyper, layout).factors(step, hyper.total_steps, layout)
-        is_native = (
-            is_native
-            and sizes is None
-            and self._native(layout).is_possible
-            and are_plain(targets)
-            and are_plain(own["exp_avg"] for own in slots)
-        )
-        return _Plan(
-            (momenta if is_native else _averages(momenta, grads, slots, factors.beta), factors, layout),
-            own_grads if is_native else None,
-            params,
-            rows,
-            learned,
-            sizes,
-            targets,
-            slots,
-            progress,
-        )
+        pace = self._pace(controls, hyper, layout)
+        rate, decay = rate_and_decay(step, hyper.total_steps, layout)
+        counts = [own["step"] for own in slots]
+        arguments = take = None
+        native = self._native(layout)
+        if is_native and sizes is None and native.is_possible and are_plain(targets) and are_plain(averages):
+            own_grads = list(grads.values())
+            take = partial(native.take, targets, averages, own_grads, counts, pace=pace, rate=rate, decay=decay)
+        else:
+            factors = pace.factors(rate, decay)
+            arguments = (_averages(momenta, grads, slots, factors.beta), factors, layout)
+        return _Plan(arguments, take, params, rows, layout, learned, sizes, targets, slots, counts, progress)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
         targets, values = [], []
-        momenta, factors, layout = plan.arguments
-        for own, average in zip(plan.slots, momenta.values()):
-            if average is not own["exp_avg"]:
-                targets.append(own["exp_avg"])
-                values.append(average)
+        if plan.arguments is not None:
+            for own, average in zip(plan.slots, plan.arguments[0].values()):
+                if average is not own["exp_avg"]:
+                    targets.append(own["exp_avg"])
+                    values.append(average)
         for key, rows in plan.rows.items():
             targets += [own[key] for own in plan.slots]
             values += rows.unbind(0)
         if targets:
             torch._foreach_copy_(all_local(targets), all_parts_like(values, targets))
-        counts = [own["step"] for own in plan.slots]
-        if plan.grads is not None:
-            self._native(layout).take(plan.targets, list(momenta.values()), plan.grads, counts, factors)
+        if plan.take is not None:
+            plan.take()
         else:
             _descend_in_place(plan, steps)
-            torch._foreach_add_(counts, 1.0)
+            torch._foreach_add_(plan.counts, 1.0)
         self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
+        self._held = (plan.layout, plan.controls)
         sizes = plan.teleport_sizes
-        self._held = (layout, plan.controls)
         if sizes is not None:
-            channels = torch.tensor([float(symmetry.size) for symmetry in layout.spec], device=sizes.device)
+            channels = torch.tensor([float(symmetry.size) for symmetry in plan.layout.spec], device=sizes.device)
             self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
-            self._teleport_sizes = layout.teleport_sizes(sizes)
+            self._teleport_sizes = plan.layout.teleport_sizes(sizes)
 
     def _entries(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """Every parameter under its name, or its number, with its group."""
@@ -486,11 +483,12 @@ class LearnedTeleportOptimizer(Optimizer):
                 "whole run, or leave total_steps out.",
                 once="past total_steps",
             )
-        decays = tuple(math.nan if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups)
-        rates = tuple(float(group["lr"]) for group in groups)
-        key = (rates, tuple(map(str, decays)), total_steps)  # NaN equals nothing
+        rates = [float(group["lr"]) for group in groups]
+        decays = [None if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
+        key = (rates, decays, total_steps)
         if self._last_hyper is None or self._last_hyper[0] != key:
-            lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, decays))
+            numbers = [math.nan if decay is None else decay for decay in decays]
+            lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, numbers))
             self._last_hyper = (key, Hyper(lr, weight_decay, total_steps))
         return self._last_hyper[1]
 
@@ -683,7 +681,8 @@ def _averages(
 
 def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
     """Shrink the parameters and take the steps, where they lie."""
-    targets = all_local(plan.targets)
+    assert plan.arguments is not None
+    shrinks, targets = plan.arguments[1].shrinks, all_local(plan.targets)
     if plan.teleport_sizes is not None:
         torch._foreach_copy_(targets, all_parts_like(list(plan.params.values()), plan.targets))
     own_steps = [steps[name] for name in plan.params]
@@ -691,10 +690,10 @@ def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
         moves = [step.product().view(target.shape) for step, target in zip(own_steps, plan.targets)]
         own_steps = list(map(Step, all_parts_like(moves, plan.targets)))
     if any(in_full_precision(target) is not target for target in targets):
-        for target, shrink, step in zip(targets, plan.arguments[1].shrinks.unbind(-1), own_steps):
+        for target, shrink, step in zip(targets, shrinks.unbind(-1), own_steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))
         return
-    shrunk = [(target, shrink) for target, shrink in zip(targets, plan.arguments[1].shrinks.tolist()) if shrink != 1.0]
+    shrunk = [(target, shrink) for target, shrink in zip(targets, shrinks.tolist()) if shrink != 1.0]
     if shrunk:
         torch._foreach_mul_(*map(list, zip(*shrunk)))
     small = [(target, step.move) for target, step in zip(targets, own_steps) if step.left is None]
@@ -770,10 +769,9 @@ def _check_parameter(param: Tensor) -> None:
         raise ValueError(f"a parameter of shape {tuple(param.shape)} {reason}")
 
 
-def _check_active(active: list[tuple[str, Tensor]]) -> None:
+def _check_active(names: list[str], params: list[Tensor], grads: list[Tensor]) -> None:
     """Raise ``RuntimeError`` for gradients that cannot be used."""
-    for name, param in active:
-        grad = _grad_of(param)
+    for name, grad in zip(names, grads):
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"the gradient of parameter {name} is sparse, which LearnedTeleportOptimizer does not support: make it "
@@ -784,16 +782,11 @@ def _check_active(active: list[tuple[str, Tensor]]) -> None:
                 f"the gradient of parameter {name} is complex, which LearnedTeleportOptimizer does not support: keep real "
                 "and imaginary parts as two real parameters"
             )
-    devices = {param.device for _, param in active}
+    devices = {param.device for param in params}
     if len(devices) > 1:
         raise RuntimeError(
             f"parameters lie on several devices ({', '.join(sorted(map(str, devices)))}): make one optimizer for each device"
         )
-
-
-def _grad_of(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
 
 
 def _gradient(grad: Tensor, maximize: bool) -> Tensor:

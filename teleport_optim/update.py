@@ -44,6 +44,7 @@ __all__ = [
     "is_control_step",
     "is_teleport_step",
     "prior_rate",
+    "rate_and_decay",
     "row_mixers",
     "step_factors",
     "teleport",
@@ -133,6 +134,12 @@ def prior_rate(step: int, total_steps: int | None, num_layers: int) -> tuple[flo
         horizon, progress = total_steps, min(step, total_steps - 1) / total_steps
     alpha = 0.15 * math.sqrt(300.0 / max(horizon, 75))
     return alpha * num_layers**-0.5 * (1.0 - progress) ** 2, 2.0 / (alpha * horizon)
+
+
+def rate_and_decay(step: int, total_steps: int | None, layout: Layout) -> tuple[float, float]:
+    """:func:`prior_rate` for the tensors of ``layout``."""
+    rate, decay = prior_rate(step, total_steps, layout.num_layers)
+    return (_LINEAR_RATE * rate, decay / _LINEAR_RATE) if layout.is_linear else (rate, decay)
 
 
 def row_mixers(gram: Tensor, lengths: Tensor) -> Tensor:
@@ -362,18 +369,15 @@ class Pace(NamedTuple):
             rates * torch.where(is_learned, 0.0, user_decay),
         )
 
-    def factors(self, step: int, total_steps: int | None, layout: Layout) -> Factors:
-        """What steers the momentum step of this number."""
-        rate, decay = prior_rate(step, total_steps, layout.num_layers)
-        if layout.is_linear:
-            rate, decay = _LINEAR_RATE * rate, decay / _LINEAR_RATE
+    def factors(self, rate: float, decay: float) -> Factors:
+        """What steers a momentum step at this prior rate and decay."""
         shrinks = (1.0 - rate * self.user_decays).sub_(self.learned_decays, alpha=rate * decay)
         return Factors(self.beta, shrinks, rate * self.lengths)
 
 
 def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Factors:
     """What steers the momentum step of this number."""
-    return Pace.of(controls, hyper, layout).factors(step, hyper.total_steps, layout)
+    return Pace.of(controls, hyper, layout).factors(*rate_and_decay(step, hyper.total_steps, layout))
 
 
 def averaged(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:

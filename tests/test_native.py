@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, native
 from teleport_optim.layout import Layout
 from teleport_optim.native import NativeStep, all_norms, are_plain
-from teleport_optim.update import TELEPORT_INTERVAL, Factors, averaged, descend
+from teleport_optim.update import TELEPORT_INTERVAL, Factors, Pace, averaged, descend
 
 built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
 SIZES = st.integers(0, 40)
@@ -50,7 +50,8 @@ def by_torch(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], k
 
 def natively(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], known: Factors, layout: Layout) -> None:
     counts = [torch.tensor(3.0) for _ in params]
-    NativeStep(layout).take(params, momenta, grads, counts, known)
+    pace = Pace(known.beta, known.lengths / 0.1, (1.0 - known.shrinks) / 0.1, torch.zeros(len(params)))
+    NativeStep(layout).take(params, momenta, grads, counts, pace=pace, rate=0.1, decay=1.0)
     assert counts == [4.0] * len(params)
 
 
@@ -147,7 +148,7 @@ def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
 def test_every_step_of_a_training_is_that_of_torch(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     take = NativeStep.take
-    monkeypatch.setattr(NativeStep, "take", lambda *args: (taken.append(1), take(*args)))
+    monkeypatch.setattr(NativeStep, "take", lambda *args, **options: (taken.append(1), take(*args, **options)))
     model = network()
     optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=100, **options)
     for _ in range(TELEPORT_INTERVAL + 5):

@@ -418,7 +418,9 @@ def test_a_model_that_is_never_called_trains_and_warns_once() -> None:
         step_on(optimizer, model.forward(X))
         assert optimizer.teleport_size == 0.0
     assert F.cross_entropy(model.forward(X), Y).item() < before
-    train(model, optimizer, TELEPORT_INTERVAL - 4)  # the last of them is the first since the call at which it may teleport
+    train(
+        model, optimizer, TELEPORT_INTERVAL - 4
+    )  # the last of them is the first since the call at which it may teleport
     assert len(optimizer.spec) == 2
     assert optimizer.teleport_size > 0
     given = LearnedTeleportOptimizer.for_model(model, total_steps=20, example_inputs=X)
