@@ -7,6 +7,7 @@ the demo, on the text of the "test" split, or on examples that are made here.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -24,7 +25,7 @@ from teleport_optim.evaluation.networks import (
 from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
 from teleport_optim.tasks.data import digits
 
-__all__ = ["SUITE"]
+__all__ = ["FAR", "SUITE"]
 
 _RESCALING = 2.0
 """Standard deviation of the log-factors in the badly scaled network."""
@@ -294,3 +295,38 @@ _TASKS = (
 
 SUITE: dict[str, EvaluationTask] = {task.name: task for task in _TASKS}
 """Every task by name."""
+
+_LONG, _WIDE = 8 * 320, 8 * 56
+"""Eight times the longest run and the widest layer that the default checkpoint was meta-trained on."""
+
+FAR: dict[str, EvaluationTask] = {
+    task.name: task
+    for task in (
+        *(
+            replace(SUITE[name], name=f"long_{name}", steps=_LONG)
+            for name in ("deep_mlp", "autoencoder", "tabular_regression")
+        ),
+        EvaluationTask(
+            "wide_relu",
+            f"ReLU perceptron of 3 hidden layers of {_WIDE}, noisy digits",
+            seeded(partial(perceptron, (64, *[_WIDE] * 3, 10), nn.ReLU)),
+            _digits,
+            steps=300,
+        ),
+        EvaluationTask(
+            "wide_teacher",
+            f"GELU perceptron of 2 hidden layers of {_WIDE}, outputs of a random tanh network",
+            seeded(partial(perceptron, (20, _WIDE, _WIDE, 6), nn.GELU)),
+            _teacher,
+            steps=300,
+        ),
+        EvaluationTask(
+            "wide_classes",
+            f"SiLU perceptron of 2 hidden layers of {_WIDE}, six classes of normal clusters",
+            seeded(partial(perceptron, (20, _WIDE, _WIDE, 6), nn.SiLU)),
+            _mixture,
+            steps=300,
+        ),
+    )
+}
+"""Runs eight times as long, and networks eight times as wide, as anything in meta-training."""
