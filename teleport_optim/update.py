@@ -433,9 +433,10 @@ def descend(momenta: Mapping[str, Tensor], factors: Factors, layout: Layout) -> 
         for bucket in layout.buckets
         for group, view in zip(bucket.groups, bucket.views(bucket.gather(momenta, run_axes)))
     ]
+    single = [(group, blocks) for group, blocks in groups if not group.is_mixed]
+    mixed = [(group, blocks) for group, blocks in groups if group.is_mixed]
     steps: dict[str, Step] = {}
-    for are_mixed, order in ((False, table.single_rows), (True, table.mixed_rows)):
-        chosen = [(group, blocks) for group, blocks in groups if group.is_mixed == are_mixed]
+    for are_mixed, chosen, order in ((False, single, table.single_rows), (True, mixed, table.mixed_rows)):
         if not chosen:
             continue
         lengths = factors.lengths.index_select(-1, order)

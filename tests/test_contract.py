@@ -391,6 +391,24 @@ def test_compiled_once_and_teleports_as_ever(which: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*record_function.*")
+def test_steps_of_models_of_other_shapes_compile_in_one_process() -> None:
+    """Numbers of rows are symbols to the compiler from the second model on."""
+    with counted_graphs() as graphs:
+        for width in (8, 70, 72):
+            model = nn.Sequential(
+                nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
+            )
+            optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20)
+            step = torch.compile(optimizer.step)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(random(9, 3)).square().sum().backward()
+                step()
+            assert optimizer.stats().num_steps == 3
+    assert graphs
+
+
 def test_two_runs_agree_bit_for_bit() -> None:
     ends: list[Iterable[Tensor]] = []
     for _ in range(2):
