@@ -23,7 +23,7 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml teleport_optim/_native.c
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@
