@@ -41,6 +41,8 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
+        if tensor.layout is not torch.strided:
+            return False
         if not tensor.is_contiguous() or tensor.is_neg():
             return False
     return True
@@ -60,7 +62,19 @@ class NativeStep:
         self._work = list(accumulate(block.work for block in blocks))
         self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
         self._numbers: tuple[Pace, list[float], list[float], list[float], float] | None = None
-        self.is_possible = _native is not None and self._most_rows <= _MOST_ROWS
+        self._shapes = list(layout.shapes.values())
+
+    def can_take(self, *tensors: list[Tensor], counts: list[Tensor]) -> bool:
+        """Whether all are plain, parameters, averages and gradients of the shapes of the layout, and counts single numbers.
+
+        What lies at an address is not looked at any more after this.
+        """
+        return (
+            self._most_rows <= _MOST_ROWS
+            and all(are_plain(own) and [tensor.shape for tensor in own] == self._shapes for own in tensors)
+            and are_plain(counts)
+            and all(count.dim() == 0 for count in counts)
+        )
 
     def take(
         self,

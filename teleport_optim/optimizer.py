@@ -398,9 +398,8 @@ class LearnedTeleportOptimizer(Optimizer):
         rate, decay = rate_and_decay(step, hyper.total_steps, layout)
         counts = [own["step"] for own in slots]
         arguments = take = None
-        native = self._native(layout)
-        if is_native and sizes is None and native.is_possible and are_plain(targets) and are_plain(averages):
-            own_grads = list(grads.values())
+        native, own_grads = self._native(layout), list(grads.values())
+        if is_native and sizes is None and native.can_take(targets, averages, own_grads, counts=counts):
             take = partial(native.take, targets, averages, own_grads, counts, pace=pace, rate=rate, decay=decay)
         else:
             factors = pace.factors(rate, decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import subprocess
@@ -187,6 +188,7 @@ class Tagged(Tensor):
         (torch.ones(1).expand(3), False),
         (torch.ones(3, 2, device="meta"), False),
         (torch.ones(3, 2).to_sparse(), False),
+        (torch.ones(3, 2).to_mkldnn(), False),
         (torch._neg_view(torch.ones(3, 2)), False),
         (torch.ones(3, 2).as_subclass(Tagged), False),
     ],
@@ -207,6 +209,36 @@ def test_everything_else_is_left_to_torch() -> None:
             optimizer.step()
     for ours, theirs in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def swap_weight(model: nn.Module, optimizer: LearnedTeleportOptimizer) -> None:
+    model[0].weight.data = torch.ones(1, 6)
+    model[0].bias.data = torch.ones(1)
+    model[0].weight.grad = model[0].bias.grad = None
+    model[2].weight.data = torch.ones(10, 1)
+    model[2].weight.grad = None
+
+
+def shorten_average(model: nn.Module, optimizer: LearnedTeleportOptimizer) -> None:
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(2, 6)
+
+
+def empty_count(model: nn.Module, optimizer: LearnedTeleportOptimizer) -> None:
+    optimizer.state[model[0].weight]["step"] = torch.zeros(0)
+
+
+@pytest.mark.parametrize("spoil", [swap_weight, shorten_average, empty_count])
+def test_sizes_that_have_changed_are_not_written_to(
+    spoil: Callable[[nn.Module, LearnedTeleportOptimizer], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address is taken at its word, so torch gets whatever is not as the layout says: it raises, or computes nothing."""
+    model = network()
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20, teleport=False)
+    train(model, optimizer, 2)
+    spoil(model, optimizer)
+    monkeypatch.setattr(NativeStep, "take", lambda *args, **options: pytest.fail("taken in C"))
+    with contextlib.suppress(RuntimeError):
+        train(model, optimizer, 1)
 
 
 def test_a_stale_graph_is_noticed() -> None:
