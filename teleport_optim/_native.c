@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 /* One copy for every generation of processors; the right one is chosen when the module is loaded. */
 #define PORTABLE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

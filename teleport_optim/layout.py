@@ -20,7 +20,7 @@ NUM_STATIC_FEATURES = 9
 BLOCK_ROWS = 64
 """Number of rows of a matrix that are made orthogonal to each other, unless a checkpoint says otherwise."""
 _MAX_GROUPED = 2**15
-"""Most entries of a tensor that is updated together with others of its shape."""
+"""Most entries of what is updated together: tensors of one shape, or rows of one tensor that are for themselves."""
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
@@ -250,11 +250,11 @@ class Layout:
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks of all tensors; those whose rows are for themselves are as large as can be."""
+        """All blocks of all tensors; those whose rows are for themselves are as large as the cache of a processor likes."""
         blocks = []
         for group in (group for bucket in self.buckets for group in bucket.groups):
             rows, columns = group.entries if group.is_matrix else (1, *group.entries)
-            most = group.block_size if group.is_mixed else max(rows, 1)
+            most = group.block_size if group.is_mixed else max(1, _MAX_GROUPED // max(columns, 1))
             for tensor in group.rows:
                 for first in range(0, rows if columns else 0, most):
                     blocks.append(Block(tensor, first * columns, min(most, rows - first), columns, group.is_mixed))

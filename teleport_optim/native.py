@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ _MOST_ROWS = 128
 """Blocks of more rows go to torch, which multiplies large matrices as fast."""
 _THREAD_WORK = 2.5e7
 """Multiplications for which another thread pays."""
+_READING = 10
+"""Multiplications in the time of reading a number."""
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
@@ -50,7 +53,10 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
 
 def all_norms(tensors: list[Tensor]) -> list[float]:
     """Euclidean norms of plain tensors."""
-    return _native.norms(_addresses(tensors), array("q", [tensor.numel() for tensor in tensors]))
+    addresses, sizes = _addresses(tensors), [tensor.numel() for tensor in tensors]
+    bounds = _bounds(list(accumulate(_READING * size for size in sizes)))
+    parts = [(addresses[first:last], array("q", sizes[first:last])) for first, last in pairwise(bounds)]
+    return [norm for norms in _in_threads(lambda part: _native.norms(*part), parts) for norm in norms]
 
 
 class NativeStep:
@@ -105,23 +111,29 @@ class NativeStep:
             rest,
             self._most_rows,
         )
-        parts = self._parts(torch.get_num_threads())
-        if len(parts) == 1:
-            take(parts[0])
-        else:
-            with ThreadPoolExecutor(len(parts)) as pool:
-                list(pool.map(take, parts))  # which raises what a thread has raised
+        _in_threads(take, self._parts())
         _native.count(_addresses(counts))
         torch.autograd.graph.increment_version(params)
 
-    def _parts(self, num_threads: int) -> list[memoryview]:
-        """The blocks in parts of about equal work."""
+    def _parts(self) -> list[memoryview]:
+        """The blocks in parts of about equal work, one for each thread."""
         whole, size = memoryview(self._units), len(self._units) // max(len(self._work), 1)
-        total = self._work[-1] if self._work else 0
-        number = max(1, min(num_threads, int(total / _THREAD_WORK)))
-        stops = [bisect_left(self._work, total * part / number) + 1 for part in range(1, number)]
-        bounds = [0, *stops, len(self._work)]
-        return [whole[size * first : size * last] for first, last in pairwise(bounds)]
+        return [whole[size * first : size * last] for first, last in pairwise(_bounds(self._work))]
+
+
+def _bounds(work: list[int]) -> list[int]:
+    """Where to cut a list, of whose entries the work is given in running sums, into parts for as many threads as pay."""
+    total = work[-1] if work else 0
+    number = max(1, min(torch.get_num_threads(), int(total / _THREAD_WORK)))
+    return [0, *(bisect_left(work, total * part / number) + 1 for part in range(1, number)), len(work)]
+
+
+def _in_threads(function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
+    """What a function returns for all parts, each in a thread of its own."""
+    if len(parts) == 1:
+        return [function(parts[0])]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(function, parts))
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:

@@ -104,6 +104,15 @@ def test_norms_are_those_of_torch() -> None:
     assert norms[4] == norms[5] == torch.inf
 
 
+@built
+def test_norms_of_many_numbers_are_found_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.full((size,), 2.0) for size in (3, 0, 100, 7, 1000)]
+    alone = all_norms(tensors)
+    monkeypatch.setattr(native, "_THREAD_WORK", 10.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all_norms(tensors) == alone == pytest.approx([2.0 * len(tensor) ** 0.5 for tensor in tensors])
+
+
 @pytest.fixture
 def num_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
@@ -121,9 +130,9 @@ def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
     results = []
     for number in (1, 2, 3, 50):
         num_threads(number)
-        parts = NativeStep(layout)._parts(number)
+        parts = NativeStep(layout)._parts()
         assert (len(parts) > 1) == (number > 1)
-        assert b"".join(bytes(part) for part in parts) == bytes(NativeStep(layout)._parts(1)[0])
+        assert b"".join(bytes(part) for part in parts) == bytes(NativeStep(layout)._units)
         params, momenta, grads = copy.deepcopy(start)
         natively(params, momenta, grads, known, layout)
         results.append([*params, *momenta])
