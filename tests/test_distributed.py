@@ -25,11 +25,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from teleport_optim import LearnedTeleportOptimizer, find_symmetries
+from teleport_optim import LearnedTeleportOptimizer, find_symmetries, update
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 
 NUM_STEPS = 45
+INTERVALS = (20, 40)
+"""Steps between two controls and two teleports, so that both fall into the run."""
 X = torch.randn(36, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(3, (36,), generator=torch.Generator().manual_seed(1))
 Result = dict[str, Any]
@@ -144,6 +146,7 @@ JOBS = (
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    update.CONTROL_INTERVAL, update.TELEPORT_INTERVAL = INTERVALS
     dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=f"file://{folder}/rendezvous")
     try:
         results: dict[str, Result | str] = {}
@@ -156,6 +159,12 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, interval in zip(("CONTROL_INTERVAL", "TELEPORT_INTERVAL"), INTERVALS):
+        monkeypatch.setattr(update, name, interval)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

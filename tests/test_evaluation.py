@@ -22,6 +22,7 @@ from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
 from teleport_optim.evaluation.report import plot, score_table, task_table
 from teleport_optim.evaluation.rivals import ABLATIONS, REFERENCE, Rival, learned, rivals, tuned_rate
 from teleport_optim.evaluation.training import Run, milliseconds_per_step, run_training, speed_up
+from teleport_optim.update import TELEPORT_INTERVAL
 
 
 def blobs() -> Data:
@@ -144,7 +145,8 @@ def test_kernels_are_matrices_to_muon_and_the_head_is_adamws() -> None:
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_changes_something(name: str) -> None:
     task = dataclasses.replace(TASK, make_model=seeded(wide_perceptron))
-    full, part = (run_training(task, recipe, steps=50, seed=0) for recipe in (learned(), ABLATIONS[name]("default")))
+    recipes = (learned(), ABLATIONS[name]("default"))
+    full, part = (run_training(task, recipe, steps=TELEPORT_INTERVAL + 10, seed=0) for recipe in recipes)
     assert part.losses != full.losses
     assert part.losses[-1] < part.losses[0]
 

@@ -144,6 +144,11 @@ def test_the_folder_of_a_run_is_named_after_its_configuration(capsys: pytest.Cap
     )
 
 
+def next_second() -> None:
+    """TensorBoard reads files in the order of their names: seconds, then a count in the process, in which 10 comes before 9."""
+    time.sleep(1.0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_where_it_was(
     number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -166,8 +171,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
         == "Interrupted after 1 of 3 steps. To go on: teleport-optim meta-train --resume parts\n"
     )
     assert Path("parts/learning_curve.png").exists()
+    next_second()
     assert command.main(["--resume", "parts"]) == 130
     monkeypatch.setattr(Learner, "run", run)
+    next_second()
     assert meta_train(["--resume", "parts", "--device", "cpu"]) == 0
     whole, parts = (torch.load(f"{name}/state.pt", weights_only=True) for name in ("whole", "parts"))
     assert torch.equal(whole["best"], parts["best"])
@@ -179,6 +186,7 @@ def test_scalars_of_steps_that_were_taken_back_are_purged() -> None:
     lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
     scalars = scalars_of("run")
     Path("run/log.jsonl").write_text("".join(lines[:2]))
+    next_second()
     taken_again = Scalars(Path("run"))
     taken_again.add(OuterStep(3, 7.0, 0.0, 0.0, 5, None, 0.1))
     taken_again.close()

@@ -250,7 +250,7 @@ def rms_where_it_moves(step: Tensor) -> float:
 
 def test_stats_tell_what_the_steps_did() -> None:
     model = network()
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=60)
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=2 * TELEPORT_INTERVAL)
     assert optimizer.stats() == (0, 0, 0, 0.0, {})
     train(model, optimizer, TELEPORT_INTERVAL)
     train(model, optimizer, 1)

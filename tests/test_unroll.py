@@ -11,16 +11,24 @@ from problems import in_float64
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim import LearnedTeleportOptimizer, update
 from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import Window, advance, begin
 from teleport_optim.streams import stream
 from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
 from teleport_optim.tasks.problem import WORST, log_relative
-from teleport_optim.update import CONTROL_INTERVAL
 
 BATCHES = partial(stream, "batch")
+
+
+INTERVAL = 20
+
+
+@pytest.fixture(autouse=True)
+def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "CONTROL_INTERVAL", INTERVAL)
+    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
 
 
 def new_rule(num_candidates: int, *, block_rows: int = BLOCK_ROWS) -> tuple[ControllerRule, Tensor]:
@@ -44,7 +52,7 @@ def assert_unroll_is_the_optimizer(
     problem: InnerProblem, total_steps: int | None, rule: ControllerRule, candidates: Tensor
 ) -> None:
     """Through two control steps; the features are single precision, and their rounding grows over the steps."""
-    num_steps = CONTROL_INTERVAL + 2
+    num_steps = INTERVAL + 2
     window = train(rule, candidates, problem, num_steps)
     assert window.losses.shape == (4, num_steps)
     for run in range(4):
@@ -61,7 +69,7 @@ def assert_unroll_is_the_optimizer(
 
 
 def draw(name: str, *, knows_horizon: bool = True) -> InnerProblem:
-    horizon = CONTROL_INTERVAL + 2
+    horizon = INTERVAL + 2
     problem = in_float64(find_task(name).sample(2, (horizon, horizon), "train", stream("problem", 3)))
     return dataclasses.replace(problem, knows_horizon=knows_horizon)
 
