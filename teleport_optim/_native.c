@@ -19,6 +19,9 @@
 enum { LANES = 16, TILE_ROWS = 6, FEW_COLUMNS = 192, CHUNK = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t bfloat16; /* the upper half of a float */
 
 static const float ITERATIONS[3][3] = {
     {7.9424f, -22.2873f, 15.8239f}, {3.5875f, -2.5845f, 0.4893f}, {2.6604f, -1.9134f, 0.4194f}};
@@ -32,11 +35,16 @@ typedef struct {
 typedef struct {
     int stride, num_rows;
     float *memory, *cosines, *power, *factor, *mixers, *product, *columns;
-    float *scales;
+    float *scales, *values;
 } Workspace;
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec value) { *(vec *)to = value; }
+INLINE vec load_half(const bfloat16 *from) { return (vec)(__builtin_convertvector(*(const shorts *)from, bits) << 16); }
+INLINE void store_half(bfloat16 *to, vec value) { /* rounded to the nearest, to even ones between two */
+    bits whole = (bits)value;
+    *(shorts *)to = __builtin_convertvector((whole + (0x7fff + (whole >> 16 & 1))) >> 16, shorts);
+}
 INLINE int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
 INLINE float sum(vec value) {
@@ -45,17 +53,18 @@ INLINE float sum(vec value) {
     return total;
 }
 
-static int workspace_new(Workspace *w, int most_rows) {
+static int workspace_new(Workspace *w, int most_rows, int64_t most_entries) {
     w->num_rows = round_up(most_rows, TILE_ROWS);
     w->stride = round_up(most_rows, LANES) + LANES;
     size_t square = (size_t)w->num_rows * w->stride, columns = (size_t)FEW_COLUMNS * w->stride;
-    w->memory = calloc(5 * square + columns + 2 * (size_t)w->stride, sizeof(float));
+    w->memory = calloc(5 * square + columns + 2 * (size_t)w->stride + most_entries + LANES, sizeof(float));
     if (!w->memory) return -1;
     float *next = w->memory;
     float **parts[] = {&w->cosines, &w->power, &w->factor, &w->mixers, &w->product};
     for (int i = 0; i < 5; i++, next += square) *parts[i] = next;
     w->columns = next;
     w->scales = next + columns;
+    w->values = w->scales + 2 * (size_t)w->stride;
     return 0;
 }
 
@@ -211,8 +220,39 @@ INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
     mirror(w, rows, w->cosines, 1);
 }
 
-/* params = shrink params - mixed rows of values. */
-INLINE void apply(Workspace *w, float *params, const float *values, int rows, int64_t columns, float shrink) {
+/* What one step of the parameters does to them and to the lag of the average of the iterates. */
+typedef struct {
+    float *params;
+    bfloat16 *lags;
+    float shrink, keep;
+} Target;
+
+INLINE void move(const Target *target, size_t at, vec step) {
+    vec old = load(target->params + at), new = target->shrink * old - step;
+    store(target->params + at, new);
+    store_half(target->lags + at, target->keep * (load_half(target->lags + at) + (old - new)));
+}
+
+/* The same for fewer entries than a vector has. */
+INLINE void move_few(const Target *target, size_t at, int count, vec step) {
+    float params[LANES] = {0};
+    bfloat16 lags[LANES] = {0};
+    Target few = {params, lags, target->shrink, target->keep};
+    memcpy(params, target->params + at, count * sizeof(float));
+    memcpy(lags, target->lags + at, count * sizeof(bfloat16));
+    move(&few, 0, step);
+    memcpy(target->params + at, params, count * sizeof(float));
+    memcpy(target->lags + at, lags, count * sizeof(bfloat16));
+}
+
+INLINE vec load_few(const float *from, int count) {
+    float values[LANES] = {0};
+    memcpy(values, from, count * sizeof(float));
+    return load(values);
+}
+
+/* The parameters of a block, shrunk, less mixed rows of values. */
+INLINE void apply(Workspace *w, const Target *target, const float *values, int rows, int64_t columns) {
     const float *a = w->factor;
     int64_t whole = columns / LANES * LANES;
     for (int64_t j = 0; j < whole; j += LANES)
@@ -220,27 +260,17 @@ INLINE void apply(Workspace *w, float *params, const float *values, int rows, in
             vec out[TILE_ROWS];
             tile(rows, a + i, w->stride, values + j, columns, out);
             int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-            for (int row = 0; row < count; row++) {
-                float *at = params + (i + row) * columns + j;
-                store(at, shrink * load(at) - out[row]);
-            }
+            for (int row = 0; row < count; row++) move(target, (i + row) * columns + j, out[row]);
         }
     int rest = (int)(columns - whole);
     if (!rest) return;
     float *last = w->product;
-    for (int row = 0; row < rows; row++) {
-        memset(last + row * LANES, 0, LANES * sizeof(float));
-        memcpy(last + row * LANES, values + row * columns + whole, rest * sizeof(float));
-    }
+    for (int row = 0; row < rows; row++) store(last + row * LANES, load_few(values + row * columns + whole, rest));
     for (int i = 0; i < rows; i += TILE_ROWS) {
         vec out[TILE_ROWS];
         tile(rows, a + i, w->stride, last, LANES, out);
         int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-        for (int row = 0; row < count; row++)
-            for (int j = 0; j < rest; j++) {
-                float *at = params + (i + row) * columns + whole + j;
-                *at = shrink * *at - out[row][j];
-            }
+        for (int row = 0; row < count; row++) move_few(target, (i + row) * columns + whole, rest, out[row]);
     }
     memset(last, 0, (size_t)rows * LANES * sizeof(float));
 }
@@ -262,30 +292,45 @@ INLINE double sum_of_squares(const float *values, int64_t size) {
     return total;
 }
 
-PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, float *const *averages,
-                                float *const *grads, const double *shrinks, const double *lengths, float rest, Workspace *w) {
+/* The averages of a unit after the gradients have come in: rounded where they are kept, and as they are in values. */
+INLINE void average(bfloat16 *averages, const float *grads, int64_t size, float rest, float *values) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vec old = load_half(averages + i), new = old + rest * (load(grads + i) - old);
+        store(values + i, new);
+        store_half(averages + i, new);
+    }
+    int count = (int)(size - i);
+    if (!count) return;
+    bfloat16 few[LANES] = {0};
+    memcpy(few, averages + i, count * sizeof(bfloat16));
+    vec old = load_half(few), new = old + rest * (load_few(grads + i, count) - old);
+    memcpy(values + i, &new, count * sizeof(float));
+    store_half(few, new);
+    memcpy(averages + i, few, count * sizeof(bfloat16));
+}
+
+PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, bfloat16 *const *averages,
+                                bfloat16 *const *lags, float *const *grads, const double *shrinks, const double *lengths,
+                                float rest, float keep, Workspace *w) {
     for (const Unit *unit = units; unit < units + count; unit++) {
-        int64_t size = unit->rows * unit->columns, i = 0;
-        float *param = params[unit->tensor] + unit->offset, *average = averages[unit->tensor] + unit->offset;
-        const float *grad = grads[unit->tensor] + unit->offset;
-        float shrink = (float)shrinks[unit->tensor], length = (float)lengths[unit->tensor];
-        for (; i + LANES <= size; i += LANES) {
-            vec old = load(average + i);
-            store(average + i, old + rest * (load(grad + i) - old));
-        }
-        for (; i < size; i++) average[i] += rest * (grad[i] - average[i]);
+        int64_t size = unit->rows * unit->columns, tensor = unit->tensor, offset = unit->offset;
+        Target target = {params[tensor] + offset, lags[tensor] + offset, (float)shrinks[tensor], keep};
+        float length = (float)lengths[tensor], *values = w->values;
+        average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
         if (unit->is_mixed) {
-            gram(w, average, (int)unit->rows, unit->columns);
+            gram(w, values, (int)unit->rows, unit->columns);
             row_mixers(w, (int)unit->rows, length);
-            apply(w, param, average, (int)unit->rows, unit->columns, shrink);
+            apply(w, &target, values, (int)unit->rows, unit->columns);
             continue;
         }
-        for (int64_t row = 0; row < unit->rows; row++, param += unit->columns, average += unit->columns) {
-            double norm = sqrt(sum_of_squares(average, unit->columns));
+        for (int64_t row = 0; row < unit->rows; row++, values += unit->columns) {
+            double norm = sqrt(sum_of_squares(values, unit->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;
-            for (i = 0; i + LANES <= unit->columns; i += LANES)
-                store(param + i, shrink * load(param + i) - factor * load(average + i));
-            for (; i < unit->columns; i++) param[i] = shrink * param[i] - factor * average[i];
+            int64_t i = 0;
+            for (; i + LANES <= unit->columns; i += LANES) move(&target, row * unit->columns + i, factor * load(values + i));
+            int few = (int)(unit->columns - i);
+            if (few) move_few(&target, row * unit->columns + i, few, factor * load_few(values + i, few));
         }
     }
 }
@@ -318,28 +363,33 @@ static void *numbers(PyObject *list, Py_ssize_t count, int are_addresses) {
 
 static PyObject *step(PyObject *self, PyObject *args) {
     Py_buffer units;
-    PyObject *lists[5];
-    float rest;
+    PyObject *lists[6];
+    float rest, keep;
     int most_rows;
-    if (!PyArg_ParseTuple(args, "OOOOOfiy*", &lists[0], &lists[1], &lists[2], &lists[3], &lists[4], &rest, &most_rows, &units))
+    if (!PyArg_ParseTuple(args, "OOOOOOffiy*", &lists[0], &lists[1], &lists[2], &lists[3], &lists[4], &lists[5], &rest, &keep,
+                          &most_rows, &units))
         return NULL;
-    void *arrays[5] = {0};
+    void *arrays[6] = {0};
     Py_ssize_t count = PyList_Check(lists[0]) ? PyList_GET_SIZE(lists[0]) : -1;
     Workspace workspace = {0};
+    const Unit *first = units.buf, *end = first + units.len / (Py_ssize_t)sizeof(Unit);
+    int64_t most_entries = 0;
+    for (const Unit *unit = first; unit < end; unit++)
+        if (unit->rows * unit->columns > most_entries) most_entries = unit->rows * unit->columns;
     int is_ready = 1;
-    for (int i = 0; i < 5 && is_ready; i++) is_ready = (arrays[i] = numbers(lists[i], count, i < 3)) != NULL;
-    if (is_ready && workspace_new(&workspace, most_rows)) {
+    for (int i = 0; i < 6 && is_ready; i++) is_ready = (arrays[i] = numbers(lists[i], count, i < 4)) != NULL;
+    if (is_ready && workspace_new(&workspace, most_rows, most_entries)) {
         PyErr_NoMemory();
         is_ready = 0;
     }
     if (is_ready) {
         Py_BEGIN_ALLOW_THREADS
-        take_units(units.buf, units.len / (Py_ssize_t)sizeof(Unit), arrays[0], arrays[1], arrays[2], arrays[3], arrays[4],
-                   rest, &workspace);
+        take_units(first, end - first, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5], rest, keep,
+                   &workspace);
         Py_END_ALLOW_THREADS
     }
     free(workspace.memory);
-    for (int i = 0; i < 5; i++) PyMem_Free(arrays[i]);
+    for (int i = 0; i < 6; i++) PyMem_Free(arrays[i]);
     PyBuffer_Release(&units);
     if (!is_ready) return NULL;
     Py_RETURN_NONE;

@@ -3,10 +3,12 @@ from array import array
 def step(
     params: list[int],
     averages: list[int],
+    lags: list[int],
     grads: list[int],
     shrinks: list[float],
     lengths: list[float],
     rest: float,
+    keep: float,
     most_rows: int,
     units: memoryview,
     /,

@@ -1,6 +1,6 @@
 """The momentum step in C, where all tensors are contiguous ones of float32 on the CPU.
 
-It is the arithmetic of ``averaged`` and ``descend`` of :mod:`teleport_optim.update` in one call, where torch needs a hundred.
+It is the arithmetic of ``averaged``, ``descend`` and ``lagging`` of :mod:`teleport_optim.update` in one call, where torch needs a hundred.
 Results differ in rounding only. ``_native`` is built when the package is installed where there is a C compiler; without it, and
 for all other tensors, the step is taken with torch.
 """
@@ -37,12 +37,12 @@ _READING = 10
 """Multiplications in the time of reading a number."""
 
 
-def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether the module is there, and all are contiguous tensors of float32 on the CPU, of no class of their own."""
+def are_plain(tensors: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the module is there, and all are contiguous tensors of this dtype on the CPU, of no class of their own."""
     if _native is None:
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
             return False
         if tensor.layout is not torch.strided:
             return False
@@ -70,30 +70,34 @@ class NativeStep:
         self._numbers: tuple[Pace, list[float], list[float], list[float], float] | None = None
         self._shapes = list(layout.shapes.values())
 
-    def can_take(self, *tensors: list[Tensor], counts: list[Tensor]) -> bool:
-        """Whether all are plain, parameters, averages and gradients of the shapes of the layout, and counts single numbers.
+    def can_take(self, params: list[Tensor], grads: list[Tensor], *slots: list[Tensor], counts: list[Tensor]) -> bool:
+        """Whether all are plain, parameters, gradients and slots of the shapes of the layout, and counts single numbers.
 
         What lies at an address is not looked at any more after this.
         """
         return (
             self._most_rows <= _MOST_ROWS
-            and all(are_plain(own) and [tensor.shape for tensor in own] == self._shapes for own in tensors)
-            and are_plain(counts)
+            and are_plain([*params, *grads, *counts])
+            and all(are_plain(own, torch.bfloat16) for own in slots)
+            and all([tensor.shape for tensor in own] == self._shapes for own in (params, grads, *slots))
             and all(count.dim() == 0 for count in counts)
         )
 
     def take(
         self,
         params: list[Tensor],
-        averages: list[Tensor],
         grads: list[Tensor],
+        momenta: list[Tensor],
+        lags: list[Tensor],
         counts: list[Tensor],
         *,
         pace: Pace,
         rate: float,
         decay: float,
+        keep: float,
     ) -> None:
-        """Average the gradients, move the parameters and count the step, in place. Tensors are in the order of the layout.
+        """Average the gradients, move the parameters and their average and count the step, in place. Tensors are in the order of
+        the layout.
 
         Large steps are split over as many threads as torch has; which takes what makes no difference to the result.
         """
@@ -104,11 +108,13 @@ class NativeStep:
         take = partial(
             _native.step,
             _addresses(params),
-            _addresses(averages),
+            _addresses(momenta),
+            _addresses(lags),
             _addresses(grads),
             [1.0 - rate * (user + decay * learned) for user, learned in zip(user_decays, learned_decays)],
             [rate * length for length in lengths],
             rest,
+            keep,
             self._most_rows,
         )
         _in_threads(take, self._parts())

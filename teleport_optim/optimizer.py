@@ -8,6 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from teleport_optim.averaging import AverageOnForward, Exchange
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names, in_full_precision
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.native import NativeStep, all_norms, are_plain
-from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
+from teleport_optim.optimizer_state import LAG, ROW_KEYS, Progress, initial_slots, read_state_dict
 from teleport_optim.sharding import all_local, all_parts_like, all_whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
@@ -40,6 +42,8 @@ from teleport_optim.update import (
     descend,
     is_control_step,
     is_teleport_step,
+    kept_share,
+    lagging,
     rate_and_decay,
     step_factors,
     teleport,
@@ -123,6 +127,10 @@ class _Plan:
     """The momentum step in C."""
     params: dict[str, Tensor]
     """Where the step is taken from, by name; other tensors than the targets if it teleports."""
+    lags: dict[str, Tensor]
+    """Those there."""
+    keep: float
+    """What is kept of them."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
     layout: Layout
@@ -167,6 +175,8 @@ class LearnedTeleportOptimizer(Optimizer):
         maximize: Climb instead of descending.
         guard: Watch for divergence (a sudden rise of the gradient norm, or of the loss where a closure gives it) and take
             plain steps at a tenth of the rate, without teleports, until it has passed.
+        average: Whether calls of ``model`` in which no gradients are recorded see the average of the iterates. (Where the length of
+            the run is known, it is what the parameters end at.) :meth:`averaged` shows it everywhere else.
         example_inputs: Inputs of ``model`` as :func:`~teleport_optim.find_symmetries` takes them, to find its symmetries at
             once; needed only where a training loop never calls ``model`` itself.
         symmetries: The symmetries of ``model`` where they were found beforehand, as before ``fully_shard``.
@@ -177,7 +187,8 @@ class LearnedTeleportOptimizer(Optimizer):
         TypeError: if ``model`` is not a module.
         CheckpointError: if the checkpoint cannot be used.
 
-    State: ``exp_avg`` (a covector) per parameter, and about 40 numbers per tensor.
+    State: ``exp_avg`` (a covector) and ``lag`` (a vector: what the average of the iterates has more than the parameter) per
+    parameter, both in bfloat16, and about 40 numbers per tensor.
 
     A step whose gradients are not all finite is skipped, counted in :meth:`stats` and warned about once.
 
@@ -208,6 +219,7 @@ class LearnedTeleportOptimizer(Optimizer):
         teleport: bool = True,
         maximize: bool = False,
         guard: bool = False,
+        average: bool = True,
         example_inputs: ExampleInputs | None = None,
         symmetries: SymmetrySpec | None = None,
     ) -> None:
@@ -235,6 +247,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._embeddings: frozenset[str] = frozenset()
         self._progress = Progress()
         self._is_guarded = guard
+        self._exchange = Exchange(self._lagging)
         self._teleport_sizes: dict[str, float] = {}
         self._teleport_size = 0.0
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
@@ -251,6 +264,8 @@ class LearnedTeleportOptimizer(Optimizer):
                 self._use(find_symmetries(model, example_inputs, groups=["scaling"]), model)
             elif teleport:
                 self._first_call = FirstCall(model)
+            if average and self._tensor_names:
+                AverageOnForward(model, self._exchange)
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
@@ -326,6 +341,8 @@ class LearnedTeleportOptimizer(Optimizer):
         Raises:
             RuntimeError: for sparse or complex gradients, or parameters on several devices; nothing has changed then.
         """
+        if self._exchange.is_active:
+            raise RuntimeError("a step inside averaged(), where parameters are not what gradients are taken at: leave it first")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -364,7 +381,8 @@ class LearnedTeleportOptimizer(Optimizer):
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
         averages = [own["exp_avg"] for own in slots]
-        momenta = dict(zip(names, all_whole(averages)))
+        own_lags = [own[LAG] for own in slots]
+        momenta, lags = (dict(zip(names, all_whole(own))) for own in (averages, own_lags))
         layout = self._layout(params)
         hyper = self._hyper(groups, step)
         rows: dict[str, Tensor] = {}
@@ -378,7 +396,7 @@ class LearnedTeleportOptimizer(Optimizer):
                 self._meta_optimizer.to(held["hidden"].device),
                 params,
                 grads,
-                UpdateState(momenta=momenta, **held),
+                UpdateState(momenta=momenta, lags=lags, **held),
                 step=step,
                 total_steps=hyper.total_steps,
                 layout=layout,
@@ -391,30 +409,33 @@ class LearnedTeleportOptimizer(Optimizer):
             learned = Controls.from_outputs(torch.stack([own["outputs"] for own in slots]))
         controls, hyper = _safe(learned, hyper) if is_safe else (learned, hyper)
         if has_gradient and not is_safe and is_teleport_step(step, layout):
-            *moved, own_sizes = teleport(params, grads, momenta, controls, layout)
-            params, grads, momenta = map(dict, moved)
+            *moved, own_sizes = teleport(params, grads, momenta, lags, controls, layout)
+            params, grads, momenta, lags = map(dict, moved)
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         pace = self._pace(controls, hyper, layout)
         rate, decay = rate_and_decay(step, hyper.total_steps, layout)
+        keep = kept_share(step, hyper.total_steps)
         counts = [own["step"] for own in slots]
         arguments = take = None
         native, own_grads = self._native(layout), list(grads.values())
-        if is_native and sizes is None and native.can_take(targets, averages, own_grads, counts=counts):
-            take = partial(native.take, targets, averages, own_grads, counts, pace=pace, rate=rate, decay=decay)
+        if is_native and sizes is None and native.can_take(targets, own_grads, averages, own_lags, counts=counts):
+            tensors = (targets, own_grads, averages, own_lags, counts)
+            take = partial(native.take, *tensors, pace=pace, rate=rate, decay=decay, keep=keep)
         else:
             factors = pace.factors(rate, decay)
-            arguments = (_averages(momenta, grads, slots, factors.beta), factors, layout)
-        return _Plan(arguments, take, params, rows, layout, learned, sizes, targets, slots, counts, progress)
+            new_momenta = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
+            arguments = (new_momenta, factors, layout)
+        return _Plan(
+            arguments, take, params, lags, keep, rows, layout, learned, sizes, targets, slots, counts, progress
+        )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
         targets, values = [], []
         if plan.arguments is not None:
-            for own, average in zip(plan.slots, plan.arguments[0].values()):
-                if average is not own["exp_avg"]:
-                    targets.append(own["exp_avg"])
-                    values.append(average)
+            targets += [own["exp_avg"] for own in plan.slots]
+            values += plan.arguments[0].values()
         for key, rows in plan.rows.items():
             targets += [own[key] for own in plan.slots]
             values += rows.unbind(0)
@@ -546,6 +567,31 @@ class LearnedTeleportOptimizer(Optimizer):
             frame, level = frame.f_back, level + 1
         warnings.warn(message, stacklevel=level)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the parameters are the average of the iterates, which is what a run is about.
+
+        Calls of ``model`` without gradients need none. It is for all else that reads parameters, such as saving them before the
+        end of a run, and for optimizers made without ``model``. Copy what is to outlive the context: its ``state_dict()`` holds
+        the parameters themselves.
+
+        Raises:
+            RuntimeError: from :meth:`step`, inside.
+
+        Cost: a copy of the parameters while it lasts.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = LearnedTeleportOptimizer.for_model(model)
+            >>> model(torch.ones(3, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> with optimizer.averaged():
+            ...     weights = {name: value.clone() for name, value in model.state_dict().items()}
+        """
+        return self._exchange
+
+    def _lagging(self) -> list[tuple[Tensor, Tensor]]:
+        return [(param, self.state[param][LAG]) for _, param, _ in self._entries() if self.state.get(param)]
+
     def stats(self) -> OptimizerStats:
         """What the optimizer has done so far.
 
@@ -646,6 +692,8 @@ class LearnedTeleportOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._held = self._last_pace = self._last_hyper = self._last_native = None
+        if "_exchange" not in self.__dict__:  # a copy; loading comes here, too
+            self._exchange = Exchange(self._lagging)
         self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -663,42 +711,36 @@ def _all_norms(tensors: list[Tensor]) -> list[float]:
     return norms
 
 
-def _averages(
-    momenta: dict[str, Tensor], grads: Mapping[str, Tensor], slots: Sequence[Mapping[str, Tensor]], beta: Tensor
-) -> dict[str, Tensor]:
-    """The gradient averages after a step; where they lie, if all of them can be changed there."""
-    old = list(momenta.values())
-    if all(
-        own["exp_avg"] is momentum and in_full_precision(momentum) is momentum and grads[name].dtype == momentum.dtype
-        for own, (name, momentum) in zip(slots, momenta.items())
-    ):
-        rests = {dtype: (1.0 - beta).to(dtype) for dtype in {momentum.dtype for momentum in old}}
-        torch._foreach_lerp_(old, [grads[name] for name in momenta], [rests[momentum.dtype] for momentum in old])
-        return momenta
-    return {name: averaged(momentum, grads[name], beta) for name, momentum in momenta.items()}
-
-
 def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
-    """Shrink the parameters and take the steps, where they lie."""
+    """Shrink the parameters and take the steps, where they lie; then move their average."""
     assert plan.arguments is not None
-    shrinks, targets = plan.arguments[1].shrinks, all_local(plan.targets)
+    targets = all_local(plan.targets)
     if plan.teleport_sizes is not None:
         torch._foreach_copy_(targets, all_parts_like(list(plan.params.values()), plan.targets))
-    own_steps = [steps[name] for name in plan.params]
+    old = [target.clone() for target in targets]
+    _take_steps(targets, plan, [steps[name] for name in plan.params])
+    lags = all_parts_like(list(plan.lags.values()), plan.targets)
+    new_lags = [lagging(*tensors, plan.keep) for tensors in zip(lags, old, targets)]
+    torch._foreach_copy_(all_local([own[LAG] for own in plan.slots]), new_lags)
+
+
+def _take_steps(targets: list[Tensor], plan: _Plan, steps: list[Step]) -> None:
+    assert plan.arguments is not None
+    shrinks = plan.arguments[1].shrinks
     if any(target is not whole_target for target, whole_target in zip(targets, plan.targets)):
-        moves = [step.product().view(target.shape) for step, target in zip(own_steps, plan.targets)]
-        own_steps = list(map(Step, all_parts_like(moves, plan.targets)))
+        moves = [step.product().view(target.shape) for step, target in zip(steps, plan.targets)]
+        steps = list(map(Step, all_parts_like(moves, plan.targets)))
     if any(in_full_precision(target) is not target for target in targets):
-        for target, shrink, step in zip(targets, shrinks.unbind(-1), own_steps):
+        for target, shrink, step in zip(targets, shrinks.unbind(-1), steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))
         return
     shrunk = [(target, shrink) for target, shrink in zip(targets, shrinks.tolist()) if shrink != 1.0]
     if shrunk:
         torch._foreach_mul_(*map(list, zip(*shrunk)))
-    small = [(target, step.move) for target, step in zip(targets, own_steps) if step.left is None]
+    small = [(target, step.move) for target, step in zip(targets, steps) if step.left is None]
     if small:
         torch._foreach_sub_(*map(list, zip(*small)))
-    for target, step in zip(targets, own_steps):
+    for target, step in zip(targets, steps):
         if step.left is not None:
             step.take_from_(target)
 

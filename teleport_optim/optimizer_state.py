@@ -15,12 +15,14 @@ from torch import Tensor
 
 from teleport_optim.guard import Guard
 from teleport_optim.sharding import local, part_like
-from teleport_optim.update import UpdateState
+from teleport_optim.update import UpdateState, slot_dtype
 
-__all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
+__all__ = ["LAG", "ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
 
 ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
 """Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
+LAG = "lag"
+"""Slot of the lag of the average of the iterates; versions before 0.2 have none."""
 _COUNTS = ("step", "skipped")
 _OLD_OUTPUTS = (0, 1, 3, 4, 5)
 """Those of the six outputs of earlier versions that there still are."""
@@ -79,8 +81,7 @@ _COUNTERS = tuple(entry.name for entry in fields(Progress) if entry.name != "gua
 def initial_slots(param: Tensor, hidden: Tensor) -> Slots:
     """What is kept for ``param`` before its first step.
 
-    Momentum has the dtype of the parameter, but float32 for float16, whose range is too small for what a teleport can make
-    of a gradient. All else is float32 whatever the parameter.
+    Momentum and lag are bfloat16, but float64 for parameters of that; the rest is float32.
 
     Args:
         param: The parameter.
@@ -88,9 +89,9 @@ def initial_slots(param: Tensor, hidden: Tensor) -> Slots:
     """
     initial = UpdateState.initial({}, hidden.unsqueeze(0))
     rows = {key: getattr(initial, key)[0].to(param.device) for key in ROW_KEYS}
-    momentum_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
     counts = {key: torch.zeros((), dtype=torch.float32) for key in _COUNTS}
-    return {**counts, "exp_avg": torch.zeros_like(param, dtype=momentum_dtype), **rows}
+    own = {key: torch.zeros_like(param, dtype=slot_dtype(param)) for key in ("exp_avg", LAG)}
+    return {**counts, **own, **rows}
 
 
 @contextmanager
@@ -209,6 +210,8 @@ def _has_row(value: Any, row: int) -> bool:
 
 def _read_slots(key: Any, slots: Any, param: Tensor, hidden: Tensor) -> Slots:
     expected = initial_slots(param, hidden)
+    if isinstance(slots, Mapping):
+        slots = {LAG: expected[LAG], **slots}
     if not isinstance(slots, Mapping) or set(slots) != set(expected):
         found: object = sorted(map(str, slots)) if isinstance(slots, Mapping) else type(slots).__name__
         raise OptimizerStateError(

@@ -10,22 +10,22 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["all_local", "all_parts_like", "all_whole", "local", "part_like", "whole"]
+__all__ = ["all_local", "all_parts_like", "all_whole", "is_distributed", "local", "part_like", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """``tensor`` itself, or all of a ``DTensor``, gathered from all processes."""
-    return tensor.full_tensor() if _is_distributed(tensor) else tensor
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """``tensor`` itself, or the part of a ``DTensor`` that lies in this process."""
-    return tensor.to_local() if _is_distributed(tensor) else tensor
+    return tensor.to_local() if is_distributed(tensor) else tensor
 
 
 def part_like(value: Tensor, like: Tensor) -> Tensor:
     """``value``, which every process has as a whole, placed as ``like`` is; without communication."""
-    if not _is_distributed(like) or _is_distributed(value):
+    if not is_distributed(like) or is_distributed(value):
         return value
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -54,7 +54,8 @@ def _any_distributed(tensors: list[Tensor]) -> bool:
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
-def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a ``DTensor``."""
     module = _module()
     return module is not None and isinstance(tensor, module.DTensor)
 

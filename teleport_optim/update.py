@@ -1,16 +1,21 @@
-"""The update rule, written once: control, teleport, momentum step.
+"""The update rule, written once: control, teleport, momentum step, average of the iterates.
 
 The optimizer class and the meta-training unroll both run :func:`update`. It is pure and differentiable, and its tensors
 may have leading axes of runs, ``[*runs, ...]``: none in the optimizer, one in the unroll. With the controls at their
-prior it is a rule without anything learned in it ("rule H"):
+prior it is a rule without anything learned in it:
 
     m <- beta m + (1 - beta) g          beta = 0.65
     matrices:   O = rows of m, orthogonalised 64 at a time, of unit norm;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
-    a = 0.15 sqrt(300 / T) / sqrt(layers) (1 - t / T)^2, and 4 times that for a model of one matrix
-    w   so that the decay of a whole run is about 2/3 / sqrt(layers)
+    a = 0.15 / sqrt(layers) min(1, sqrt(20 / t)), and 4 times that for a model of one matrix
+    a w = 1 / (2 sqrt(layers) (t + 50))
+    x <- x + 7 / (t + 7) (p - x)
 
-Orthogonalised momentum is from Muon (Jordan et al., 2024), to orthogonalise in blocks from MuonBP (Khaled et al., 2025).
+Gradients are taken at ``p``; what a run is about is ``x``, an average of the iterates with weight t^6. Where the number of
+steps is known, ``a`` falls to zero in the end, and the two meet.
+
+Orthogonalised momentum is from Muon (Jordan et al., 2024), to orthogonalise in blocks from MuonBP (Khaled et al., 2025). To
+average instead of annealing is from Polyak (1990) and Ruppert (1988), with polynomial weights from Shamir and Zhang (2013).
 """
 
 from __future__ import annotations
@@ -43,9 +48,12 @@ __all__ = [
     "descend",
     "is_control_step",
     "is_teleport_step",
+    "kept_share",
+    "lagging",
     "prior_rate",
     "rate_and_decay",
     "row_mixers",
+    "slot_dtype",
     "step_factors",
     "teleport",
     "update",
@@ -58,6 +66,12 @@ TELEPORT_INTERVAL = 80
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
 _MAX_SWEEPS, _BALANCED = 30, 0.01
+_FIRST_RATE, _FLAT_STEPS = 0.15, 20
+"""The rate in networks of one layer, and for how many steps; it falls with the root of time after that."""
+_ANNEALED = 0.3
+"""Share of a run of known length in which the rate falls to zero."""
+_POWER, _TAIL = 6, 3
+"""Of the step number, which is the weight of an iterate in the average; iterates that are averaged in the end."""
 _LINEAR_RATE = 4.0
 """Factor on the rate of a model of one matrix, such as logistic regression: nothing comes after it that a step could upset."""
 
@@ -98,6 +112,8 @@ class UpdateState(NamedTuple):
 
     momenta: dict[str, Tensor]
     """Average of the gradients, a covector, of the shape of each parameter."""
+    lags: dict[str, Tensor]
+    """What the average of the iterates has more than the parameters, a vector, of the shape of each."""
     hidden: Tensor
     """Hidden state of the meta-optimizer, ``[*runs, num_tensors, 2 * hidden_size]``."""
     outputs: Tensor
@@ -115,25 +131,41 @@ class UpdateState(NamedTuple):
         """
         *runs, num_tensors, _ = hidden.shape
         return cls(
-            momenta={name: torch.zeros_like(param) for name, param in params.items()},
+            momenta={name: torch.zeros_like(param, dtype=slot_dtype(param)) for name, param in params.items()},
+            lags={name: torch.zeros_like(param, dtype=slot_dtype(param)) for name, param in params.items()},
             hidden=hidden,
             outputs=hidden.new_zeros(*runs, num_tensors, len(Controls._fields)),
             log_grad_rms=hidden.new_full((*runs, num_tensors, 2), math.nan),
         )
 
 
-def prior_rate(step: int, total_steps: int | None, num_layers: int) -> tuple[float, float]:
+def slot_dtype(param: Tensor) -> torch.dtype:
+    """In what momentum and lag of a parameter are kept: two numbers of 16 bits in the place of one, but all of float64."""
+    return torch.float64 if param.dtype == torch.float64 else torch.bfloat16
+
+
+def prior_rate(step: float, total_steps: int | None, num_layers: int) -> tuple[float, float]:
     """The unlearned rate ``a`` of a step, and the unlearned ``weight_decay`` that goes with it.
 
-    With a horizon the rate falls to zero like a parabola; past the horizon it stays at its last value. Without one, the rate is
-    at every step that of a run twice as long as the run so far, after three tenths of it.
+    Where the length of the run is known the rate falls to zero over the last part of it; past it, it stays at its last value.
     """
-    if total_steps is None:
-        horizon, progress = 2 * (step + 50), 0.3
-    else:
-        horizon, progress = total_steps, min(step, total_steps - 1) / total_steps
-    alpha = 0.15 * math.sqrt(300.0 / max(horizon, 75))
-    return alpha * num_layers**-0.5 * (1.0 - progress) ** 2, 2.0 / (alpha * horizon)
+    step = min(step, (total_steps or math.inf) - 1)
+    share = min(1.0, math.sqrt(_FLAT_STEPS / max(step, 1)))
+    left = min(1.0, _steps_left(step, total_steps) / (_ANNEALED * total_steps)) if total_steps else 1.0
+    return _FIRST_RATE * share * left * num_layers**-0.5, 0.5 / ((step + 50) * _FIRST_RATE * share)
+
+
+def kept_share(step: int, total_steps: int | None) -> float:
+    """What is kept of the lag of the average of the iterates in a step; 0 in the last step of a run of known length."""
+    taken = (_POWER + 1.0) / (step + _POWER + 1.0)
+    if total_steps is not None:
+        taken = max(taken, min(1.0, _TAIL / _steps_left(step, total_steps)))
+    return 1.0 - taken
+
+
+def _steps_left(step: float, total_steps: int) -> float:
+    """This one included; at least 1."""
+    return max(total_steps - step, 1)
 
 
 def rate_and_decay(step: int, total_steps: int | None, layout: Layout) -> tuple[float, float]:
@@ -214,21 +246,25 @@ def update(
         New parameters and state; the arguments are unchanged.
     """
     momenta: Mapping[str, Tensor] = state.momenta
+    lags: Mapping[str, Tensor] = state.lags
     if step == 0:
         params, grads, _ = balanced(params, grads, layout, run_axes=state.outputs.dim() - 2)
     if is_control_step(step):
         state = control(controller, params, grads, state, step=step, total_steps=hyper.total_steps, layout=layout)
     controls = Controls.from_outputs(state.outputs)
     if is_teleport_step(step, layout):
-        params, grads, momenta, _ = teleport(params, grads, momenta, controls, layout)
+        params, grads, momenta, lags, _ = teleport(params, grads, momenta, lags, controls, layout)
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
     averages = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
     steps = descend(averages, factors, layout)
-    new_params = {}
+    keep = kept_share(step, hyper.total_steps)
+    new_params, new_lags = {}, {}
     for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
         shrink = shrink.reshape([*shrink.shape, *[1] * len(layout.shapes[name])])
         new_params[name] = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
-    return new_params, state._replace(momenta={name: value.to(momenta[name]) for name, value in averages.items()})
+        new_lags[name] = lagging(lags[name], param, new_params[name], keep)
+    momenta = {name: value.to(momenta[name]) for name, value in averages.items()}
+    return new_params, state._replace(momenta=momenta, lags=new_lags)
 
 
 def is_control_step(step: int) -> bool:
@@ -263,9 +299,10 @@ def teleport(
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     momenta: Mapping[str, Tensor],
+    lags: Mapping[str, Tensor],
     controls: Controls,
     layout: Layout,
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
     """Move along the positive-scaling orbits towards balance, one site after the other.
 
     At strength 1 the weights (or the averaged gradients) that write into a channel and those that read from it get equal
@@ -275,7 +312,8 @@ def teleport(
     rounded.
 
     Returns:
-        Parameters, gradients and momenta, all at the same new point of the orbit, and for every site the RMS of ``log s``.
+        Parameters, gradients, momenta and lags, all at the same new point of the orbit, and for every site the RMS of
+        ``log s``.
     """
     weights = layout.table(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
@@ -291,9 +329,9 @@ def teleport(
         log_scale = _in_range(log_scale, norms, symmetry, params)
         sizes.append(log_scale.square().mean(dim=-1).sqrt())
         scales = symmetry.group.exp(log_scale.double())
-        params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
+        params, lags = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (params, lags))
         grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
-    return params, grads, momenta, torch.stack(sizes, dim=-1)
+    return params, grads, momenta, lags, torch.stack(sizes, dim=-1)
 
 
 def balanced(
@@ -387,6 +425,11 @@ def averaged(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
     return torch.lerp(
         momentum, grad.to(momentum.dtype), rest.reshape([*rest.shape, *[1] * (momentum.dim() - rest.dim())])
     )
+
+
+def lagging(lag: Tensor, old: Tensor, new: Tensor, keep: float) -> Tensor:
+    """The lag of the average of the iterates behind a parameter that moves from ``old`` to ``new``, in the dtype of ``lag``."""
+    return (keep * (in_full_precision(lag) + (in_full_precision(old) - in_full_precision(new)))).to(lag)
 
 
 class Step(NamedTuple):

@@ -16,7 +16,7 @@ LAYERS = (
     ("features",),
     ("meta_optimizer",),
     ("update",),
-    ("checkpoints", "first_call", "native", "optimizer_state"),
+    ("averaging", "checkpoints", "first_call", "native", "optimizer_state"),
     ("optimizer", "tasks"),
     ("meta_training", "evaluation"),
     ("demo",),

@@ -36,6 +36,7 @@ from teleport_optim.update import (
     averaged,
     balanced,
     descend,
+    kept_share,
     prior_rate,
     row_mixers,
     step_factors,
@@ -125,8 +126,8 @@ def rule_h(
 ) -> None:
     """The prior, written tensor by tensor and block by block in the notation of its definition, as a slow reference."""
     num_layers = sum(param.dim() > 1 for param in params.values())
-    alpha = 0.15 * math.sqrt(300 / max(total, 75))
-    a, w = alpha * num_layers**-0.5 * (1 - step / total) ** 2, 2 / (alpha * total)
+    left = min(1.0, (total - step) / (0.3 * total)) / num_layers**0.5
+    a, shrink = 0.15 * min(1.0, math.sqrt(20 / max(step, 1))) * left, 1 - left / (2 * (step + 50))
     for name, p in params.items():
         m = buffers[name] = PRIOR_MOMENTUM * buffers[name] + (1 - PRIOR_MOMENTUM) * grads[name]
         if p.dim() < 2:
@@ -134,7 +135,7 @@ def rule_h(
             continue
         blocks = [nearly_orthogonal(block) for block in blocks_of(m.reshape(len(m), -1), block_rows)]
         o = torch.cat([block / block.norm(dim=1, keepdim=True).clamp_min(1e-30) for block in blocks])
-        p *= 1 - a * w
+        p *= shrink
         p -= a * o.reshape(p.shape)
 
 
@@ -152,6 +153,7 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int) -> N
     ours, reference = named(model), named(model)
     state = UpdateState.initial(ours, torch.zeros(len(ours), 1))
     buffers = {name: torch.zeros_like(param) for name, param in reference.items()}
+    average = named(model)
     hyper = Hyper.default(len(ours), 50)
     for step in range(50):
         _, grads = loss_and_grads(model, ours, x, y)
@@ -161,7 +163,10 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int) -> N
         for name in reference:
             torch.testing.assert_close(ours[name], reference[name], rtol=0, atol=1e-9)
             torch.testing.assert_close(state.momenta[name], buffers[name], rtol=0, atol=1e-9)
-        # Both go on from one state: otherwise rounding of 1e-15 grows by half every step.
+            average[name] += max(7 / (step + 7), min(1.0, 3 / (50 - step))) * (reference[name] - average[name])
+            torch.testing.assert_close(ours[name] + state.lags[name], average[name], rtol=0, atol=1e-9)
+        # All go on from one state: otherwise rounding of 1e-15 grows by half every step.
+        average = {name: param + state.lags[name] for name, param in ours.items()}
         reference = {name: param.clone() for name, param in ours.items()}
         buffers = {name: momentum.clone() for name, momentum in state.momenta.items()}
     assert not any(torch.allclose(param, named(model)[name], atol=1e-2) for name, param in ours.items())
@@ -435,7 +440,8 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
     loss, grads = loss_and_grads(model, params, x, y)
     momenta = {name: 2.0 * grad for name, grad in grads.items()}
     controls = Controls.from_outputs(torch.randn(len(params), len(Controls._fields), generator=source))
-    moved, moved_grads, moved_momenta, sizes = teleport(params, grads, momenta, controls, layout)
+    lags = {name: torch.randn(param.shape, generator=source).double() for name, param in params.items()}
+    moved, moved_grads, moved_momenta, moved_lags, sizes = teleport(params, grads, momenta, lags, controls, layout)
     loss_there, grads_there = loss_and_grads(model, dict(moved), x, y)
     assert (sizes > 0).all()
     assert loss_there == pytest.approx(loss, rel=1e-12)
@@ -443,6 +449,8 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
         torch.testing.assert_close(moved_grads[name], grads_there[name], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(moved_momenta[name], 2.0 * grads_there[name], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(moved["0.weight"], params["0.weight"])
+    average, there = ({name: p + lag[name] for name, p in own.items()} for own, lag in ((params, lags), (moved, moved_lags)))
+    assert loss_and_grads(model, there, x, y)[0] == pytest.approx(loss_and_grads(model, average, x, y)[0], rel=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
@@ -479,7 +487,7 @@ def test_full_strength_balances_a_site() -> None:
     layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    moved, *_ = teleport(params, zeros, zeros, controls, layout)
+    moved, *_ = teleport(params, zeros, zeros, zeros, controls, layout)
     (symmetry,) = layout.spec
     assert log_ratio(site_log_norms(symmetry, params)).abs().max() > 0.1
     assert log_ratio(site_log_norms(symmetry, moved)).abs().max() < 1e-5
@@ -761,14 +769,38 @@ def test_matrix_shape_keeps_the_number_of_entries(shape: list[int]) -> None:
         assert len(shape) < 2 or len(shape) > 2
 
 
-@pytest.mark.parametrize(("total_steps", "expected"), [(300, 0.15), (1200, 0.075), (10, 0.3)])
-def test_prior_rate(total_steps: int, expected: float) -> None:
+@pytest.mark.parametrize("total_steps", [1, 10, 300, 1200])
+def test_prior_rate(total_steps: int) -> None:
     rates = [prior_rate(step, total_steps, 4)[0] for step in range(total_steps + 3)]
-    assert rates[0] == pytest.approx(expected / 2)
-    assert all(later < earlier for earlier, later in pairwise(rates[:total_steps]))
+    endless = [prior_rate(step, None, 4)[0] for step in range(1200)]
     assert rates[-1] == rates[total_steps - 1] > 0
-    endless = [prior_rate(step, None, 4)[0] for step in range(1000)]
-    assert all(later <= earlier for earlier, later in pairwise(endless))
+    assert all(later <= earlier for earlier, later in pairwise(rates))
+    assert endless[0] == pytest.approx(0.15 / 2)
+    assert endless[80] == pytest.approx(0.15 / 4)
+    same = int(0.7 * total_steps)
+    assert rates[:same] == endless[:same]
+    assert rates[total_steps - 1] == pytest.approx(endless[total_steps - 1] * min(1.0, 1 / (0.3 * total_steps)))
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 10, 300])
+def test_the_average_ends_where_the_parameters_do(total_steps: int) -> None:
+    kept = [kept_share(step, total_steps) for step in range(total_steps + 2)]
+    assert all(0.0 <= share < 1.0 for share in kept)
+    assert kept[0] == 0.0  # the point before the first step does not count
+    assert kept[total_steps - 1 :] == [0.0] * 3
+
+
+def test_iterates_are_averaged_with_the_sixth_power_of_their_number() -> None:
+    """With rising factorials for powers, which makes the weights exact."""
+    values, weights = torch.randn(40, generator=generator()).tolist(), [1.0]
+    for step in range(1, 40):
+        weights.append(weights[-1] * (step + 6) / step)
+    average, last = 0.0, 0.0
+    for step, value in enumerate(values):
+        average = value + kept_share(step, None) * (average - last + last - value)
+        last = value
+    expected = sum(weight * value for weight, value in zip(weights, values)) / sum(weights)
+    assert average == pytest.approx(expected)
 
 
 def test_zero_gradients_move_nothing_but_decay() -> None:

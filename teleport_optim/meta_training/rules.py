@@ -82,6 +82,10 @@ class Rule(ABC):
             New parameters and state.
         """
 
+    def outcome(self, params: Tensors, state: Any) -> Tensors:
+        """What a run has reached, if that is not the parameters at which gradients are taken, but an average of them."""
+        return params
+
     def labels(self) -> list[str]:
         """A name for every entry of the flat weights, by which entries can be frozen."""
         return [name for name, param in self.network.named_parameters() for _ in range(param.numel())]
@@ -151,6 +155,9 @@ class ControllerRule(Rule):
             hyper=hyper,
             layout=layout,
         )
+
+    def outcome(self, params: Tensors, state: Any) -> Tensors:
+        return {name: param + state.lags[name].to(param) for name, param in params.items()}
 
     def labels(self) -> list[str]:
         labels = []

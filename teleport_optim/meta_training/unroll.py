@@ -46,7 +46,7 @@ class Window(NamedTuple):
     """What a number of consecutive steps brought."""
 
     losses: Tensor
-    """Minibatch loss after every step, ``[num_runs, steps]``; infinite from where a run explodes."""
+    """Minibatch loss after every step, of what the rule has reached, ``[num_runs, steps]``; infinite from where a run explodes."""
     runs: Runs
     """The runs after the last of the steps."""
     distances: Tensor
@@ -114,12 +114,15 @@ def advance(
         if step == 0:
             initial = loss.detach()
         if step > runs.step:
-            record(_attached(loss, params, grads), params)
+            reached = rule.outcome(params, state)
+            is_free = reached is params  # the loss at the parameters comes with their gradient
+            record(_attached(loss, params, grads) if is_free else problem.losses(reached, inputs, targets), reached)
             if step % _CHECK_INTERVAL == 0 and bool(is_exploded.all()):
                 break
         params, state = rule.step(weights, params, grads, state, step=step, problem=problem, inputs=inputs)
     else:
-        record(problem.losses(params, *batch(end)), params)
+        reached = rule.outcome(params, state)
+        record(problem.losses(reached, *batch(end)), reached)
     missing = num_steps - len(losses)
     losses += missing * losses[-1:]
     distances += missing * distances[-1:]

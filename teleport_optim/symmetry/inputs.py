@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["ExampleInputs", "InputWatch", "Inputs"]
+__all__ = ["ExampleInputs", "InputWatch", "Inputs", "SilentHook"]
 
 
 class Inputs(NamedTuple):
@@ -60,8 +60,12 @@ class _Shape(NamedTuple):
     dtype: torch.dtype
 
 
-class InputWatch:
-    """A forward pre-hook that keeps the shapes of the last call's inputs, and of which the search takes no notice.
+class SilentHook:
+    """A hook that does not change what its module computes, so that the search takes no notice of it."""
+
+
+class InputWatch(SilentHook):
+    """A forward pre-hook that keeps the shapes of the last call's inputs.
 
     It may be compiled with the model: it holds no data, asks nothing and does the same at every call.
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from teleport_optim.symmetry.inputs import Inputs, InputWatch
+from teleport_optim.symmetry.inputs import Inputs, SilentHook
 from teleport_optim.symmetry.labels import Labels
 from teleport_optim.symmetry.operations import COPIES, CREATIONS, RULES, Call, source_view
 from teleport_optim.symmetry.spec import Refusal
@@ -369,10 +369,11 @@ def _guard_modules(recorder: _Recorder, twin: nn.Module) -> None:
     """Keep track of where an operation belongs, and let nothing pass modules that users have changed by hooks."""
     for name, module in twin.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        hooks = [hook for hook in hooks if not isinstance(hook, InputWatch)]
+        hooks = [hook for hook in hooks if not isinstance(hook, SilentHook)]
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module._forward_hooks_with_kwargs.clear()
+        module._forward_hooks_always_called.clear()
         module._forward_pre_hooks_with_kwargs.clear()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
