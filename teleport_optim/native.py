@@ -1,8 +1,8 @@
 """The momentum step in C, where all tensors are contiguous ones of float32 on the CPU.
 
-It is the arithmetic of ``averaged``, ``descend`` and ``lagging`` of :mod:`teleport_optim.update` in one call, where torch needs a hundred.
-Results differ in rounding only. ``_native`` is built when the package is installed where there is a C compiler; without it, and
-for all other tensors, the step is taken with torch.
+It is the arithmetic of ``averaged``, ``descend`` and ``lagging`` of :mod:`teleport_optim.update` in one call, where torch needs a
+hundred. Results differ in rounding only. ``_native`` is built when the package is installed where there is a compiler; without it,
+and for all other tensors, the step is taken with torch.
 """
 
 from __future__ import annotations

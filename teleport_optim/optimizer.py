@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -342,7 +342,9 @@ class LearnedTeleportOptimizer(Optimizer):
             RuntimeError: for sparse or complex gradients, or parameters on several devices; nothing has changed then.
         """
         if self._exchange.is_active:
-            raise RuntimeError("a step inside averaged(), where parameters are not what gradients are taken at: leave it first")
+            raise RuntimeError(
+                "a step inside averaged(), where parameters are not what gradients are taken at: leave it first"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -432,7 +434,8 @@ class LearnedTeleportOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
-        targets, values = [], []
+        targets: list[Tensor] = []
+        values: list[Tensor] = []
         if plan.arguments is not None:
             targets += [own["exp_avg"] for own in plan.slots]
             values += plan.arguments[0].values()

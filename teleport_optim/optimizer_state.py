@@ -210,8 +210,8 @@ def _has_row(value: Any, row: int) -> bool:
 
 def _read_slots(key: Any, slots: Any, param: Tensor, hidden: Tensor) -> Slots:
     expected = initial_slots(param, hidden)
-    if isinstance(slots, Mapping):
-        slots = {LAG: expected[LAG], **slots}
+    if isinstance(slots, Mapping) and set(slots) == set(expected) - {LAG}:
+        slots = {**slots, LAG: expected[LAG]}
     if not isinstance(slots, Mapping) or set(slots) != set(expected):
         found: object = sorted(map(str, slots)) if isinstance(slots, Mapping) else type(slots).__name__
         raise OptimizerStateError(

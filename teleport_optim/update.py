@@ -156,7 +156,7 @@ def prior_rate(step: float, total_steps: int | None, num_layers: int) -> tuple[f
 
 
 def kept_share(step: int, total_steps: int | None) -> float:
-    """What is kept of the lag of the average of the iterates in a step; 0 in the last step of a run of known length."""
+    """What is kept of the lag of the average of the iterates in a step; 0 in the last steps of a run of known length."""
     taken = (_POWER + 1.0) / (step + _POWER + 1.0)
     if total_steps is not None:
         taken = max(taken, min(1.0, _TAIL / _steps_left(step, total_steps)))

@@ -90,10 +90,10 @@ def test_other_dtypes_train(make: Callable[..., Optimizer], dtype: torch.dtype) 
     assert loss < before - 0.1
     assert all(param.dtype == dtype and bool(param.isfinite().all()) for param in model.parameters())
     if isinstance(optimizer, LearnedTeleportOptimizer):
-        wide = torch.float32 if dtype == torch.float16 else dtype
+        kept = torch.float64 if dtype == torch.float64 else torch.bfloat16
         for param in model.parameters():
             dtypes = {key: value.dtype for key, value in optimizer.state[param].items()}
-            assert dtypes.pop("exp_avg") == wide
+            assert dtypes.pop("exp_avg") == dtypes.pop("lag") == kept
             assert set(dtypes.values()) == {torch.float32}
 
 

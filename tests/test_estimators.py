@@ -78,7 +78,7 @@ def new_episode(config: Config) -> Episode:
 
 def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
     """Slopes of the mean meta-loss along rows of ``directions``, from central differences of whole training runs."""
-    problem, size = draw(config.tasks[0]), 1e-5 if theta.dtype == torch.float32 else 1e-7
+    problem, size = draw(config.tasks[0]), 1e-5 if theta.dtype == torch.float32 else 1e-8
     candidates = torch.cat([theta + size * directions, theta - size * directions])
     with torch.no_grad():
         runs = begin(rule, problem, len(candidates))

@@ -9,17 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from teleport_optim.action import SlotKind
+from teleport_optim.averaging import Exchange
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry.moves import move_scaling
-from teleport_optim.update import TELEPORT_INTERVAL
+from teleport_optim.update import TELEPORT_INTERVAL, kept_share, prior_rate
 
 __all__ = ["ABLATIONS", "LIGHT", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
 
@@ -135,8 +136,46 @@ def _schedule_free(lr: float) -> Recipe:
     return recipe
 
 
+class _Averaged(Scheduled):
+    """An optimizer after 5 % warm-up, its rate falling with the root of time, and the average of its iterates, as ours has them."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+        warmup = max(1, steps // 20)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / warmup) * prior_rate(step, None, 1)[0] / prior_rate(0, None, 1)[0]
+
+        super().__init__([optimizer], factor)
+        self._params: list[Tensor] = list(model.parameters())
+        self._averages = [param.detach().clone() for param in self._params]
+        self._count = 0
+        self._exchange = Exchange(lambda: [(p, a - p) for p, a in zip(self._params, self._averages)])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        super().step()
+        torch._foreach_lerp_(self._averages, self._params, 1.0 - kept_share(self._count, None))
+        self._count += 1
+
+    def eval(self) -> None:
+        """Put the average in the place of the parameters."""
+        self._exchange.__enter__()
+
+    def train(self) -> None:
+        """Put the parameters back."""
+        self._exchange.__exit__(None, None, None)
+
+
+def _averaged_adamw(lr: float) -> Recipe:
+    return lambda model, steps: _Averaged(model, AdamW(model.parameters(), lr=lr, fused=True), steps)
+
+
 def learned(
-    checkpoint: str | Path | MetaOptimizer = "default", *, teleport: bool = True, horizon: bool = True
+    checkpoint: str | Path | MetaOptimizer = "default",
+    *,
+    teleport: bool = True,
+    horizon: bool = True,
+    average: bool = True,
 ) -> Recipe:
     """The learned optimizer as a user would take it, with nothing set."""
 
@@ -147,6 +186,7 @@ def learned(
             total_steps=steps if horizon else None,
             checkpoint=checkpoint,
             teleport=teleport,
+            average=average,
         )
 
     return recipe
@@ -161,6 +201,7 @@ def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
         "SGD momentum cosine, tuned": Rival(_sgd, 0.1),
         "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
+        "AdamW averaged, tuned": Rival(_averaged_adamw, 8e-3),
         "rule, nothing learned": Rival(lambda lr: learned(MetaOptimizer(), teleport=False)),
         LIGHT: Rival(lambda lr: learned("light")),
         OURS: Rival(lambda lr: learned(checkpoint)),
@@ -233,10 +274,11 @@ class _RandomTeleports:
             state = self._optimizer.state
             values = {name: param.detach() for name, param in params.items()}
             slopes = {name: param.grad for name, param in params.items() if param.grad is not None}
-            momenta = {name: state[param]["exp_avg"] for name, param in params.items() if state.get(param)}
+            known = {name: state[param] for name, param in params.items() if state.get(param)}
+            momenta, lags = ({name: own[key] for name, own in known.items()} for key in ("exp_avg", "lag"))
             for symmetry in self._optimizer.spec:  # none before the first step
                 scales = torch.exp(0.3 * torch.randn(symmetry.size, generator=self._generator, dtype=torch.float64))
-                values = move_scaling(symmetry, scales, values, SlotKind.VECTOR)
+                values, lags = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (values, lags))
                 slopes, momenta = (
                     move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (slopes, momenta)
                 )
@@ -246,6 +288,7 @@ class _RandomTeleports:
                     param.grad.copy_(slopes[name])
                 if name in momenta:
                     state[param]["exp_avg"].copy_(momenta[name])
+                    state[param]["lag"].copy_(lags[name])
         self._count += 1
         self._optimizer.step()
 
@@ -266,6 +309,7 @@ ABLATIONS: dict[str, Callable[[str | Path], Recipe]] = {
     "random teleports": _random_teleports,
     "weights balanced in closed form": partial(_holding, balance=20.0, gradient_balance=0.0),
     "horizon unknown": partial(learned, horizon=False),
+    "parameters instead of their average": partial(learned, average=False),
     "rows normalised, not orthogonalised": partial(_with_blocks_of, rows=1),
     "whole matrices orthogonalised": partial(_with_blocks_of, rows=2**20),
     "linear controller (LSTM cut off)": _without_memory,
