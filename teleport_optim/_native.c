@@ -8,15 +8,25 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-/* One copy for every generation of processors; the right one is chosen when the module is loaded. */
-#define PORTABLE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#ifdef WIDE /* compiled for processors with 512-bit vectors */
+enum { LANES = 16 };
+#define NAME "_native_wide"
+#define INIT PyInit__native_wide
+#else
+enum { LANES = 8 };
+#define NAME "_native"
+#define INIT PyInit__native
+#endif
+
+#if !defined(WIDE) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+/* One copy for processors with 256-bit vectors and one for all; the right one is chosen when the module is loaded. */
+#define PORTABLE __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define PORTABLE
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 16, TILE_ROWS = 6, FEW_COLUMNS = 192, CHUNK = 512 };
+enum { TILE_ROWS = 8, FEW_COLUMNS = 192, CHUNK = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -68,19 +78,14 @@ static int workspace_new(Workspace *w, int most_rows, int64_t most_entries) {
     return 0;
 }
 
-/* Six rows and sixteen columns of a' b, over the rows of both. */
+/* TILE_ROWS rows and LANES columns of a' b, over the rows of both: as many sums as a processor adds to at once. */
 INLINE void tile(int depth, const float *a, size_t a_stride, const float *b, size_t b_stride, vec out[TILE_ROWS]) {
-    vec c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0}, c4 = {0}, c5 = {0};
+    vec sums[TILE_ROWS] = {{0}};
     for (int row = 0; row < depth; row++, a += a_stride, b += b_stride) {
         vec value = load(b);
-        c0 += a[0] * value;
-        c1 += a[1] * value;
-        c2 += a[2] * value;
-        c3 += a[3] * value;
-        c4 += a[4] * value;
-        c5 += a[5] * value;
+        for (int i = 0; i < TILE_ROWS; i++) sums[i] += a[i] * value;
     }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3, out[4] = c4, out[5] = c5;
+    for (int i = 0; i < TILE_ROWS; i++) out[i] = sums[i];
 }
 
 /* What lies above the diagonal, copied from below. */
@@ -432,5 +437,5 @@ static PyMethodDef METHODS[] = {
     {"count", count, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
-static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, METHODS, NULL, NULL, NULL, NULL};
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&MODULE); }
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, NAME, NULL, 0, METHODS, NULL, NULL, NULL, NULL};
+PyMODINIT_FUNC INIT(void) { return PyModule_Create(&MODULE); }

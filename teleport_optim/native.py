@@ -11,7 +11,9 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -25,6 +27,9 @@ try:
     import teleport_optim._native as _native
 except ImportError:
     _native = None  # type: ignore[assignment]
+if _native is not None and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    with suppress(ImportError):
+        _native = import_module("teleport_optim._native_wide")
 
 __all__ = ["NativeStep", "all_norms", "are_plain"]
 
