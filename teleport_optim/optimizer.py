@@ -156,11 +156,17 @@ class LearnedTeleportOptimizer(Optimizer):
         &m \leftarrow \beta m + (1 - \beta) g \\
         &d = \text{rows of } m \text{, orthogonalised 64 at a time, of unit norm, for matrices, }
             m / \lVert m \rVert \text{ for vectors} \\
-        &\theta \leftarrow (1 - \gamma a \rho \omega \lambda)\, \theta - \gamma a \rho\, c\, d
+        &\theta \leftarrow (1 - \gamma a \rho \omega \lambda)\, \theta - \gamma a \rho\, c\, d \\
+        &\bar\theta \leftarrow \bar\theta + \tfrac{7}{t + 7} (\theta - \bar\theta)
         \end{aligned}
 
-    where :math:`\gamma` is ``lr``, :math:`a` a rate that falls like a parabola over ``total_steps`` and :math:`\lambda` a
-    decay that goes with it. The loss is never needed. See ``teleport_optim.update`` for the rule.
+    where :math:`\gamma` is ``lr``, :math:`a` a rate that falls with the root of time and :math:`\lambda` a decay that goes with
+    it. The loss is never needed. See ``teleport_optim.update`` for the rule.
+
+    Gradients are taken at :math:`\theta`, which the parameters are. What is learned is the average of the iterates
+    :math:`\bar\theta`: calls of ``model`` in which no gradients are recorded (``torch.no_grad()``, ``torch.inference_mode()``) see
+    it, and :meth:`averaged` shows it elsewhere. In the last 30 % of a run of known length the rate falls to zero, and the
+    parameters end where the average is.
 
     Args:
         params: Parameters, named parameters or groups, as for every torch optimizer.
@@ -168,8 +174,8 @@ class LearnedTeleportOptimizer(Optimizer):
         weight_decay: Decoupled weight decay per unit of rate, at least 0; None for the learned decay.
         model: The module that owns ``params``. Its symmetries are found when it is first called, and the optimizer teleports
             along those positive scalings whose tensors it manages. Without it the optimizer works and does not teleport.
-        total_steps: Number of steps of the run, over which the rate anneals by itself. Without it the run is open-ended.
-            Past it the optimizer goes on at the last rate and warns once.
+        total_steps: Number of steps of the run, in the last 30 % of which the rate falls to zero. Without it the run is
+            open-ended, and its average as good. Past it the optimizer goes on at the last rate and warns once.
         checkpoint: Name of a shipped checkpoint, a path, or a :class:`~teleport_optim.MetaOptimizer`.
         teleport: Whether to teleport.
         maximize: Climb instead of descending.

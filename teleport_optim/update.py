@@ -7,8 +7,8 @@ prior it is a rule without anything learned in it:
     m <- beta m + (1 - beta) g          beta = 0.65
     matrices:   O = rows of m, orthogonalised 64 at a time, of unit norm;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
-    a = 0.15 / sqrt(layers) min(1, sqrt(20 / t)), and 4 times that for a model of one matrix
-    a w = 1 / (2 sqrt(layers) (t + 50))
+    a = 0.22 layers^-0.7 min(1, sqrt(20 / t)), and 3 times that for a model of one matrix
+    a w = layers^-0.7 / (2 (t + 50))
     x <- x + 7 / (t + 7) (p - x)
 
 Gradients are taken at ``p``; what a run is about is ``x``, an average of the iterates with weight t^6. Where the number of
@@ -66,13 +66,15 @@ TELEPORT_INTERVAL = 80
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
 _MAX_SWEEPS, _BALANCED = 30, 0.01
-_FIRST_RATE, _FLAT_STEPS = 0.15, 20
+_FIRST_RATE, _FLAT_STEPS = 0.22, 20
 """The rate in networks of one layer, and for how many steps; it falls with the root of time after that."""
+_DEPTH_POWER = -0.7
+"""Of the number of layers, with which the rate goes."""
 _ANNEALED = 0.3
 """Share of a run of known length in which the rate falls to zero."""
 _POWER, _TAIL = 6, 3
 """Of the step number, which is the weight of an iterate in the average; iterates that are averaged in the end."""
-_LINEAR_RATE = 4.0
+_LINEAR_RATE = 3.0
 """Factor on the rate of a model of one matrix, such as logistic regression: nothing comes after it that a step could upset."""
 
 _ITERATIONS = ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194))
@@ -152,7 +154,7 @@ def prior_rate(step: float, total_steps: int | None, num_layers: int) -> tuple[f
     step = min(step, (total_steps or math.inf) - 1)
     share = min(1.0, math.sqrt(_FLAT_STEPS / max(step, 1)))
     left = min(1.0, _steps_left(step, total_steps) / (_ANNEALED * total_steps)) if total_steps else 1.0
-    return _FIRST_RATE * share * left * num_layers**-0.5, 0.5 / ((step + 50) * _FIRST_RATE * share)
+    return _FIRST_RATE * share * left * num_layers**_DEPTH_POWER, 0.5 / ((step + 50) * _FIRST_RATE * share)
 
 
 def kept_share(step: int, total_steps: int | None) -> float:

@@ -126,8 +126,8 @@ def rule_h(
 ) -> None:
     """The prior, written tensor by tensor and block by block in the notation of its definition, as a slow reference."""
     num_layers = sum(param.dim() > 1 for param in params.values())
-    left = min(1.0, (total - step) / (0.3 * total)) / num_layers**0.5
-    a, shrink = 0.15 * min(1.0, math.sqrt(20 / max(step, 1))) * left, 1 - left / (2 * (step + 50))
+    left = min(1.0, (total - step) / (0.3 * total)) / num_layers**0.7
+    a, shrink = 0.22 * min(1.0, math.sqrt(20 / max(step, 1))) * left, 1 - left / (2 * (step + 50))
     for name, p in params.items():
         m = buffers[name] = PRIOR_MOMENTUM * buffers[name] + (1 - PRIOR_MOMENTUM) * grads[name]
         if p.dim() < 2:
@@ -777,8 +777,8 @@ def test_prior_rate(total_steps: int) -> None:
     endless = [prior_rate(step, None, 4)[0] for step in range(1200)]
     assert rates[-1] == rates[total_steps - 1] > 0
     assert all(later <= earlier for earlier, later in pairwise(rates))
-    assert endless[0] == pytest.approx(0.15 / 2)
-    assert endless[80] == pytest.approx(0.15 / 4)
+    assert endless[0] == pytest.approx(0.22 / 4**0.7)
+    assert endless[80] == pytest.approx(0.11 / 4**0.7)
     same = int(0.7 * total_steps)
     assert rates[:same] == endless[:same]
     assert rates[total_steps - 1] == pytest.approx(endless[total_steps - 1] * min(1.0, 1 / (0.3 * total_steps)))
@@ -993,5 +993,5 @@ def test_only_what_is_known_to_be_a_model_of_one_matrix_steps_further() -> None:
     rate, _ = prior_rate(0, 100, 1)
     assert first_step(copy.deepcopy(linear), {"weight", "bias"}, None) == pytest.approx(rate, rel=0.1)
     model = copy.deepcopy(linear)
-    assert first_step(model, {"weight", "bias"}, model) == pytest.approx(4 * rate, rel=0.1)
+    assert first_step(model, {"weight", "bias"}, model) == pytest.approx(3 * rate, rel=0.1)
     assert first_step(deep, {"0.weight"}, deep) == pytest.approx(rate, rel=0.1)

@@ -201,7 +201,7 @@ PRESETS: dict[str, Config] = {
     ),
     "standard": Config(),
     "default": Config(
-        num_outer_steps=60,
+        num_outer_steps=40,
         num_tasks=7,
         min_horizon=120,
         max_horizon=320,
