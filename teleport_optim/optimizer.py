@@ -150,8 +150,8 @@ class LearnedTeleportOptimizer(Optimizer):
 
     .. math::
         \begin{aligned}
-        &\text{every 40 steps: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
-        &\text{every 80 steps: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
+        &\text{at steps 0, 40, 80, 160, ...: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
+        &\text{at steps 0, 80, 160, 320, ...: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
         &m \leftarrow \beta m + (1 - \beta) g \\
         &d = \text{rows of } m \text{, orthogonalised 64 at a time, of unit norm, for matrices, }

@@ -47,6 +47,7 @@ __all__ = [
     "control",
     "descend",
     "is_control_step",
+    "is_due",
     "is_teleport_step",
     "kept_share",
     "lagging",
@@ -60,9 +61,9 @@ __all__ = [
 ]
 
 CONTROL_INTERVAL = 40
-"""Steps between two runs of the meta-optimizer; its controls are held in between."""
+"""Steps before the meta-optimizer is asked for the second time; the third comes after twice as many, and so on."""
 TELEPORT_INTERVAL = 80
-"""Steps between two teleports."""
+"""Steps before the second teleport; the third comes after twice as many, and so on."""
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
 _MAX_SWEEPS, _BALANCED = 30, 0.01
@@ -271,12 +272,18 @@ def update(
 
 def is_control_step(step: int) -> bool:
     """Whether the meta-optimizer is asked before the step of this number."""
-    return step % CONTROL_INTERVAL == 0
+    return is_due(step, CONTROL_INTERVAL)
 
 
 def is_teleport_step(step: int, layout: Layout) -> bool:
     """Whether the step of this number begins with a teleport."""
-    return step % TELEPORT_INTERVAL == 0 and len(layout.spec) > 0
+    return is_due(step, TELEPORT_INTERVAL) and len(layout.spec) > 0
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether ``step`` is 0, ``interval``, or that times a power of two: what changes with the root of time changes ever slower."""
+    count, rest = divmod(step, interval)
+    return rest == 0 and count & (count - 1) == 0
 
 
 def control(

@@ -169,7 +169,8 @@ def test_times_are_of_the_step() -> None:
     class Idle(Slow):
         def step(self) -> None: ...
 
-    times = milliseconds_per_step(TASK, {"slow": lambda model, steps: Slow(), "idle": lambda model, steps: Idle()}, 3)
+    recipes = {"slow": lambda model, steps: Slow(), "idle": lambda model, steps: Idle()}
+    times = milliseconds_per_step(TASK, recipes, steps=60)
     assert times["slow"] > 2.0 * times["idle"] > 0.0
 
 

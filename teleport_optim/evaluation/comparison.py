@@ -188,8 +188,11 @@ class Comparison:
             runs[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
         self.report(f"{task.name}: time of a step")
         key = f"time {task.name} {self._sha256} {self._light_sha256} {' '.join(sorted(self.others))}"
-        milliseconds = self._kept(key, lambda: milliseconds_per_step(task, recipes))
+        milliseconds = self._kept(key, lambda: milliseconds_per_step(task, recipes, steps=self._steps(task)))
         return TaskResult(task.name, runs, rates, milliseconds)
+
+    def _steps(self, task: EvaluationTask) -> int:
+        return max(20, round(self.share * task.steps))
 
     def _tuned(self, task: EvaluationTask, name: str, rival: Rival, first: float) -> float:
         def score(rate: float) -> float:
@@ -198,7 +201,7 @@ class Comparison:
         return tuned_rate(score, first)
 
     def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, rate: float) -> Run:
-        steps = max(20, round(self.share * task.steps))
+        steps = self._steps(task)
         known = dict.fromkeys(rivals(), "") | {OURS: self._sha256, LIGHT: self._light_sha256}
         digest = known.get(name, self._sha256)  # of what the run depends on
         key = f"{task.name} {steps} | {name} {rate:.4g} {digest} | {seed}"

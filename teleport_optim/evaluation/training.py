@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from teleport_optim.evaluation.problem import Data, EvaluationTask
-from teleport_optim.update import TELEPORT_INTERVAL
 
 __all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "minibatch", "noisy", "run_training", "speed_up"]
 
@@ -91,24 +90,28 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int)
     return Run(tuple(marks), tuple(losses), held_out, setup)
 
 
-def milliseconds_per_step(task: EvaluationTask, recipes: Mapping[str, Recipe], repeats: int = 5) -> dict[str, float]:
+def milliseconds_per_step(
+    task: EvaluationTask, recipes: Mapping[str, Recipe], *, steps: int, repeats: int = 2
+) -> dict[str, float]:
     """Time of a whole training step (forward, backward, optimizer) under every recipe, which take turns step by step.
 
-    The mean over the steps between two teleports of their medians over ``repeats`` such periods, so that what is done every
-    few steps counts, and what a busy machine does in between does not.
+    The mean over the steps of a run but the first of the least time that each took in ``repeats`` runs, so that what is done
+    every so often counts, and what a busy machine does in between does not.
     """
     data = task.make_data()
-    models = {name: task.make_model(0) for name in recipes}
-    optimizers = {name: recipe(models[name], 10_000) for name, recipe in recipes.items()}
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(TELEPORT_INTERVAL)] for name in recipes}
-    generator = torch.Generator().manual_seed(0)
-    for step in range(TELEPORT_INTERVAL * (repeats + 1)):
-        for name in recipes:
-            start = time.perf_counter()
-            _step(task, data, models[name], optimizers[name], generator)
-            if step >= TELEPORT_INTERVAL:
-                seconds[name][step % TELEPORT_INTERVAL].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.fmean(map(statistics.median, phases)) for name, phases in seconds.items()}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in recipes}
+    for _ in range(repeats):
+        models = {name: task.make_model(0) for name in recipes}
+        optimizers = {name: recipe(models[name], steps) for name, recipe in recipes.items()}
+        generator = torch.Generator().manual_seed(0)
+        for own in seconds.values():
+            own.append([])
+        for _ in range(steps):
+            for name, own in seconds.items():
+                start = time.perf_counter()
+                _step(task, data, models[name], optimizers[name], generator)
+                own[-1].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.fmean(map(min, list(zip(*own))[1:])) for name, own in seconds.items()}
 
 
 def speed_up(run: Run, reference: Run) -> float:
