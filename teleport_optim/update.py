@@ -7,7 +7,7 @@ prior it is a rule without anything learned in it:
     m <- beta m + (1 - beta) g          beta = 0.65
     matrices:   O = rows of m, orthogonalised 64 at a time, of unit norm;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
-    a = 0.22 layers^-0.7 min(1, sqrt(20 / t)), and 3 times that for a model of one matrix
+    a = 0.22 layers^-0.7 min(1, sqrt(20 / t)), and 3 times that for a model of one matrix; more than 11 layers count as 11
     a w = layers^-0.7 / (2 (t + 50))
     x <- x + 7 / (t + 7) (p - x)
 
@@ -69,8 +69,8 @@ MAX_LOG_SCALE = 3.0
 _MAX_SWEEPS, _BALANCED = 30, 0.01
 _FIRST_RATE, _FLAT_STEPS = 0.22, 20
 """The rate in networks of one layer, and for how many steps; it falls with the root of time after that."""
-_DEPTH_POWER = -0.7
-"""Of the number of layers, with which the rate goes."""
+_DEPTH_POWER, _MOST_LAYERS = -0.7, 11
+"""Of the number of layers, with which the rate goes, up to so many; deeper networks normalise their layers, and want no less."""
 _ANNEALED = 0.3
 """Share of a run of known length in which the rate falls to zero."""
 _POWER, _TAIL = 6, 3
@@ -155,7 +155,8 @@ def prior_rate(step: float, total_steps: int | None, num_layers: int) -> tuple[f
     step = min(step, (total_steps or math.inf) - 1)
     share = min(1.0, math.sqrt(_FLAT_STEPS / max(step, 1)))
     left = min(1.0, _steps_left(step, total_steps) / (_ANNEALED * total_steps)) if total_steps else 1.0
-    return _FIRST_RATE * share * left * num_layers**_DEPTH_POWER, 0.5 / ((step + 50) * _FIRST_RATE * share)
+    depth = min(num_layers, _MOST_LAYERS) ** _DEPTH_POWER
+    return _FIRST_RATE * share * left * depth, 0.5 / ((step + 50) * _FIRST_RATE * share)
 
 
 def kept_share(step: int, total_steps: int | None) -> float:

@@ -781,6 +781,7 @@ def test_prior_rate(total_steps: int) -> None:
     assert all(later <= earlier for earlier, later in pairwise(rates))
     assert endless[0] == pytest.approx(0.22 / 4**0.7)
     assert endless[80] == pytest.approx(0.11 / 4**0.7)
+    assert prior_rate(0, None, 11) == prior_rate(0, None, 60) < prior_rate(0, None, 10)
     same = int(0.7 * total_steps)
     assert rates[:same] == endless[:same]
     assert rates[total_steps - 1] == pytest.approx(endless[total_steps - 1] * min(1.0, 1 / (0.3 * total_steps)))
