@@ -5,7 +5,7 @@ python -m benchmarks.step_cost [--network NAME] [--threads 1] [--plot FILE.png]
 The mean over twenty steps (four for large networks, where none of them asks the meta-optimizer) after a first one that is
 not counted. Parameters are given without their model, so that nothing teleports. "rows only" is a step that does not
 orthogonalise: what ours costs outside the orthogonalisation. The limit is the time
-of copying as many bytes as must be read (parameters, gradients, momenta) and written (parameters, momenta).
+of copying as many bytes as must be read (parameters, gradients, state) and written (parameters, state).
 """
 
 from __future__ import annotations
