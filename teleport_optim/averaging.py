@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from teleport_optim.sharding import is_distributed, local
 from teleport_optim.symmetry.inputs import SilentHook
 
-__all__ = ["AverageOnForward", "Exchange"]
+__all__ = ["Exchange", "average_on_forward"]
 
 Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -69,29 +70,24 @@ class Exchange(AbstractContextManager[None]):
         self._saved = []
 
 
-class AverageOnForward:
-    """Enters an :class:`Exchange` for every call of a model in which no gradients are recorded.
+def average_on_forward(model: nn.Module, exchange: Exchange) -> tuple[RemovableHandle, RemovableHandle]:
+    """Enter an :class:`Exchange` for every call of a model in which no gradients are recorded.
 
     Calls in a graph of ``torch.compile``, calls of copies of the model, with other parameters (``functional_call``) or with sharded
-    ones are left alone. The hooks keep neither the model nor the exchange alive, and a copy of the model has none.
+    ones are left alone. The hooks keep neither the model nor the exchange alive, and on a copy of the model they do nothing.
 
     Args:
-        model: What is called.
+        model: What is called; it has parameters.
         exchange: What is entered.
+
+    Returns:
+        Handles that remove the hooks.
     """
-
-    def __init__(self, model: nn.Module, exchange: Exchange) -> None:
-        first = next(model.parameters())
-        watch = _Watch(weakref.ref(exchange), weakref.ref(model), weakref.ref(first))
-        self._handles = (
-            model.register_forward_pre_hook(_Before(watch)),
-            model.register_forward_hook(_After(watch), always_call=True),
-        )
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
+    watch = _Watch(weakref.ref(exchange), weakref.ref(model), weakref.ref(next(model.parameters())))
+    return (
+        model.register_forward_pre_hook(_Before(watch)),
+        model.register_forward_hook(_After(watch), always_call=True),
+    )
 
 
 class _Watch:

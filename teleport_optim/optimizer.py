@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from teleport_optim.averaging import AverageOnForward, Exchange
+from teleport_optim.averaging import Exchange, average_on_forward
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names, in_full_precision
@@ -271,7 +271,7 @@ class LearnedTeleportOptimizer(Optimizer):
             elif teleport:
                 self._first_call = FirstCall(model)
             if average and self._tensor_names:
-                AverageOnForward(model, self._exchange)
+                average_on_forward(model, self._exchange)
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport_optim import LearnedTeleportOptimizer, find_symmetries
-from teleport_optim.averaging import AverageOnForward, Exchange
+from teleport_optim.averaging import Exchange, average_on_forward
 
 Trained = tuple[nn.Sequential, LearnedTeleportOptimizer]
 
@@ -188,10 +188,11 @@ def test_hooks_can_be_taken_away() -> None:
     (param, *_) = model.parameters()
     exchange = Exchange(lambda: [(param, torch.ones_like(param))])
     expected = at_parameters(model)
-    hooks = AverageOnForward(model, exchange)
+    handles = average_on_forward(model, exchange)
     with torch.no_grad():
         assert not torch.equal(model(X), expected)
-        hooks.remove()
+        for handle in handles:
+            handle.remove()
         assert torch.equal(model(X), expected)
 
 
