@@ -26,7 +26,7 @@ enum { LANES = 8 };
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_ROWS = 8, FEW_COLUMNS = 192, CHUNK = 512 };
+enum { TILE_ROWS = 8, FEW_COLUMNS = 320, CHUNK = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -40,6 +40,11 @@ static const float ITERATIONS[3][3] = {
 typedef struct {
     int64_t tensor, offset, rows, columns, is_mixed;
 } Unit;
+
+/* What steers the step of one tensor, per unit of the rate. */
+typedef struct {
+    double length, user_decay, learned_decay;
+} Numbers;
 
 /* Square matrices of one block, padded with zeros so that every tile can be read and written whole. */
 typedef struct {
@@ -256,28 +261,28 @@ INLINE vec load_few(const float *from, int count) {
     return load(values);
 }
 
-/* The parameters of a block, shrunk, less mixed rows of values. */
+/* The parameters of a block, shrunk, less mixed rows of values; a few columns at a time, which are laid side by side first. */
 INLINE void apply(Workspace *w, const Target *target, const float *values, int rows, int64_t columns) {
-    const float *a = w->factor;
-    int64_t whole = columns / LANES * LANES;
-    for (int64_t j = 0; j < whole; j += LANES)
+    float *panel = w->product;
+    for (int64_t j = 0; j < columns; j += LANES) {
+        int few = columns - j < LANES ? (int)(columns - j) : 0;
+        for (int row = 0; row < rows; row++) {
+            const float *from = values + row * columns + j;
+            store(panel + row * LANES, few ? load_few(from, few) : load(from));
+        }
         for (int i = 0; i < rows; i += TILE_ROWS) {
             vec out[TILE_ROWS];
-            tile(rows, a + i, w->stride, values + j, columns, out);
+            tile(rows, w->factor + i, w->stride, panel, LANES, out);
             int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-            for (int row = 0; row < count; row++) move(target, (i + row) * columns + j, out[row]);
+            for (int row = 0; row < count; row++) {
+                size_t at = (i + row) * columns + j;
+                if (few)
+                    move_few(target, at, few, out[row]);
+                else
+                    move(target, at, out[row]);
+            }
         }
-    int rest = (int)(columns - whole);
-    if (!rest) return;
-    float *last = w->product;
-    for (int row = 0; row < rows; row++) store(last + row * LANES, load_few(values + row * columns + whole, rest));
-    for (int i = 0; i < rows; i += TILE_ROWS) {
-        vec out[TILE_ROWS];
-        tile(rows, a + i, w->stride, last, LANES, out);
-        int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-        for (int row = 0; row < count; row++) move_few(target, (i + row) * columns + whole, rest, out[row]);
     }
-    memset(last, 0, (size_t)rows * LANES * sizeof(float));
 }
 
 INLINE double sum_of_squares(const float *values, int64_t size) {
@@ -316,12 +321,14 @@ INLINE void average(bfloat16 *averages, const float *grads, int64_t size, float 
 }
 
 PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, bfloat16 *const *averages,
-                                bfloat16 *const *lags, float *const *grads, const double *shrinks, const double *lengths,
+                                bfloat16 *const *lags, float *const *grads, const Numbers *numbers, double rate, double decay,
                                 float rest, float keep, Workspace *w) {
     for (const Unit *unit = units; unit < units + count; unit++) {
         int64_t size = unit->rows * unit->columns, tensor = unit->tensor, offset = unit->offset;
-        Target target = {params[tensor] + offset, lags[tensor] + offset, (float)shrinks[tensor], keep};
-        float length = (float)lengths[tensor], *values = w->values;
+        const Numbers *own = numbers + tensor;
+        float shrink = (float)(1.0 - rate * (own->user_decay + decay * own->learned_decay));
+        float length = (float)(rate * own->length), *values = w->values;
+        Target target = {params[tensor] + offset, lags[tensor] + offset, shrink, keep};
         average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
         if (unit->is_mixed) {
             gram(w, values, (int)unit->rows, unit->columns);
@@ -344,21 +351,15 @@ PORTABLE static void square_sums(const float *const *tensors, const int64_t *siz
     for (Py_ssize_t i = 0; i < count; i++) out[i] = sum_of_squares(tensors[i], sizes[i]);
 }
 
-/* Numbers of a list as doubles, or addresses, which the caller frees; NULL with an exception set if that fails. */
-static void *numbers(PyObject *list, Py_ssize_t count, int are_addresses) {
+/* The addresses in a list of numbers, in memory that the caller frees; NULL with an exception set if that fails. */
+static void *addresses(PyObject *list, Py_ssize_t count) {
     if (!PyList_Check(list) || PyList_GET_SIZE(list) != count) {
         PyErr_SetString(PyExc_ValueError, "lists of one length are needed");
         return NULL;
     }
-    void *out = PyMem_Malloc(8 * (count + 1));
+    void **out = PyMem_Malloc(sizeof(void *) * (count + 1));
     if (!out) return PyErr_NoMemory();
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PyList_GET_ITEM(list, i);
-        if (are_addresses)
-            ((void **)out)[i] = PyLong_AsVoidPtr(item);
-        else
-            ((double *)out)[i] = PyFloat_AsDouble(item);
-    }
+    for (Py_ssize_t i = 0; i < count; i++) out[i] = PyLong_AsVoidPtr(PyList_GET_ITEM(list, i));
     if (PyErr_Occurred()) {
         PyMem_Free(out);
         return NULL;
@@ -367,34 +368,36 @@ static void *numbers(PyObject *list, Py_ssize_t count, int are_addresses) {
 }
 
 static PyObject *step(PyObject *self, PyObject *args) {
-    Py_buffer units;
-    PyObject *lists[6];
+    Py_buffer numbers, units;
+    PyObject *lists[4];
+    double rate, decay;
     float rest, keep;
     int most_rows;
-    if (!PyArg_ParseTuple(args, "OOOOOOffiy*", &lists[0], &lists[1], &lists[2], &lists[3], &lists[4], &lists[5], &rest, &keep,
-                          &most_rows, &units))
+    if (!PyArg_ParseTuple(args, "OOOOy*ddffiy*", &lists[0], &lists[1], &lists[2], &lists[3], &numbers, &rate, &decay, &rest,
+                          &keep, &most_rows, &units))
         return NULL;
-    void *arrays[6] = {0};
-    Py_ssize_t count = PyList_Check(lists[0]) ? PyList_GET_SIZE(lists[0]) : -1;
+    void *tensors[4] = {0};
+    Py_ssize_t count = numbers.len / (Py_ssize_t)sizeof(Numbers);
     Workspace workspace = {0};
     const Unit *first = units.buf, *end = first + units.len / (Py_ssize_t)sizeof(Unit);
     int64_t most_entries = 0;
     for (const Unit *unit = first; unit < end; unit++)
         if (unit->rows * unit->columns > most_entries) most_entries = unit->rows * unit->columns;
     int is_ready = 1;
-    for (int i = 0; i < 6 && is_ready; i++) is_ready = (arrays[i] = numbers(lists[i], count, i < 4)) != NULL;
+    for (int i = 0; i < 4 && is_ready; i++) is_ready = (tensors[i] = addresses(lists[i], count)) != NULL;
     if (is_ready && workspace_new(&workspace, most_rows, most_entries)) {
         PyErr_NoMemory();
         is_ready = 0;
     }
     if (is_ready) {
         Py_BEGIN_ALLOW_THREADS
-        take_units(first, end - first, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5], rest, keep,
-                   &workspace);
+        take_units(first, end - first, (float *const *)tensors[0], (bfloat16 *const *)tensors[1],
+                   (bfloat16 *const *)tensors[2], (float *const *)tensors[3], numbers.buf, rate, decay, rest, keep, &workspace);
         Py_END_ALLOW_THREADS
     }
     free(workspace.memory);
-    for (int i = 0; i < 6; i++) PyMem_Free(arrays[i]);
+    for (int i = 0; i < 4; i++) PyMem_Free(tensors[i]);
+    PyBuffer_Release(&numbers);
     PyBuffer_Release(&units);
     if (!is_ready) return NULL;
     Py_RETURN_NONE;
@@ -406,7 +409,7 @@ static PyObject *norms(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "Oy*", &list, &sizes)) return NULL;
     Py_ssize_t count = sizes.len / (Py_ssize_t)sizeof(int64_t);
     PyObject *result = NULL;
-    void *tensors = numbers(list, count, 1);
+    void *tensors = addresses(list, count);
     double *out = tensors ? PyMem_Malloc(8 * (count + 1)) : NULL;
     if (out) {
         Py_BEGIN_ALLOW_THREADS
@@ -424,7 +427,7 @@ static PyObject *norms(PyObject *self, PyObject *args) {
 
 static PyObject *count(PyObject *self, PyObject *list) {
     Py_ssize_t size = PyList_Check(list) ? PyList_GET_SIZE(list) : -1;
-    float **counts = numbers(list, size, 1);
+    float **counts = addresses(list, size);
     if (!counts) return NULL;
     for (Py_ssize_t i = 0; i < size; i++) *counts[i] += 1.0f;
     PyMem_Free(counts);

@@ -271,7 +271,7 @@ class Layout:
             return self
         return self._variants.setdefault(block_rows, replace(self, block_rows=block_rows))
 
-    @property
+    @cached_property
     def is_linear(self) -> bool:
         """Whether they are those of a model of one matrix, such as logistic regression."""
         return self.is_whole and len(self.matrices) == 1

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ if _native is not None and torch.backends.cpu.get_cpu_capability() == "AVX512":
 
 __all__ = ["NativeStep", "all_norms", "are_plain"]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
+_SHAPE = attrgetter("shape")
+_KIND = attrgetter("dtype", "is_cpu", "layout")
 _MOST_ROWS = 128
 """Blocks of more rows go to torch, which multiplies large matrices as fast."""
 _THREAD_WORK = 2.5e7
@@ -44,24 +47,22 @@ _READING = 10
 
 def are_plain(tensors: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> bool:
     """Whether the module is there, and all are contiguous tensors of this dtype on the CPU, of no class of their own."""
-    if _native is None:
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
-            return False
-        if tensor.layout is not torch.strided:
-            return False
-        if not tensor.is_contiguous() or tensor.is_neg():
-            return False
-    return True
+    tensors = list(tensors)
+    return (
+        _native is not None
+        and _PLAIN.issuperset(map(type, tensors))
+        and {(dtype, True, torch.strided)}.issuperset(map(_KIND, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+    )
 
 
 def all_norms(tensors: list[Tensor]) -> list[float]:
     """Euclidean norms of plain tensors."""
-    addresses, sizes = _addresses(tensors), [tensor.numel() for tensor in tensors]
-    bounds = _bounds(list(accumulate(_READING * size for size in sizes)))
-    parts = [(addresses[first:last], array("q", sizes[first:last])) for first, last in pairwise(bounds)]
-    return [norm for norms in _in_threads(lambda part: _native.norms(*part), parts) for norm in norms]
+    addresses, sizes = _addresses(tensors), array("q", map(Tensor.numel, tensors))
+    bounds = _bounds([_READING * size for size in accumulate(sizes)])
+    parts = [(addresses[first:last], sizes[first:last]) for first, last in pairwise(bounds)]
+    return list(chain.from_iterable(_in_threads(lambda part: _native.norms(*part), parts)))
 
 
 class NativeStep:
@@ -72,19 +73,17 @@ class NativeStep:
         self._units = array("q", [number for block in blocks for number in block])
         self._work = list(accumulate(block.work for block in blocks))
         self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
-        self._numbers: tuple[Pace, list[float], list[float], list[float], float] | None = None
+        self._numbers: tuple[Pace, array[float], float] | None = None
         self._shapes = list(layout.shapes.values())
 
-    def can_take(self, params: list[Tensor], grads: list[Tensor], *slots: list[Tensor], counts: list[Tensor]) -> bool:
-        """Whether all are plain, parameters, gradients and slots of the shapes of the layout, and counts single numbers.
+    def fits(self, *lists: list[Tensor], counts: list[Tensor]) -> bool:
+        """Whether tensors that :func:`are_plain`, such as those of a step, have the shapes of the layout, and counts are numbers.
 
         What lies at an address is not looked at any more after this.
         """
         return (
             self._most_rows <= _MOST_ROWS
-            and are_plain([*params, *grads, *counts])
-            and all(are_plain(own, torch.bfloat16) for own in slots)
-            and all([tensor.shape for tensor in own] == self._shapes for own in (params, grads, *slots))
+            and list(map(_SHAPE, chain(*lists))) == self._shapes * len(lists)
             and all(count.dim() == 0 for count in counts)
         )
 
@@ -107,17 +106,18 @@ class NativeStep:
         Large steps are split over as many threads as torch has; which takes what makes no difference to the result.
         """
         if self._numbers is None or self._numbers[0] is not pace:
-            rows = (pace.lengths.tolist(), pace.learned_decays.tolist(), pace.user_decays.tolist())
-            self._numbers = (pace, *rows, 1.0 - pace.beta.item())
-        _, lengths, learned_decays, user_decays, rest = self._numbers
+            rows = (pace.lengths, pace.user_decays, pace.learned_decays)
+            self._numbers = (pace, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - pace.beta.item())
+        _, numbers, rest = self._numbers
         take = partial(
             _native.step,
             _addresses(params),
             _addresses(momenta),
             _addresses(lags),
             _addresses(grads),
-            [1.0 - rate * (user + decay * learned) for user, learned in zip(user_decays, learned_decays)],
-            [rate * length for length in lengths],
+            numbers,
+            rate,
+            decay,
             rest,
             keep,
             self._most_rows,
@@ -148,4 +148,4 @@ def _in_threads(function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))

@@ -40,8 +40,7 @@ from teleport_optim.update import (
     balanced,
     control,
     descend,
-    is_control_step,
-    is_teleport_step,
+    is_due,
     kept_share,
     lagging,
     rate_and_decay,
@@ -117,6 +116,15 @@ class ScalarWriter(Protocol):
         ...
 
 
+class _Point(NamedTuple):
+    """Where a step is taken from, by name; whole tensors."""
+
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    momenta: dict[str, Tensor]
+    lags: dict[str, Tensor]
+
+
 @dataclass
 class _Plan:
     """A step that is ready to be taken. What the momentum step reads comes first; a compiled one is guarded by nothing else."""
@@ -125,12 +133,10 @@ class _Plan:
     """Those of :func:`descend`; None where ``take`` does it all."""
     take: Callable[[], None] | None
     """The momentum step in C."""
-    params: dict[str, Tensor]
-    """Where the step is taken from, by name; other tensors than the targets if it teleports."""
-    lags: dict[str, Tensor]
-    """Those there."""
+    point: _Point | None
+    """Where the step is taken from; None where ``take`` does it all."""
     keep: float
-    """What is kept of them."""
+    """What is kept of the lags."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
     layout: Layout
@@ -139,7 +145,6 @@ class _Plan:
     teleport_sizes: Tensor | None
     targets: list[Tensor]
     slots: list[dict[str, Tensor]]
-    counts: list[Tensor]
     progress: Progress
 
 
@@ -150,8 +155,8 @@ class LearnedTeleportOptimizer(Optimizer):
 
     .. math::
         \begin{aligned}
-        &\text{at steps 0, 40, 80, 160, ...: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
-        &\text{at steps 0, 80, 160, 320, ...: } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
+        &\text{at steps 0, 80, 160, 320, ...: } (\rho, \beta, \omega, \tau), h \leftarrow \mathrm{LSTM}(\text{features}, h) \\
+        &\text{and } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
         &m \leftarrow \beta m + (1 - \beta) g \\
         &d = \text{rows of } m \text{, orthogonalised 64 at a time, of unit norm, for matrices, }
@@ -364,47 +369,55 @@ class LearnedTeleportOptimizer(Optimizer):
     def _prepare(self, loss: Any, may_be_native: bool) -> _Plan | None:
         """Everything before the momentum step; None if there is no step to take."""
         self._teleport_size = 0.0
-        active = [(*entry, entry[1].grad) for entry in self._entries() if entry[1].grad is not None]
+        active = [entry for entry in self._entries() if entry[1].grad is not None]
         if not active:
             return None
-        names, targets, groups, own_grads = map(list, zip(*active))
+        names, targets, groups = map(list, zip(*active))
+        own_grads = [target.grad for target in targets]
         is_native = may_be_native and are_plain(own_grads)
         if not is_native:
             _check_active(names, targets, own_grads)
-        params = dict(zip(names, all_whole(targets)))
-        whole_grads = zip(names, all_whole(own_grads), groups)
-        grads = {name: _gradient(grad, group["maximize"]) for name, grad, group in whole_grads}
-        norms = dict(zip(names, (all_norms if is_native else _all_norms)(list(grads.values()))))
-        slots = [self._slots(param) for param in targets]
-        if not all(norm <= _MAX_NORM for norm in norms.values()):
-            self._skip([name for name, norm in norms.items() if not norm <= _MAX_NORM], dict(zip(grads, slots)))
+        slots = [self.state[target] or self._new_slots(target) for target in targets]
+        averages, own_lags, counts = ([own[key] for own in slots] for key in ("exp_avg", LAG, "step"))
+        is_native = is_native and are_plain(targets + counts) and are_plain(averages + own_lags, torch.bfloat16)
+        grads = all_whole(own_grads)
+        if not is_native or any(group["maximize"] for group in self.param_groups):
+            grads = [_gradient(grad, group["maximize"]) for grad, group in zip(grads, groups)]
+        norms = (all_norms if is_native else _all_norms)(grads)
+        if not all(norm <= _MAX_NORM for norm in norms):
+            self._skip([(name, own) for name, own, norm in zip(names, slots, norms) if not norm <= _MAX_NORM])
             return None
         progress, is_safe = self._progress, False
         if self._is_guarded:
-            guard = progress.guard.watch(math.hypot(*norms.values()), None if loss is None else float(loss))
+            guard = progress.guard.watch(math.hypot(*norms), None if loss is None else float(loss))
             is_safe = guard.num_safe_steps > 0
-            progress = replace(progress, guard=guard, num_guarded_steps=progress.num_guarded_steps + is_safe)
-        has_gradient = any(norms.values())
+            progress = progress._replace(guard=guard, num_guarded_steps=progress.num_guarded_steps + is_safe)
+        has_gradient = any(norms)
         step = progress.num_steps
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
-        averages = [own["exp_avg"] for own in slots]
-        own_lags = [own[LAG] for own in slots]
-        momenta, lags = (dict(zip(names, all_whole(own))) for own in (averages, own_lags))
-        layout = self._layout(params)
+        layout = self._layout(names, targets)
         hyper = self._hyper(groups, step)
+        rate, decay = rate_and_decay(step, hyper.total_steps, layout)
+        keep = kept_share(step, hyper.total_steps)
+        native = self._native(layout)
+        is_native = is_native and native.fits(targets, grads, averages, own_lags, counts=counts)
+        point: _Point | None = None
+        if not is_native or is_due(step):
+            whole = [all_whole(targets), grads, *map(all_whole, (averages, own_lags))]
+            point = _Point(*(dict(zip(names, tensors)) for tensors in whole))
         rows: dict[str, Tensor] = {}
         sizes = None
-        if step == 0 and has_gradient and not is_safe and len(layout.spec):
-            start_params, start_grads, sizes = balanced(params, grads, layout)
-            params, grads = dict(start_params), dict(start_grads)
-        if is_control_step(step):
+        if point is not None and is_due(step):
+            if step == 0 and has_gradient and not is_safe and len(layout.spec):
+                params, first_grads, sizes = balanced(point.params, point.grads, layout)
+                point = point._replace(params=dict(params), grads=dict(first_grads))
             held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
             state = control(
                 self._meta_optimizer.to(held["hidden"].device),
-                params,
-                grads,
-                UpdateState(momenta=momenta, lags=lags, **held),
+                point.params,
+                point.grads,
+                UpdateState(momenta=point.momenta, lags=point.lags, **held),
                 step=step,
                 total_steps=hyper.total_steps,
                 layout=layout,
@@ -416,46 +429,40 @@ class LearnedTeleportOptimizer(Optimizer):
         else:
             learned = Controls.from_outputs(torch.stack([own["outputs"] for own in slots]))
         controls, hyper = _safe(learned, hyper) if is_safe else (learned, hyper)
-        if has_gradient and not is_safe and is_teleport_step(step, layout):
-            *moved, own_sizes = teleport(params, grads, momenta, lags, controls, layout)
-            params, grads, momenta, lags = map(dict, moved)
+        if point is not None and has_gradient and not is_safe and is_due(step) and len(layout.spec):
+            *moved, own_sizes = teleport(*point, controls, layout)
+            point = _Point(*map(dict, moved))
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         pace = self._pace(controls, hyper, layout)
-        rate, decay = rate_and_decay(step, hyper.total_steps, layout)
-        keep = kept_share(step, hyper.total_steps)
-        counts = [own["step"] for own in slots]
         arguments = take = None
-        native, own_grads = self._native(layout), list(grads.values())
-        if is_native and sizes is None and native.can_take(targets, own_grads, averages, own_lags, counts=counts):
-            tensors = (targets, own_grads, averages, own_lags, counts)
+        if is_native or point is None:
+            here = grads if point is None else list(point.grads.values())
+            tensors = (targets, here, averages, own_lags, counts)
             take = partial(native.take, *tensors, pace=pace, rate=rate, decay=decay, keep=keep)
         else:
             factors = pace.factors(rate, decay)
-            new_momenta = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
-            arguments = (new_momenta, factors, layout)
-        return _Plan(
-            arguments, take, params, lags, keep, rows, layout, learned, sizes, targets, slots, counts, progress
-        )
+            momenta = {name: averaged(point.momenta[name], point.grads[name], factors.beta) for name in names}
+            arguments = (momenta, factors, layout)
+        return _Plan(arguments, take, point, keep, rows, layout, learned, sizes, targets, slots, progress)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
-        targets: list[Tensor] = []
-        values: list[Tensor] = []
-        if plan.arguments is not None:
-            targets += [own["exp_avg"] for own in plan.slots]
-            values += plan.arguments[0].values()
+        momenta, lags = ([own[key] for own in plan.slots] for key in ("exp_avg", LAG))
+        if plan.point is not None and plan.teleport_sizes is not None:
+            _copy(plan.targets, plan.point.params)
+            _copy(momenta, plan.point.momenta)
+            _copy(lags, plan.point.lags)
         for key, rows in plan.rows.items():
-            targets += [own[key] for own in plan.slots]
-            values += rows.unbind(0)
-        if targets:
-            torch._foreach_copy_(all_local(targets), all_parts_like(values, targets))
+            _copy([own[key] for own in plan.slots], dict(enumerate(rows.unbind(0))))
         if plan.take is not None:
             plan.take()
-        else:
-            _descend_in_place(plan, steps)
-            torch._foreach_add_(plan.counts, 1.0)
-        self._progress = replace(plan.progress, num_steps=plan.progress.num_steps + 1)
+        elif plan.arguments is not None:
+            new_momenta, factors, layout = plan.arguments
+            _copy(momenta, new_momenta)
+            _descend_in_place(plan.targets, lags, [steps[name] for name in layout.names], factors.shrinks, plan.keep)
+            torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
+        self._progress = plan.progress._replace(num_steps=plan.progress.num_steps + 1)
         self._held = (plan.layout, plan.controls)
         sizes = plan.teleport_sizes
         if sizes is not None:
@@ -469,19 +476,20 @@ class LearnedTeleportOptimizer(Optimizer):
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         return [(name, *entry) for name, entry in zip(names or map(str, range(len(params))), params)]
 
-    def _slots(self, param: Tensor) -> dict[str, Tensor]:
+    def _new_slots(self, param: Tensor) -> dict[str, Tensor]:
         slots: dict[str, Tensor] = self.state[param]
-        if not slots:
-            slots.update(initial_slots(param, self._meta_optimizer.initial_hidden(1)[0]))
+        slots.update(initial_slots(param, self._meta_optimizer.initial_hidden(1)[0]))
         return slots
 
-    def _skip(self, names: list[str], slots: Mapping[str, dict[str, Tensor]]) -> None:
-        self._progress = replace(self._progress, num_skipped_steps=self._progress.num_skipped_steps + 1)
-        for name in names:
-            slots[name]["skipped"].add_(1.0)
+    def _skip(self, tensors: list[tuple[str, dict[str, Tensor]]]) -> None:
+        """Count a step that is not taken because of the gradients of these tensors, given with their slots."""
+        self._progress = self._progress._replace(num_skipped_steps=self._progress.num_skipped_steps + 1)
+        for _, own in tensors:
+            own["skipped"].add_(1.0)
+        names = _list([name for name, _ in tensors])
         self._warn(
-            f"a step is skipped, since the gradient of {_list(names)} is not finite. Further ones will be skipped without "
-            "a warning; optimizer.stats() counts them",
+            f"a step is skipped, since the gradient of {names} is not finite. Further ones will be skipped without a warning; "
+            "optimizer.stats() counts them",
             once="skipped",
         )
 
@@ -533,10 +541,10 @@ class LearnedTeleportOptimizer(Optimizer):
             self._last_native = (layout, NativeStep(layout))
         return self._last_native[1]
 
-    def _layout(self, params: dict[str, Tensor]) -> Layout:
-        key = tuple(params)
+    def _layout(self, names: list[str], params: list[Tensor]) -> Layout:
+        key = tuple(names)
         if key not in self._layouts:
-            self._layouts = {key: self._layout_of(params, self._spec)}
+            self._layouts = {key: self._layout_of(dict(zip(names, params)), self._spec)}
         return self._layouts[key]
 
     def _layout_of(self, params: Mapping[str, Tensor], spec: SymmetrySpec | None) -> Layout:
@@ -720,25 +728,26 @@ def _all_norms(tensors: list[Tensor]) -> list[float]:
     return norms
 
 
-def _descend_in_place(plan: _Plan, steps: Mapping[str, Step]) -> None:
+def _copy(targets: list[Tensor], values: Mapping[Any, Tensor]) -> None:
+    """Write values, which are whole, where the targets lie; both are in one order."""
+    torch._foreach_copy_(all_local(targets), all_parts_like(list(values.values()), targets))
+
+
+def _descend_in_place(
+    targets: list[Tensor], lags: list[Tensor], steps: list[Step], shrinks: Tensor, keep: float
+) -> None:
     """Shrink the parameters and take the steps, where they lie; then move their average."""
-    assert plan.arguments is not None
-    targets = all_local(plan.targets)
-    if plan.teleport_sizes is not None:
-        torch._foreach_copy_(targets, all_parts_like(list(plan.params.values()), plan.targets))
-    old = [target.clone() for target in targets]
-    _take_steps(targets, plan, [steps[name] for name in plan.params])
-    lags = all_parts_like(list(plan.lags.values()), plan.targets)
-    new_lags = [lagging(*tensors, plan.keep) for tensors in zip(lags, old, targets)]
-    torch._foreach_copy_(all_local([own[LAG] for own in plan.slots]), new_lags)
+    here = all_local(targets)
+    if any(part is not target for part, target in zip(here, targets)):
+        moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
+        steps = list(map(Step, all_parts_like(moves, targets)))
+    old = [target.clone() for target in here]
+    _take_steps(here, steps, shrinks)
+    own_lags = all_local(lags)
+    torch._foreach_copy_(own_lags, [lagging(*tensors, keep) for tensors in zip(own_lags, old, here)])
 
 
-def _take_steps(targets: list[Tensor], plan: _Plan, steps: list[Step]) -> None:
-    assert plan.arguments is not None
-    shrinks = plan.arguments[1].shrinks
-    if any(target is not whole_target for target, whole_target in zip(targets, plan.targets)):
-        moves = [step.product().view(target.shape) for step, target in zip(steps, plan.targets)]
-        steps = list(map(Step, all_parts_like(moves, plan.targets)))
+def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: Tensor) -> None:
     if any(in_full_precision(target) is not target for target in targets):
         for target, shrink, step in zip(targets, shrinks.unbind(-1), steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))

@@ -7,8 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ class OptimizerStateError(ValueError):
     """A state dict that is damaged, or is not one of this optimizer with these parameters."""
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What is counted for all tensors together. In a state dict it lies in every parameter group, as plain numbers.
 
     Attributes:
@@ -52,7 +51,7 @@ class Progress:
     num_steps: int = 0
     num_skipped_steps: int = 0
     num_guarded_steps: int = 0
-    guard: Guard = field(default_factory=Guard)
+    guard: Guard = Guard()
 
     def entries(self) -> dict[str, int | float]:
         """As entries of a parameter group."""
@@ -75,7 +74,7 @@ class Progress:
         return cls(**{name: values[name] for name in _COUNTERS}, guard=guard)
 
 
-_COUNTERS = tuple(entry.name for entry in fields(Progress) if entry.name != "guard")
+_COUNTERS = tuple(name for name in Progress._fields if name != "guard")
 
 
 def initial_slots(param: Tensor, hidden: Tensor) -> Slots:

@@ -36,7 +36,6 @@ from teleport_optim.symmetry.moves import move_scaling
 from teleport_optim.symmetry.spec import Symmetry
 
 __all__ = [
-    "CONTROL_INTERVAL",
     "TELEPORT_INTERVAL",
     "Factors",
     "Hyper",
@@ -46,9 +45,7 @@ __all__ = [
     "balanced",
     "control",
     "descend",
-    "is_control_step",
     "is_due",
-    "is_teleport_step",
     "kept_share",
     "lagging",
     "prior_rate",
@@ -60,10 +57,8 @@ __all__ = [
     "update",
 ]
 
-CONTROL_INTERVAL = 40
-"""Steps before the meta-optimizer is asked for the second time; the third comes after twice as many, and so on."""
 TELEPORT_INTERVAL = 80
-"""Steps before the second teleport; the third comes after twice as many, and so on."""
+"""Steps before the meta-optimizer is asked, and the network teleports, for the second time; after twice as many, the third time."""
 MAX_LOG_SCALE = 3.0
 """Largest |log s| by which one teleport moves a channel."""
 _MAX_SWEEPS, _BALANCED = 30, 0.01
@@ -253,10 +248,10 @@ def update(
     lags: Mapping[str, Tensor] = state.lags
     if step == 0:
         params, grads, _ = balanced(params, grads, layout, run_axes=state.outputs.dim() - 2)
-    if is_control_step(step):
+    if is_due(step):
         state = control(controller, params, grads, state, step=step, total_steps=hyper.total_steps, layout=layout)
     controls = Controls.from_outputs(state.outputs)
-    if is_teleport_step(step, layout):
+    if is_due(step) and len(layout.spec):
         params, grads, momenta, lags, _ = teleport(params, grads, momenta, lags, controls, layout)
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
     averages = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
@@ -271,19 +266,12 @@ def update(
     return new_params, state._replace(momenta=momenta, lags=new_lags)
 
 
-def is_control_step(step: int) -> bool:
-    """Whether the meta-optimizer is asked before the step of this number."""
-    return is_due(step, CONTROL_INTERVAL)
+def is_due(step: int) -> bool:
+    """Whether the step of this number begins with asking the meta-optimizer, and with a teleport: 0, 80, 160, 320 and so on.
 
-
-def is_teleport_step(step: int, layout: Layout) -> bool:
-    """Whether the step of this number begins with a teleport."""
-    return is_due(step, TELEPORT_INTERVAL) and len(layout.spec) > 0
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether ``step`` is 0, ``interval``, or that times a power of two: what changes with the root of time changes ever slower."""
-    count, rest = divmod(step, interval)
+    What changes with the root of time changes ever slower.
+    """
+    count, rest = divmod(step, TELEPORT_INTERVAL)
     return rest == 0 and count & (count - 1) == 0
 
 

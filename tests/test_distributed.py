@@ -30,8 +30,8 @@ from teleport_optim import LearnedTeleportOptimizer, find_symmetries, update
 pytestmark = pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 
 NUM_STEPS = 45
-INTERVALS = (20, 40)
-"""Steps between two controls and two teleports, so that both fall into the run."""
+INTERVAL = 20
+"""Steps before the second teleport, which then falls into the run."""
 X = torch.randn(36, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(3, (36,), generator=torch.Generator().manual_seed(1))
 Result = dict[str, Any]
@@ -146,7 +146,7 @@ JOBS = (
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    update.CONTROL_INTERVAL, update.TELEPORT_INTERVAL = INTERVALS
+    update.TELEPORT_INTERVAL = INTERVAL
     dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=f"file://{folder}/rendezvous")
     try:
         results: dict[str, Result | str] = {}
@@ -163,8 +163,7 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, interval in zip(("CONTROL_INTERVAL", "TELEPORT_INTERVAL"), INTERVALS):
-        monkeypatch.setattr(update, name, interval)
+    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -43,8 +43,7 @@ DRAWN = {SMOOTH: (0, INTERVAL + 2, " tanh "), TELEPORTING: (24, HORIZON, " relu 
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "CONTROL_INTERVAL", INTERVAL)
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", 2 * INTERVAL)
+    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
 
 
 @cache

@@ -142,7 +142,7 @@ def test_groups_can_be_added_later(make: Callable[..., Optimizer]) -> None:
 
 
 @everyone
-@pytest.mark.parametrize("step", [1, 39, 40, 80, 83])
+@pytest.mark.parametrize("step", [1, 79, 80, 83])
 def test_a_state_dict_continues_bit_for_bit(make: Callable[..., Optimizer], step: int) -> None:
     model = network()
     optimizer = make(model.parameters())

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.tasks.data import digits
-from teleport_optim.update import TELEPORT_INTERVAL, is_due
+from teleport_optim.update import is_due
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
@@ -75,7 +75,7 @@ def teleport_size(optimizer: Optimizer) -> float:
 def assert_teleports(make: Make, sizes: list[float]) -> None:
     """The learned optimizer teleports in its first step and in every fortieth from there, AdamW never."""
     assert [step for step, size in enumerate(sizes) if size > 0] == (
-        [step for step in range(len(sizes)) if is_due(step, TELEPORT_INTERVAL)] if make is ours else []
+        [step for step in range(len(sizes)) if is_due(step)] if make is ours else []
     )
 
 
@@ -561,7 +561,7 @@ def test_timm_schedule(make: Make) -> None:
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()
         moved = not torch.equal(before[0].weight, model[0].weight)
-        assert moved == (rates[-1] > 0 or (make is ours and is_due(step, TELEPORT_INTERVAL)))
+        assert moved == (rates[-1] > 0 or (make is ours and is_due(step)))
     assert rates[:4] == pytest.approx([0.0, 0.5, 1.0, 0.983], abs=1e-3)
     assert rates[-1] == 0.0
 

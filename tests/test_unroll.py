@@ -27,7 +27,6 @@ INTERVAL = 20
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "CONTROL_INTERVAL", INTERVAL)
     monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
 
 

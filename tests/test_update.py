@@ -27,7 +27,6 @@ from teleport_optim.meta_optimizer import PRIOR_MOMENTUM, Controls
 from teleport_optim.symmetry.moves import move, move_scaling
 from teleport_optim.symmetry.spec import SymmetrySpec
 from teleport_optim.update import (
-    CONTROL_INTERVAL,
     TELEPORT_INTERVAL,
     Controller,
     Factors,
@@ -240,12 +239,11 @@ def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool, block_rows:
         sizes.append(optimizer.teleport_size)
         for name, param in model.named_parameters():
             assert torch.equal(param, params[name]), (step, name)
-    assert all((size > 0) == (teleports and is_due(step, TELEPORT_INTERVAL)) for step, size in enumerate(sizes))
+    assert all((size > 0) == (teleports and is_due(step)) for step, size in enumerate(sizes))
 
 
 def test_the_meta_optimizer_is_asked_ever_less_often_and_its_controls_are_held_in_between() -> None:
-    assert (CONTROL_INTERVAL, TELEPORT_INTERVAL) == (40, 80)
-    assert [step for step in range(1000) if is_due(step, 40)] == [0, 40, 80, 160, 320, 640]
+    assert [step for step in range(1000) if is_due(step)] == [0, 80, 160, 320, 640]
     asked: list[int] = []
     model = perceptron(5, 8, 3)
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
@@ -258,7 +256,7 @@ def test_the_meta_optimizer_is_asked_ever_less_often_and_its_controls_are_held_i
         F.mse_loss(model(x), y).backward()
         optimizer.step()
         held.append([optimizer.state[param]["outputs"].clone() for param in model.parameters()])
-    assert asked == [0, 40, 80, 160]
+    assert asked == [0, 80, 160]
     for step, (before, after) in enumerate(pairwise(held), start=1):
         assert all(map(torch.equal, before, after)) == (step not in asked)
 
@@ -896,7 +894,7 @@ def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, 
     hyper = Hyper.default(len(params), 20)
     hidden = meta_optimizer.initial_hidden(len(params)).detach().expand(*runs, -1, -1)
     state = UpdateState.initial(params, hidden)
-    for step in (0, 1, CONTROL_INTERVAL, TELEPORT_INTERVAL):
+    for step in (0, 1, TELEPORT_INTERVAL):
         new_params, new_state = update(controller(weights), params, grads, state, step=step, hyper=hyper, layout=layout)
         for run in itertools.product(*map(range, runs)):
             expected = update(

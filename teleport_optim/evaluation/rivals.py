@@ -20,7 +20,7 @@ from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry.moves import move_scaling
-from teleport_optim.update import TELEPORT_INTERVAL, is_due, kept_share, prior_rate
+from teleport_optim.update import is_due, kept_share, prior_rate
 
 __all__ = ["ABLATIONS", "LIGHT", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
 
@@ -269,7 +269,7 @@ class _RandomTeleports:
     @torch.no_grad()
     def step(self) -> None:
         """Take one step, after a teleport every so often."""
-        if is_due(self._count, TELEPORT_INTERVAL):
+        if is_due(self._count):
             params = dict(self._model.named_parameters())
             state = self._optimizer.state
             values = {name: param.detach() for name, param in params.items()}
