@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
 from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
 from teleport_optim.evaluation.report import plot, score_table, task_table
 from teleport_optim.evaluation.rivals import ABLATIONS, REFERENCE, Rival, learned, rivals, tuned_rate
-from teleport_optim.evaluation.training import Run, milliseconds_per_step, run_training, speed_up
+from teleport_optim.evaluation.training import Run, milliseconds_per_step, peak_megabytes, run_training, speed_up
 from teleport_optim.update import TELEPORT_INTERVAL
 
 
@@ -174,6 +176,31 @@ def test_times_are_of_the_step() -> None:
     assert times["slow"] > 2.0 * times["idle"] > 0.0
 
 
+def test_peak_memory_counts_state_and_what_a_step_needs_for_a_moment() -> None:
+    size = sum(p.numel() for p in perceptron().parameters())
+
+    def megabytes(make: Callable[[nn.Module], Any]) -> float:
+        return peak_megabytes(TASK, lambda model, steps: make(model), steps=10)
+
+    class Wasteful(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            torch.ones(1_000_000)
+            super().step()
+
+    plain, momentum = (
+        megabytes(lambda m, b=b: torch.optim.SGD(m.parameters(), lr=0.1, momentum=b)) for b in (0.0, 0.9)
+    )
+    assert momentum - plain == pytest.approx(4e-6 * size, rel=0.2)
+    assert 4.0 <= megabytes(lambda model: Wasteful(model.parameters(), lr=0.1)) < 4.0 + 2 * plain
+    wide = seeded(
+        lambda: nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
+    )
+    task = dataclasses.replace(TASK, make_model=wide)
+    ours, adamw = (peak_megabytes(task, recipe, steps=10) for recipe in (learned(), rivals()[REFERENCE].make(0.01)))
+    saved = 4e-6 * sum(p.numel() for p in wide(0).parameters())
+    assert adamw - ours == pytest.approx(saved, rel=0.2)
+
+
 def few(*names: str) -> dict[str, Rival]:
     return {name: rival for name, rival in rivals().items() if name in names}
 
@@ -209,7 +236,7 @@ def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def result_of(name: str, losses: dict[str, list[list[float]]]) -> TaskResult:
     runs = {key: [run_of(values) for values in seeds] for key, seeds in losses.items()}
-    return TaskResult(name, runs, {REFERENCE: 0.01}, {key: float(len(key)) for key in runs})
+    return TaskResult(name, runs, {REFERENCE: 0.01}, {key: float(len(key)) for key in runs}, dict.fromkeys(runs, 1.0))
 
 
 def test_scores_are_geometric_means_and_count_what_is_beyond_noise() -> None:

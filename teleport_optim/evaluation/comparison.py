@@ -14,7 +14,14 @@ from typing import Any
 from teleport_optim.checkpoints import find_checkpoint
 from teleport_optim.evaluation.problem import EvaluationTask
 from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
-from teleport_optim.evaluation.training import Recipe, Run, milliseconds_per_step, run_training, speed_up
+from teleport_optim.evaluation.training import (
+    Recipe,
+    Run,
+    milliseconds_per_step,
+    peak_megabytes,
+    run_training,
+    speed_up,
+)
 
 __all__ = ["Comparison", "Score", "TaskResult"]
 
@@ -32,12 +39,14 @@ class TaskResult:
         rates: The tuned rates, by optimizer.
         milliseconds: Of a training step, by optimizer, all in one run, of half the length: what is done ever less often counts
             for more than it should.
+        megabytes: The most memory that a training step takes, by optimizer.
     """
 
     task: str
     runs: dict[str, list[Run]]
     rates: dict[str, float]
     milliseconds: dict[str, float]
+    megabytes: dict[str, float]
 
     def median(self, optimizer: str, quantity: Callable[[Run], float]) -> float:
         """The median over seeds of a number."""
@@ -170,7 +179,7 @@ class Comparison:
             full = self._result(task)
             runs = {name: [self._run(task, name, r, seed, 0.0) for seed in self._seeds] for name, r in recipes.items()}
             runs = {REFERENCE: full.runs[REFERENCE], OURS: full.runs[OURS], **runs}
-            results.append(TaskResult(task.name, runs, {}, dict.fromkeys(runs, 1.0)))
+            results.append(TaskResult(task.name, runs, {}, *2 * [dict.fromkeys(runs, 1.0)]))
         return results
 
     @property
@@ -188,9 +197,13 @@ class Comparison:
             recipes[name] = rival.make(rate)
             runs[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
         self.report(f"{task.name}: time of a step")
-        key = f"time {task.name} {self._sha256} {self._light_sha256} {' '.join(sorted(self.others))}"
-        milliseconds = self._kept(key, lambda: milliseconds_per_step(task, recipes, steps=self._steps(task) // 2))
-        return TaskResult(task.name, runs, rates, milliseconds)
+        key = f"{task.name} {self._sha256} {self._light_sha256} {' '.join(sorted(self.others))}"
+        steps = self._steps(task)
+        milliseconds = self._kept(f"time {key}", lambda: milliseconds_per_step(task, recipes, steps=steps // 2))
+        megabytes = self._kept(
+            f"memory {key}", lambda: {name: peak_megabytes(task, r, steps=steps) for name, r in recipes.items()}
+        )
+        return TaskResult(task.name, runs, rates, milliseconds, megabytes)
 
     def _steps(self, task: EvaluationTask) -> int:
         return max(20, round(self.share * task.steps))

@@ -41,7 +41,7 @@ def score_table(results: Sequence[TaskResult], *, with_times: bool = True) -> st
 def task_table(result: TaskResult) -> str:
     """One row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
     headings = ["optimizer", "rate", "final loss", "lowest to highest", "held-out loss", "speed-up in steps"]
-    headings += ["ms per step", "set-up, s"]
+    headings += ["ms per step", "peak memory, MB", "set-up, s"]
     rows = []
     for name, runs in result.runs.items():
         finals = [run.final_loss for run in runs]
@@ -54,6 +54,7 @@ def task_table(result: TaskResult) -> str:
                 f"{result.median(name, lambda run: run.held_out):.4g}",
                 f"{result.speed_up(name):.2f}",
                 f"{result.milliseconds[name]:.2f}",
+                f"{result.megabytes[name]:.2f}",
                 f"{result.median(name, lambda run: run.setup_seconds):.2f}",
             ]
         )

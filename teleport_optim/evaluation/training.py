@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 
 from teleport_optim.evaluation.problem import Data, EvaluationTask
 
-__all__ = ["Recipe", "Run", "Stepper", "milliseconds_per_step", "minibatch", "noisy", "run_training", "speed_up"]
+__all__ = [
+    "Recipe",
+    "Run",
+    "Stepper",
+    "milliseconds_per_step",
+    "minibatch",
+    "noisy",
+    "peak_megabytes",
+    "run_training",
+    "speed_up",
+]
 
 _MAX_MEASURED = 512
 """Most examples on which a loss is measured during a run."""
@@ -112,6 +125,28 @@ def milliseconds_per_step(
                 _step(task, data, models[name], optimizers[name], generator)
                 own[-1].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.fmean(map(min, list(zip(*own))[1:])) for name, own in seconds.items()}
+
+
+def peak_megabytes(task: EvaluationTask, recipe: Recipe, *, steps: int) -> float:
+    """The most memory that a training step takes beside the parameters: activations, gradients, state, all that torch allocates.
+
+    Of the second and the third step, so that setting up does not count.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Without a GPU the profiler says so on every use.
+    data, model, generator = task.make_data(), task.make_model(0), torch.Generator().manual_seed(0)
+    with profile(profile_memory=True) as first:
+        optimizer = recipe(model, steps)
+        _step(task, data, model, optimizer, generator)
+    with profile(profile_memory=True) as later:
+        for _ in range(2):
+            _step(task, data, model, optimizer, generator)
+    return (sum(_allocations(first)) + max(accumulate(_allocations(later)))) / 1e6
+
+
+def _allocations(profiler: profile) -> list[int]:
+    """Bytes that were allocated, or, negative, freed, one after the other."""
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def speed_up(run: Run, reference: Run) -> float:
