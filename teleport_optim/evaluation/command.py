@@ -29,11 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of the command."""
     parser.add_argument(
         "--suite",
-        choices=("held-out", "far", "development"),
+        choices=("held-out", "far", "images", "development"),
         default="held-out",
-        help="the tasks that are reported, some that are eight times as long or as wide as anything in meta-training, or those on "
-        "which the rule is developed (default: %(default)s)",
+        help="the tasks that are reported, some that are eight times as long or as wide as anything in meta-training, MNIST, "
+        "Fashion-MNIST and CIFAR-10, or those on which the rule is developed (default: %(default)s)",
     )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where torchvision's data sets lie, for --suite images (default: %(default)s)",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch them if they are not there")
     parser.add_argument("--task", action="append", metavar="NAME", help="only this task; may be repeated")
     parser.add_argument("--seeds", type=positive, default=5, help="runs of every optimizer (default: %(default)s)")
     parser.add_argument("--checkpoint", default="default", help="shipped name, path or hf:// (default: %(default)s)")
@@ -61,10 +69,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     from teleport_optim.evaluation.comparison import Comparison, Score
     from teleport_optim.evaluation.development import DEVELOPMENT
+    from teleport_optim.evaluation.images import image_tasks
     from teleport_optim.evaluation.report import plot, score_table, task_table
     from teleport_optim.evaluation.suite import FAR, SUITE
 
-    suite = {"held-out": SUITE, "far": FAR, "development": DEVELOPMENT}[arguments.suite]
+    images = image_tasks(arguments.data, download=arguments.download)
+    suite = {"held-out": SUITE, "far": FAR, "images": images, "development": DEVELOPMENT}[arguments.suite]
     names = arguments.task or (_QUICK_TASKS if arguments.quick and suite is SUITE else list(suite))
     for name in names:
         if name not in suite:

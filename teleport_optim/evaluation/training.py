@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,8 @@ def peak_megabytes(task: EvaluationTask, recipe: Recipe, *, steps: int) -> float
 
 def _allocations(profiler: profile) -> list[int]:
     """Bytes that were allocated, or, negative, freed, one after the other."""
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
