@@ -122,29 +122,40 @@ INLINE void transpose(const Workspace *w, int k, const float *from, float *to) {
     for (int i = 0; i < k; i++) memset(to + (size_t)i * w->stride + k, 0, (round_up(k, LANES) - k) * sizeof(float));
 }
 
-/* The weights with which rows are mixed, in w->factor: what row j of the block gives to row i, in row j. */
-INLINE void row_mixers(Workspace *w, int k, float length) {
-    size_t stride = w->stride;
-    float *inverse = w->scales, *cosines = w->cosines;
-    int width = round_up(k, LANES);
-    for (int i = 0; i < k; i++) {
-        float square = cosines[i * stride + i];
-        inverse[i] = square > 1e-36f ? 1.0f / sqrtf(square) : 0.0f;
+INLINE double sum_of_squares(const float *values, int64_t size) {
+    double total = 0.0;
+    for (int64_t start = 0; start < size; start += 4096) {
+        int64_t end = start + 4096 < size ? start + 4096 : size, i = start;
+        vec first = {0}, second = {0};
+        for (; i + 2 * LANES <= end; i += 2 * LANES) {
+            vec a = load(values + i), b = load(values + i + LANES);
+            first += a * a, second += b * b;
+        }
+        first += second;
+        float rest = 0.0f;
+        for (; i < end; i++) rest += values[i] * values[i];
+        total += rest + sum(first);
     }
-    memset(inverse + k, 0, (w->stride - k) * sizeof(float));
+    return total;
+}
+
+INLINE float inverse_norm(float square) { return square > 1e-36f ? 1.0f / sqrtf(square) : 0.0f; }
+
+/* From the cosines of vectors, k x k, what to mix them with so that they are nearly orthogonal, in w->mixers. */
+INLINE void orthogonalise(Workspace *w, int k) {
+    size_t stride = w->stride;
+    int width = round_up(k, LANES);
     vec sums = {0};
     for (int i = 0; i < k; i++)
         for (int j = 0; j < width; j += LANES) {
-            float *at = cosines + i * stride + j;
-            vec value = load(at) * (inverse[i] * load(inverse + j));
-            store(at, value);
+            vec value = load(w->cosines + i * stride + j);
             sums += value * value;
         }
     float norm = sqrtf(sum(sums));
     float scale = 1.0f / (norm > 0.5f ? norm : 0.5f);
     for (int i = 0; i < k; i++)
         for (int j = 0; j < width; j += LANES)
-            store(w->power + i * stride + j, scale * load(cosines + i * stride + j));
+            store(w->power + i * stride + j, scale * load(w->cosines + i * stride + j));
     for (int step = 0; step < 3; step++) {
         const float *p = ITERATIONS[step];
         float *into = step ? w->factor : w->mixers;
@@ -166,6 +177,21 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
             w->mixers = w->product, w->product = swap;
         }
     }
+}
+
+/* The weights with which rows are mixed, in w->factor: what row j of the block gives to row i, in row j. */
+INLINE void row_mixers(Workspace *w, int k, float length) {
+    size_t stride = w->stride;
+    float *inverse = w->scales, *cosines = w->cosines;
+    int width = round_up(k, LANES);
+    for (int i = 0; i < k; i++) inverse[i] = inverse_norm(cosines[i * stride + i]);
+    memset(inverse + k, 0, (w->stride - k) * sizeof(float));
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j < width; j += LANES) {
+            float *at = cosines + i * stride + j;
+            store(at, load(at) * (inverse[i] * load(inverse + j)));
+        }
+    orthogonalise(w, k);
     transpose(w, k, w->mixers, w->factor);
     multiply(w, k, k, w->factor, cosines, w->product, 0);
     float *lengths = w->scales + w->stride;
@@ -181,6 +207,32 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
         for (int i = 0; i < width; i += LANES) {
             float *at = w->factor + j * stride + i;
             store(at, inverse[j] * (load(at) * load(lengths + i)));
+        }
+}
+
+/* Orthogonal rows, or nearly so, of any length, in the place of those of a block of fewer columns than rows: the same as mixing
+   its rows of norm 1, by mixing its columns instead. */
+INLINE void mix_columns(Workspace *w, float *values, int rows, int columns) {
+    size_t stride = w->stride;
+    float *normal = w->columns;
+    for (int row = 0; row < rows; row++) {
+        float *from = values + row * columns, scale = inverse_norm((float)sum_of_squares(from, columns));
+        for (int column = 0; column < columns; column++) normal[row * stride + column] = scale * from[column];
+        memset(normal + row * stride + columns, 0, (stride - columns) * sizeof(float));
+    }
+    multiply(w, columns, rows, normal, normal, w->cosines, 1);
+    orthogonalise(w, columns);
+    float *transposed = w->product;
+    for (int column = 0; column < columns; column++) {
+        for (int row = 0; row < rows; row++) transposed[column * stride + row] = normal[row * stride + column];
+        memset(transposed + column * stride + rows, 0, (stride - rows) * sizeof(float));
+    }
+    for (int j = 0; j < columns; j += LANES)
+        for (int i = 0; i < rows; i += TILE_ROWS) {
+            vec out[TILE_ROWS];
+            tile(columns, transposed + i, stride, w->mixers + j, stride, out);
+            int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS, few = columns - j < LANES ? columns - j : LANES;
+            for (int row = 0; row < count; row++) memcpy(values + (i + row) * columns + j, out + row, few * sizeof(float));
         }
 }
 
@@ -285,23 +337,6 @@ INLINE void apply(Workspace *w, const Target *target, const float *values, int r
     }
 }
 
-INLINE double sum_of_squares(const float *values, int64_t size) {
-    double total = 0.0;
-    for (int64_t start = 0; start < size; start += 4096) {
-        int64_t end = start + 4096 < size ? start + 4096 : size, i = start;
-        vec first = {0}, second = {0};
-        for (; i + 2 * LANES <= end; i += 2 * LANES) {
-            vec a = load(values + i), b = load(values + i + LANES);
-            first += a * a, second += b * b;
-        }
-        first += second;
-        float rest = 0.0f;
-        for (; i < end; i++) rest += values[i] * values[i];
-        total += rest + sum(first);
-    }
-    return total;
-}
-
 /* The averages of a unit after the gradients have come in: rounded where they are kept, and as they are in values. */
 INLINE void average(bfloat16 *averages, const float *grads, int64_t size, float rest, float *values) {
     int64_t i = 0;
@@ -330,7 +365,9 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         float length = (float)(rate * own->length), *values = w->values;
         Target target = {params[tensor] + offset, lags[tensor] + offset, shrink, keep};
         average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
-        if (unit->is_mixed) {
+        if (unit->is_mixed && unit->columns < unit->rows)
+            mix_columns(w, values, (int)unit->rows, (int)unit->columns);
+        else if (unit->is_mixed) {
             gram(w, values, (int)unit->rows, unit->columns);
             row_mixers(w, (int)unit->rows, length);
             apply(w, &target, values, (int)unit->rows, unit->columns);
