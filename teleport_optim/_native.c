@@ -50,7 +50,7 @@ typedef struct {
 typedef struct {
     int stride, num_rows;
     float *memory, *cosines, *power, *factor, *mixers, *product, *columns;
-    float *scales, *values;
+    float *inverse_norms, *values;
 } Workspace;
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
@@ -72,14 +72,14 @@ static int workspace_new(Workspace *w, int most_rows, int64_t most_entries) {
     w->num_rows = round_up(most_rows, TILE_ROWS);
     w->stride = round_up(most_rows, LANES) + LANES;
     size_t square = (size_t)w->num_rows * w->stride, columns = (size_t)FEW_COLUMNS * w->stride;
-    w->memory = calloc(5 * square + columns + 2 * (size_t)w->stride + most_entries + LANES, sizeof(float));
+    w->memory = calloc(5 * square + columns + (size_t)w->stride + most_entries + LANES, sizeof(float));
     if (!w->memory) return -1;
     float *next = w->memory;
     float **parts[] = {&w->cosines, &w->power, &w->factor, &w->mixers, &w->product};
     for (int i = 0; i < 5; i++, next += square) *parts[i] = next;
     w->columns = next;
-    w->scales = next + columns;
-    w->values = w->scales + 2 * (size_t)w->stride;
+    w->inverse_norms = next + columns;
+    w->values = w->inverse_norms + w->stride;
     return 0;
 }
 
@@ -180,9 +180,9 @@ INLINE void orthogonalise(Workspace *w, int k) {
 }
 
 /* The weights with which rows are mixed, in w->factor: what row j of the block gives to row i, in row j. */
-INLINE void row_mixers(Workspace *w, int k, float length) {
+INLINE void row_mixers(Workspace *w, int k) {
     size_t stride = w->stride;
-    float *inverse = w->scales, *cosines = w->cosines;
+    float *inverse = w->inverse_norms, *cosines = w->cosines;
     int width = round_up(k, LANES);
     for (int i = 0; i < k; i++) inverse[i] = inverse_norm(cosines[i * stride + i]);
     memset(inverse + k, 0, (w->stride - k) * sizeof(float));
@@ -193,20 +193,10 @@ INLINE void row_mixers(Workspace *w, int k, float length) {
         }
     orthogonalise(w, k);
     transpose(w, k, w->mixers, w->factor);
-    multiply(w, k, k, w->factor, cosines, w->product, 0);
-    float *lengths = w->scales + w->stride;
-    memset(lengths, 0, w->stride * sizeof(float));
-    for (int i = 0; i < k; i++) {
-        vec own = {0};
-        for (int j = 0; j < width; j += LANES)
-            own += load(w->product + i * stride + j) * load(w->mixers + i * stride + j);
-        float square = sum(own);
-        lengths[i] = square > 1e-18f ? length / sqrtf(square) : 0.0f;
-    }
     for (int j = 0; j < k; j++)
         for (int i = 0; i < width; i += LANES) {
             float *at = w->factor + j * stride + i;
-            store(at, inverse[j] * (load(at) * load(lengths + i)));
+            store(at, inverse[j] * load(at));
         }
 }
 
@@ -313,8 +303,10 @@ INLINE vec load_few(const float *from, int count) {
     return load(values);
 }
 
-/* The parameters of a block, shrunk, less mixed rows of values; a few columns at a time, which are laid side by side first. */
-INLINE void apply(Workspace *w, const Target *target, const float *values, int rows, int64_t columns) {
+/* Mixed rows in the place of those of a block; a few columns at a time, which are laid side by side first. */
+INLINE void mix_rows(Workspace *w, float *values, int rows, int64_t columns) {
+    gram(w, values, rows, columns);
+    row_mixers(w, rows);
     float *panel = w->product;
     for (int64_t j = 0; j < columns; j += LANES) {
         int few = columns - j < LANES ? (int)(columns - j) : 0;
@@ -327,11 +319,11 @@ INLINE void apply(Workspace *w, const Target *target, const float *values, int r
             tile(rows, w->factor + i, w->stride, panel, LANES, out);
             int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
             for (int row = 0; row < count; row++) {
-                size_t at = (i + row) * columns + j;
+                float *to = values + (i + row) * columns + j;
                 if (few)
-                    move_few(target, at, few, out[row]);
+                    memcpy(to, out + row, few * sizeof(float));
                 else
-                    move(target, at, out[row]);
+                    store(to, out[row]);
             }
         }
     }
@@ -367,12 +359,8 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
         if (unit->is_mixed && unit->columns < unit->rows)
             mix_columns(w, values, (int)unit->rows, (int)unit->columns);
-        else if (unit->is_mixed) {
-            gram(w, values, (int)unit->rows, unit->columns);
-            row_mixers(w, (int)unit->rows, length);
-            apply(w, &target, values, (int)unit->rows, unit->columns);
-            continue;
-        }
+        else if (unit->is_mixed)
+            mix_rows(w, values, (int)unit->rows, unit->columns);
         for (int64_t row = 0; row < unit->rows; row++, values += unit->columns) {
             double norm = sqrt(sum_of_squares(values, unit->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;

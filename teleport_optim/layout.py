@@ -150,8 +150,8 @@ class Block(NamedTuple):
     @property
     def work(self) -> int:
         """About how many multiplications its update takes."""
-        size = self.rows * self.columns
-        return 10 * self.rows**3 + 2 * self.rows * size if self.is_mixed else 4 * size
+        size, side = self.rows * self.columns, min(self.rows, self.columns)
+        return 10 * side**3 + 2 * side * size if self.is_mixed else 4 * size
 
 
 class Bucket(NamedTuple):
