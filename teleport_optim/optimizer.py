@@ -741,26 +741,31 @@ def _descend_in_place(
     if any(part is not target for part, target in zip(here, targets)):
         moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
         steps = list(map(Step, all_parts_like(moves, targets)))
-    old = [target.clone() for target in here]
-    _take_steps(here, steps, shrinks)
-    own_lags = all_local(lags)
-    torch._foreach_copy_(own_lags, [lagging(*tensors, keep) for tensors in zip(own_lags, old, here)])
+    parts = list(zip(here, all_local(lags), steps, shrinks.tolist()))
+    small = [part for part in parts if part[2].left is None]
+    for group in (
+        small,
+        *([part] for part in parts if part[2].left is not None),
+    ):  # a copy of one large tensor at a time
+        if group:
+            own, own_lags, own_steps, own_shrinks = map(list, zip(*group))
+            old = [target.clone() for target in own]
+            _take_steps(own, own_steps, own_shrinks)
+            torch._foreach_copy_(own_lags, [lagging(*tensors, keep) for tensors in zip(own_lags, old, own)])
 
 
-def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: Tensor) -> None:
+def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: list[float]) -> None:
     if any(in_full_precision(target) is not target for target in targets):
-        for target, shrink, step in zip(targets, shrinks.unbind(-1), steps):
+        for target, shrink, step in zip(targets, shrinks, steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))
         return
-    shrunk = [(target, shrink) for target, shrink in zip(targets, shrinks.tolist()) if shrink != 1.0]
+    shrunk = [(target, shrink) for target, shrink in zip(targets, shrinks) if shrink != 1.0]
     if shrunk:
         torch._foreach_mul_(*map(list, zip(*shrunk)))
-    small = [(target, step.move) for target, step in zip(targets, steps) if step.left is None]
-    if small:
-        torch._foreach_sub_(*map(list, zip(*small)))
-    for target, step in zip(targets, steps):
-        if step.left is not None:
-            step.take_from_(target)
+    if steps[0].left is None:
+        torch._foreach_sub_(targets, [step.move for step in steps])
+    else:
+        steps[0].take_from_(targets[0])
 
 
 _OWN_FILES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
