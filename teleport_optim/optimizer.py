@@ -409,30 +409,14 @@ class LearnedTeleportOptimizer(Optimizer):
         rows: dict[str, Tensor] = {}
         sizes = None
         if point is not None and is_due(step):
-            if step == 0 and has_gradient and not is_safe and len(layout.spec):
-                params, first_grads, sizes = balanced(point.params, point.grads, layout)
-                point = point._replace(params=dict(params), grads=dict(first_grads))
-            held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
-            state = control(
-                self._meta_optimizer.to(held["hidden"].device),
-                point.params,
-                point.grads,
-                UpdateState(momenta=point.momenta, lags=point.lags, **held),
-                step=step,
-                total_steps=hyper.total_steps,
-                layout=layout,
-            )
-            rows = {key: getattr(state, key) for key in ROW_KEYS}
-            learned = Controls.from_outputs(state.outputs)
+            may_move = has_gradient and not is_safe and len(layout.spec) > 0
+            point, rows, sizes = self._steered(point, slots, step, hyper.total_steps, layout, may_move)
+            learned = Controls.from_outputs(rows["outputs"])
         elif self._held is not None and self._held[0] is layout:
             learned = self._held[1]
         else:
             learned = Controls.from_outputs(torch.stack([own["outputs"] for own in slots]))
         controls, hyper = _safe(learned, hyper) if is_safe else (learned, hyper)
-        if point is not None and has_gradient and not is_safe and is_due(step) and len(layout.spec):
-            *moved, own_sizes = teleport(*point, controls, layout)
-            point = _Point(*map(dict, moved))
-            sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         pace = self._pace(controls, hyper, layout)
         arguments = take = None
         if is_native or point is None:
@@ -444,6 +428,32 @@ class LearnedTeleportOptimizer(Optimizer):
             momenta = {name: averaged(point.momenta[name], point.grads[name], factors.beta) for name in names}
             arguments = (momenta, factors, layout)
         return _Plan(arguments, take, point, keep, rows, layout, learned, sizes, targets, slots, progress)
+
+    def _steered(
+        self,
+        point: _Point,
+        slots: list[dict[str, Tensor]],
+        step: int,
+        total_steps: int | None,
+        layout: Layout,
+        may_move: bool,
+    ) -> tuple[_Point, dict[str, Tensor], Tensor | None]:
+        """Ask the meta-optimizer, and teleport where that may be: the new point, new rows of the state, sizes of the teleport."""
+        sizes = None
+        if step == 0 and may_move:
+            params, grads, sizes = balanced(point.params, point.grads, layout)
+            point = point._replace(params=dict(params), grads=dict(grads))
+        held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
+        state = UpdateState(momenta=point.momenta, lags=point.lags, **held)
+        meta_optimizer = self._meta_optimizer.to(held["hidden"].device)
+        state = control(
+            meta_optimizer, point.params, point.grads, state, step=step, total_steps=total_steps, layout=layout
+        )
+        if may_move:
+            *moved, own_sizes = teleport(*point, Controls.from_outputs(state.outputs), layout)
+            point = _Point(*map(dict, moved))
+            sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
+        return point, {key: getattr(state, key) for key in ROW_KEYS}, sizes
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
