@@ -50,7 +50,7 @@ typedef struct {
 typedef struct {
     int stride, num_rows;
     float *memory, *cosines, *power, *factor, *mixers, *product, *columns;
-    float *inverse_norms, *values;
+    float *inverse_norms, *values, *scales;
 } Workspace;
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
@@ -68,11 +68,11 @@ INLINE float sum(vec value) {
     return total;
 }
 
-static int workspace_new(Workspace *w, int most_rows, int64_t most_entries) {
+static int workspace_new(Workspace *w, int most_rows, int64_t most_columns, int64_t most_entries) {
     w->num_rows = round_up(most_rows, TILE_ROWS);
     w->stride = round_up(most_rows, LANES) + LANES;
     size_t square = (size_t)w->num_rows * w->stride, columns = (size_t)FEW_COLUMNS * w->stride;
-    w->memory = calloc(5 * square + columns + (size_t)w->stride + most_entries + LANES, sizeof(float));
+    w->memory = calloc(5 * square + columns + (size_t)w->stride + most_entries + most_columns + 2 * LANES, sizeof(float));
     if (!w->memory) return -1;
     float *next = w->memory;
     float **parts[] = {&w->cosines, &w->power, &w->factor, &w->mixers, &w->product};
@@ -80,6 +80,7 @@ static int workspace_new(Workspace *w, int most_rows, int64_t most_entries) {
     w->columns = next;
     w->inverse_norms = next + columns;
     w->values = w->inverse_norms + w->stride;
+    w->scales = w->values + most_entries + LANES;
     return 0;
 }
 
@@ -200,8 +201,25 @@ INLINE void row_mixers(Workspace *w, int k) {
         }
 }
 
-/* Orthogonal rows, or nearly so, of any length, in the place of those of a block of fewer columns than rows: the same as mixing
-   its rows of norm 1, by mixing its columns instead. */
+/* Columns times the -3/8th power of their norms among rows of norm 1, which is left in w->scales. */
+INLINE void rescale_columns(Workspace *w, float *values, int rows, int64_t columns) {
+    float *scales = w->scales;
+    memset(scales, 0, columns * sizeof(float));
+    for (int row = 0; row < rows; row++) {
+        const float *from = values + row * columns;
+        float scale = inverse_norm((float)sum_of_squares(from, columns));
+        for (int64_t j = 0; j < columns; j++) scales[j] += (scale * from[j]) * (scale * from[j]);
+    }
+    for (int64_t j = 0; j < columns; j++) {
+        float eighth = sqrtf(sqrtf(sqrtf(scales[j])));
+        scales[j] = scales[j] > 1e-36f ? 1.0f / (eighth * sqrtf(eighth)) : 0.0f;
+    }
+    for (int row = 0; row < rows; row++)
+        for (int64_t j = 0; j < columns; j++) values[row * columns + j] *= scales[j];
+}
+
+/* Orthogonal rows, or nearly so, of any length, their columns rescaled, in the place of those of a block of fewer columns than
+   rows: the same as mixing its rows of norm 1, by mixing its columns instead. */
 INLINE void mix_columns(Workspace *w, float *values, int rows, int columns) {
     size_t stride = w->stride;
     float *normal = w->columns;
@@ -222,7 +240,10 @@ INLINE void mix_columns(Workspace *w, float *values, int rows, int columns) {
             vec out[TILE_ROWS];
             tile(columns, transposed + i, stride, w->mixers + j, stride, out);
             int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS, few = columns - j < LANES ? columns - j : LANES;
-            for (int row = 0; row < count; row++) memcpy(values + (i + row) * columns + j, out + row, few * sizeof(float));
+            for (int row = 0; row < count; row++) {
+                out[row] *= load(w->scales + j);
+                memcpy(values + (i + row) * columns + j, out + row, few * sizeof(float));
+            }
         }
 }
 
@@ -303,7 +324,7 @@ INLINE vec load_few(const float *from, int count) {
     return load(values);
 }
 
-/* Mixed rows in the place of those of a block; a few columns at a time, which are laid side by side first. */
+/* Mixed rows, their columns rescaled, in the place of those of a block; a few columns at a time, which are laid side by side first. */
 INLINE void mix_rows(Workspace *w, float *values, int rows, int64_t columns) {
     gram(w, values, rows, columns);
     row_mixers(w, rows);
@@ -320,6 +341,7 @@ INLINE void mix_rows(Workspace *w, float *values, int rows, int64_t columns) {
             int count = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
             for (int row = 0; row < count; row++) {
                 float *to = values + (i + row) * columns + j;
+                out[row] *= load(w->scales + j);
                 if (few)
                     memcpy(to, out + row, few * sizeof(float));
                 else
@@ -357,6 +379,7 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         float length = (float)(rate * own->length), *values = w->values;
         Target target = {params[tensor] + offset, lags[tensor] + offset, shrink, keep};
         average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
+        if (unit->is_mixed) rescale_columns(w, values, (int)unit->rows, unit->columns);
         if (unit->is_mixed && unit->columns < unit->rows)
             mix_columns(w, values, (int)unit->rows, (int)unit->columns);
         else if (unit->is_mixed)
@@ -405,12 +428,14 @@ static PyObject *step(PyObject *self, PyObject *args) {
     Py_ssize_t count = numbers.len / (Py_ssize_t)sizeof(Numbers);
     Workspace workspace = {0};
     const Unit *first = units.buf, *end = first + units.len / (Py_ssize_t)sizeof(Unit);
-    int64_t most_entries = 0;
-    for (const Unit *unit = first; unit < end; unit++)
+    int64_t most_entries = 0, most_columns = 0;
+    for (const Unit *unit = first; unit < end; unit++) {
+        if (unit->is_mixed && unit->columns > most_columns) most_columns = unit->columns;
         if (unit->rows * unit->columns > most_entries) most_entries = unit->rows * unit->columns;
+    }
     int is_ready = 1;
     for (int i = 0; i < 4 && is_ready; i++) is_ready = (tensors[i] = addresses(lists[i], count)) != NULL;
-    if (is_ready && workspace_new(&workspace, most_rows, most_entries)) {
+    if (is_ready && workspace_new(&workspace, most_rows, most_columns, most_entries)) {
         PyErr_NoMemory();
         is_ready = 0;
     }

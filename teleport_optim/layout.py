@@ -72,10 +72,8 @@ class Table(NamedTuple):
     """``[num_sites, num_tensors]``: averages a per-tensor quantity over the matrices on the legs of a site."""
     inverse_order: Tensor
     """``[num_tensors]``: where in ``Layout.buckets`` every tensor stands."""
-    single_rows: Tensor
-    """``[num_blocks]``: the row of the tensor of every block of one row, in the order of ``Layout.buckets``."""
-    mixed_rows: Tensor
-    """``[num_blocks]``: the same of blocks of more rows."""
+    block_tensors: Tensor
+    """``[num_blocks]``: the row of the tensor of every block, in the order of ``Layout.buckets``."""
 
 
 class Group(NamedTuple):
@@ -290,16 +288,7 @@ class Layout:
                 1.0 if name in self.matrices else shape.numel() ** 0.5 / 6 for name, shape in self.shapes.items()
             ]
             groups = [group for bucket in self.buckets for group in bucket.groups]
-            single_rows, mixed_rows = (
-                [
-                    row
-                    for group in groups
-                    if group.is_mixed == are_mixed
-                    for row in group.rows
-                    for _ in range(group.num_blocks)
-                ]
-                for are_mixed in (False, True)
-            )
+            block_tensors = [row for group in groups for row in group.rows for _ in range(group.num_blocks)]
             order = torch.tensor([row for group in groups for row in group.rows], dtype=torch.int64)
             table = Table(
                 step_scale=torch.tensor(scales, dtype=torch.float64),
@@ -309,8 +298,7 @@ class Layout:
                 static_features=self._static_features(),
                 site_weights=self._site_weights(),
                 inverse_order=torch.argsort(order),
-                single_rows=torch.tensor(single_rows, dtype=torch.int64),
-                mixed_rows=torch.tensor(mixed_rows, dtype=torch.int64),
+                block_tensors=torch.tensor(block_tensors, dtype=torch.int64),
             )
             floats = (tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device) for tensor in table)
             self._tables[key] = Table(*floats)

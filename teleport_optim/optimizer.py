@@ -159,7 +159,7 @@ class LearnedTeleportOptimizer(Optimizer):
         &\text{and } \theta \leftarrow s \cdot \theta, \quad (g, m) \leftarrow s^{-1} \cdot (g, m),
             \quad \log s = \tau \tfrac14 \log(\text{read} / \text{written}) \\
         &m \leftarrow \beta m + (1 - \beta) g \\
-        &d = \text{rows of } m \text{, orthogonalised 64 at a time, of unit norm, for matrices, }
+        &d = \text{rows of } m \text{, their columns rescaled, orthogonalised 64 at a time, of unit norm, for matrices, }
             m / \lVert m \rVert \text{ for vectors} \\
         &\theta \leftarrow (1 - \gamma a \rho \omega \lambda)\, \theta - \gamma a \rho\, c\, d \\
         &\bar\theta \leftarrow \bar\theta + \tfrac{7}{t + 7} (\theta - \bar\theta)
@@ -752,10 +752,10 @@ def _descend_in_place(
         moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
         steps = list(map(Step, all_parts_like(moves, targets)))
     parts = list(zip(here, all_local(lags), steps, shrinks.tolist()))
-    small = [part for part in parts if part[2].left is None]
+    small = [part for part in parts if part[2].lengths is None]
     for group in (
         small,
-        *([part] for part in parts if part[2].left is not None),
+        *([part] for part in parts if part[2].lengths is not None),
     ):  # a copy of one large tensor at a time
         if group:
             own, own_lags, own_steps, own_shrinks = map(list, zip(*group))
@@ -772,7 +772,7 @@ def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: list[float]) 
     shrunk = [(target, shrink) for target, shrink in zip(targets, shrinks) if shrink != 1.0]
     if shrunk:
         torch._foreach_mul_(*map(list, zip(*shrunk)))
-    if steps[0].left is None:
+    if steps[0].lengths is None:
         torch._foreach_sub_(targets, [step.move for step in steps])
     else:
         steps[0].take_from_(targets[0])

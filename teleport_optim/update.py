@@ -5,7 +5,8 @@ may have leading axes of runs, ``[*runs, ...]``: none in the optimizer, one in t
 prior it is a rule without anything learned in it:
 
     m <- beta m + (1 - beta) g          beta = 0.65
-    matrices:   O = rows of m, orthogonalised 64 at a time, of unit norm;   p <- (1 - a w) p - a O
+    matrices:   R = rows of m, 64 at a time, of unit norm;   c = 1 / (norms of the columns of R)^(3/8)
+                O = rows of orthogonalised(R c) c, of unit norm;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
     a = 0.22 layers^-0.7 min(1, sqrt(20 / t)), and 3 times that for a model of one matrix; more than 11 layers count as 11
     a w = layers^-0.7 / (2 (t + 50))
@@ -14,14 +15,15 @@ prior it is a rule without anything learned in it:
 Gradients are taken at ``p``; what a run is about is ``x``, an average of the iterates with weight t^6. Where the number of
 steps is known, ``a`` falls to zero in the end, and the two meet.
 
-Orthogonalised momentum is from Muon (Jordan et al., 2024), to orthogonalise in blocks from MuonBP (Khaled et al., 2025). To
+Orthogonalised momentum is from Muon (Jordan et al., 2024), to orthogonalise in blocks from MuonBP (Khaled et al., 2025); to scale
+columns down where gradients are large is what a diagonal Shampoo (Gupta et al., 2018) does on one side. To
 average instead of annealing is from Polyak (1990) and Ruppert (1988), with polynomial weights from Shamir and Zhang (2013).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,6 +45,7 @@ __all__ = [
     "UpdateState",
     "averaged",
     "balanced",
+    "column_scales",
     "control",
     "descend",
     "is_due",
@@ -81,6 +84,8 @@ grid: first l = 0.01 and u = 1.02, then l and u are the least and the largest va
 Together the three take [0.01, 1] to [0.71, 1.29] and multiply small singular values by 75. Rows are brought to one norm
 afterwards, so that only the spread matters. Composing optimal polynomials is from Polar Express (Amsel et al., 2025).
 """
+_COLUMN_POWER = 0.375
+"""Of the norms of columns, by which they are divided before rows are made orthogonal and once more after."""
 _TINY = 1e-18
 """A norm below which a direction counts as zero; its square is still a float32."""
 
@@ -173,18 +178,32 @@ def rate_and_decay(step: int, total_steps: int | None, layout: Layout) -> tuple[
     return (_LINEAR_RATE * rate, decay / _LINEAR_RATE) if layout.is_linear else (rate, decay)
 
 
-def row_mixers(gram: Tensor, lengths: Tensor) -> Tensor:
-    """What to multiply the rows of blocks by from the left, so that they are nearly orthogonal and have given lengths.
+def column_scales(blocks: Tensor) -> Tensor:
+    """What the columns of blocks of rows are multiplied by, before rows are made orthogonal and once more after.
+
+    That is the -3/8th power of the norm that a column has among rows of norm 1; 0 for columns of zeros.
+
+    Args:
+        blocks: ``[*runs, blocks, k, columns]``, float32 or float64.
+
+    Returns:
+        ``[*runs, blocks, 1, columns]``.
+    """
+    rows = blocks / _threshold(torch.linalg.vector_norm(blocks, dim=-1, keepdim=True))
+    return _threshold(torch.linalg.vector_norm(rows, dim=-2, keepdim=True)).pow(-_COLUMN_POWER)
+
+
+def row_mixers(gram: Tensor) -> Tensor:
+    """What to multiply the rows of blocks by from the left, so that they are nearly orthogonal, of any length.
 
     Rows are brought to one norm; then the singular values of the block, from 0.01 to 1 relative to the fourth root of the sum
-    of the fourth powers of all, go to 0.71 to 1.29; then every row gets its length. Rows of zeros stay so, with zero derivatives.
+    of the fourth powers of all, go to 0.71 to 1.29. Rows of zeros stay so, with zero derivatives.
 
     Args:
         gram: Inner products of the rows of every block, ``[*runs, blocks, k, k]``, float32 or float64.
-        lengths: Length of the rows of every block, ``[*runs, blocks]``.
 
     Returns:
-        ``[*runs, blocks, k, k]``. However long rows are, it costs ten products of k x k.
+        ``[*runs, blocks, k, k]``. However long rows are, it costs nine products of k x k.
     """
     inverse_norms = _threshold(gram.diagonal(dim1=-2, dim2=-1), _TINY**2).rsqrt()
     cosines = gram * (inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2))
@@ -199,9 +218,7 @@ def row_mixers(gram: Tensor, lengths: Tensor) -> Tensor:
         if index + 1 < len(_ITERATIONS):
             power = torch.bmm(torch.bmm(factor, power), factor)
     assert mixers is not None
-    squares = torch.linalg.vecdot(torch.bmm(mixers, cosines), mixers).reshape(inverse_norms.shape)
-    scales = _threshold(squares, _TINY).rsqrt() * lengths.unsqueeze(-1).to(gram.dtype)
-    return mixers.reshape(gram.shape) * (scales.unsqueeze(-1) * inverse_norms.unsqueeze(-2))
+    return mixers.reshape(gram.shape) * inverse_norms.unsqueeze(-2)
 
 
 def _threshold(norm: Tensor, least: float = _TINY) -> Tensor:
@@ -430,19 +447,29 @@ def lagging(lag: Tensor, old: Tensor, new: Tensor, keep: float) -> Tensor:
     return (keep * (in_full_precision(lag) + (in_full_precision(old) - in_full_precision(new)))).to(lag)
 
 
+class Mixing(NamedTuple):
+    """How the rows of blocks ``[*runs, blocks, k, columns]`` are made orthogonal."""
+
+    scales: Tensor
+    """``[*runs, blocks, 1, columns]``: what columns are multiplied by before and after."""
+    mixers: Tensor
+    """``[*runs, blocks, k, k]``: what they are multiplied by from the left."""
+
+
 class Step(NamedTuple):
-    """What one tensor moves by. That of a large one is multiplied only when it is applied."""
+    """What one tensor moves by. That of a large one is computed only when it is applied."""
 
     move: Tensor
     """``[*runs, *shape]``, or blocks of rows ``[*runs, blocks, k, columns]``."""
-    left: Tensor | None = None
-    """``[*runs, blocks, k, k]``: what the blocks are to be multiplied by from the left; None for nothing."""
+    lengths: Tensor | None = None
+    """``[*runs, blocks]``: what rows are brought to in the end; None where ``move`` is the step."""
+    mixing: Mixing | None = None
+    """How rows are mixed before; None where every one is for itself."""
 
     def product(self) -> Tensor:
         """The step, of the shape of ``move``."""
-        if self.left is None:
-            return self.move
-        return self.left * self.move if self.left.shape[-1] == 1 else torch.matmul(self.left, self.move)
+        rows, factors = self._rows_and_factors()
+        return rows if factors is None else factors * rows
 
     def taken_from(self, params: Tensor) -> Tensor:
         """``params``, ``[*runs, *shape]``, less the step."""
@@ -450,12 +477,21 @@ class Step(NamedTuple):
 
     def take_from_(self, params: Tensor) -> None:
         """:meth:`taken_from` in place, without axes of runs."""
-        if self.left is None or not params.is_contiguous():
-            params.sub_(self.product().view(params.shape))
-        elif self.left.shape[-1] == 1:
-            params.view(self.move.shape).addcmul_(self.left, self.move, value=-1.0)
+        rows, factors = self._rows_and_factors()
+        if factors is None or not params.is_contiguous():
+            params.sub_((rows if factors is None else factors * rows).view(params.shape))
         else:
-            params.view(self.move.shape).baddbmm_(self.left, self.move, alpha=-1.0)
+            params.view(rows.shape).addcmul_(factors, rows, value=-1.0)
+
+    def _rows_and_factors(self) -> tuple[Tensor, Tensor | None]:
+        rows = self.move
+        if self.mixing is not None:
+            scales, mixers = self.mixing
+            rows = torch.matmul(mixers, rows * scales) * scales
+        if self.lengths is None:
+            return rows, None
+        norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        return rows, self.lengths[..., None, None].to(norms.dtype) / _threshold(norms)
 
 
 def descend(momenta: Mapping[str, Tensor], factors: Factors, layout: Layout) -> dict[str, Step]:
@@ -474,40 +510,38 @@ def descend(momenta: Mapping[str, Tensor], factors: Factors, layout: Layout) -> 
         for bucket in layout.buckets
         for group, view in zip(bucket.groups, bucket.views(bucket.gather(momenta, run_axes)))
     ]
-    single = [(group, blocks) for group, blocks in groups if not group.is_mixed]
-    mixed = [(group, blocks) for group, blocks in groups if group.is_mixed]
+    lengths = factors.lengths.index_select(-1, table.block_tensors)
+    all_lengths = torch.split(lengths, [blocks.shape[-3] for _, blocks in groups], dim=-1)
+    mixings = _mixings([blocks for group, blocks in groups if group.is_mixed])
     steps: dict[str, Step] = {}
-    for are_mixed, chosen, order in ((False, single, table.single_rows), (True, mixed, table.mixed_rows)):
-        if not chosen:
+    for (group, blocks), own_lengths in zip(groups, all_lengths):
+        step = Step(blocks, own_lengths, next(mixings) if group.is_mixed else None)
+        if group.is_large:
+            steps[layout.names[group.rows[0]]] = step
             continue
-        lengths = factors.lengths.index_select(-1, order)
-        if are_mixed:
-            most = max(group.block_size for group, _ in chosen)
-            left = row_mixers(_joined([_padded(torch.matmul(b, b.mT), most) for _, b in chosen]), lengths)
-        else:
-            norms = _joined([torch.linalg.vector_norm(b, dim=-1, keepdim=True) for _, b in chosen])
-            left = lengths[..., None, None].to(norms.dtype) / _threshold(norms)
-        parts = torch.split(left, [blocks.shape[-3] for _, blocks in chosen], dim=-3)
-        for (group, blocks), part in zip(chosen, parts):
-            if group.block_size < part.shape[-1]:
-                part = part[..., : group.block_size, : group.block_size]
-            step = Step(blocks, part.to(blocks.dtype))
-            if group.is_large:
-                steps[layout.names[group.rows[0]]] = step
-                continue
-            for row, move in zip(group.rows, group.tensors_of(step.product())):
-                name = layout.names[row]
-                shape = layout.shapes[name]
-                fits = len(shape) == len(group.entries)
-                steps[name] = Step(move if fits else move.reshape([*move.shape[:run_axes], *shape]))
+        for row, move in zip(group.rows, group.tensors_of(step.product())):
+            name = layout.names[row]
+            shape = layout.shapes[name]
+            fits = len(shape) == len(group.entries)
+            steps[name] = Step(move if fits else move.reshape([*move.shape[:run_axes], *shape]))
     return steps
 
 
-def _padded(squares: Tensor, size: int) -> Tensor:
-    """Square matrices with zeros around them."""
-    missing = size - squares.shape[-1]
-    return F.pad(squares, [0, missing, 0, missing]) if missing else squares
+def _mixings(all_blocks: list[Tensor]) -> Iterator[Mixing]:
+    """How the rows of blocks are mixed; the mixers are made together, padded with zeros to the size of the largest."""
+    if not all_blocks:
+        return
+    most = max(blocks.shape[-2] for blocks in all_blocks)
+    all_scales = [column_scales(blocks) for blocks in all_blocks]
+    mixers = row_mixers(torch.cat([_gram(b * scales, most) for b, scales in zip(all_blocks, all_scales)], dim=-3))
+    parts = torch.split(mixers, [blocks.shape[-3] for blocks in all_blocks], dim=-3)
+    for blocks, scales, part in zip(all_blocks, all_scales, parts):
+        size = blocks.shape[-2]
+        yield Mixing(scales, part[..., :size, :size].to(blocks.dtype))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)
+def _gram(blocks: Tensor, size: int) -> Tensor:
+    """Inner products of the rows of every block, with zeros around them."""
+    missing = size - blocks.shape[-2]
+    gram = torch.matmul(blocks, blocks.mT)
+    return F.pad(gram, [0, missing, 0, missing]) if missing else gram

@@ -31,9 +31,12 @@ from teleport_optim.update import (
     Controller,
     Factors,
     Hyper,
+    Mixing,
+    Step,
     UpdateState,
     averaged,
     balanced,
+    column_scales,
     descend,
     is_due,
     kept_share,
@@ -106,8 +109,15 @@ def blocks_of(rows: Tensor, block_rows: int) -> list[Tensor]:
     return list(rows.split(math.ceil(len(rows) / (even or [least])[0])))
 
 
+def direction(block: Tensor) -> Tensor:
+    """One block before its rows get their lengths: columns are divided by a power of their norms, before and after."""
+    rows = block / block.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    scales = rows.norm(dim=0).clamp_min(1e-30).pow(-3 / 8)
+    return scales * nearly_orthogonal(scales * rows)
+
+
 def nearly_orthogonal(rows: Tensor) -> Tensor:
-    """One block before its rows get their lengths: singular values are moved towards 1, by polynomials."""
+    """Singular values are moved towards 1, by polynomials."""
     o = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)  # rows of dead units are zero
     o = o / torch.linalg.svdvals(o).pow(4).sum().pow(0.25).clamp_min(1e-30)
     for b1, b3, b5 in ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194)):
@@ -133,7 +143,9 @@ def rule_h(
         if p.dim() < 2:
             p -= a / 6 * m / m.square().mean().sqrt()
             continue
-        blocks = [nearly_orthogonal(block) for block in blocks_of(m.reshape(len(m), -1), block_rows)]
+        blocks = blocks_of(m.reshape(len(m), -1), block_rows)
+        if min(len(m), block_rows) > 1:
+            blocks = [direction(block) for block in blocks]
         o = torch.cat([block / block.norm(dim=1, keepdim=True).clamp_min(1e-30) for block in blocks])
         p *= shrink
         p -= a * o.reshape(p.shape)
@@ -142,7 +154,7 @@ def rule_h(
 def test_the_prior_is_the_documented_one() -> None:
     text = update_module.__doc__ or ""
     assert f"beta = {PRIOR_MOMENTUM:g}\n" in text
-    assert f"orthogonalised {BLOCK_ROWS} at a time" in text
+    assert f"R = rows of m, {BLOCK_ROWS} at a time" in text
 
 
 @pytest.mark.parametrize("block_rows", [BLOCK_ROWS, 4, 3, 1])
@@ -342,9 +354,7 @@ def test_buckets_hold_every_tensor_once(shapes: list[tuple[int, ...]], most: int
     table = layout.table(torch.zeros(()))
     assert torch.equal(torch.tensor(rows)[table.inverse_order], torch.arange(len(rows)))
     groups = [group for bucket in buckets for group in bucket.groups]
-    for are_mixed, block_rows_of in ((False, table.single_rows), (True, table.mixed_rows)):
-        own = [group for group in groups if group.is_mixed == are_mixed]
-        assert block_rows_of.tolist() == [row for g in own for row in g.rows for _ in range(g.num_blocks)]
+    assert table.block_tensors.tolist() == [row for g in groups for row in g.rows for _ in range(g.num_blocks)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -557,9 +567,16 @@ def test_features_do_not_see_the_scale_of_the_loss(seed: int, scale: float) -> N
 
 
 def mixed(blocks: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Blocks of rows ``[..., blocks, k, columns]`` after they are multiplied by their mixers; lengths are 1 by default."""
+    """Steps of blocks of rows ``[..., blocks, k, columns]``; lengths are 1 by default."""
     lengths = torch.ones(blocks.shape[:-2]) if lengths is None else lengths
-    return row_mixers(blocks @ blocks.mT, lengths) @ blocks
+    scales = column_scales(blocks)
+    gram = (scales * blocks) @ (scales * blocks).mT
+    return Step(blocks, lengths, Mixing(scales, row_mixers(gram))).product()
+
+
+def orthogonal(blocks: Tensor) -> Tensor:
+    """Rows of norm 1 after they are mixed, columns as they are."""
+    return F.normalize(row_mixers(blocks @ blocks.mT) @ blocks, dim=-1)
 
 
 @settings(max_examples=50, deadline=None)
@@ -579,12 +596,10 @@ def test_mixed_rows_are_those_of_the_reference_and_have_the_lengths_asked_for(
     parts = [torch.randn(*runs, num_blocks, *shape, generator=source) for shape in ((rows, rank), (rank, columns))]
     blocks = parts[0].double() @ parts[1].double()
     lengths = torch.rand(*runs, num_blocks, generator=source).double() + 0.1
-    mixers = row_mixers(blocks @ blocks.mT, lengths)
-    assert mixers.shape == (*runs, num_blocks, rows, rows)
-    result = mixers @ blocks
+    result = mixed(blocks, lengths)
     torch.testing.assert_close(result.norm(dim=-1), lengths.unsqueeze(-1).expand(*runs, num_blocks, rows))
     for place in itertools.product(*map(range, lengths.shape)):
-        expected = lengths[place] * F.normalize(nearly_orthogonal(blocks[place]), dim=1)
+        expected = lengths[place] * F.normalize(direction(blocks[place]), dim=1)
         torch.testing.assert_close(result[place], expected, rtol=1e-6, atol=1e-7)
 
 
@@ -602,7 +617,7 @@ def test_mixed_rows_are_nearly_orthogonal(rows: int, more: int, spread: float, s
     large = s > 0.01 * s.pow(4).sum().pow(0.25)
     assert ((before.diagonal()[large] > 0.7) & (before.diagonal()[large] < 1.3)).all()
     if large.all():
-        result = mixed(sizes * block)
+        result = orthogonal(sizes * block)
         least, most = torch.linalg.svdvals(result)[[-1, 0]].tolist()
         assert 0.7 / 1.3 < least <= most < 1.3 / 0.7
         condition = (1.3 / 0.7) ** 2
@@ -613,10 +628,35 @@ def test_mixed_rows_are_nearly_orthogonal(rows: int, more: int, spread: float, s
 def test_mixing_makes_rows_more_orthogonal() -> None:
     """The bound for any block is wide; most are far inside."""
     blocks = torch.randn(100, 16, 32, generator=generator()).double() + 1.0
-    cosines = [F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT - torch.eye(16) for x in (blocks, mixed(blocks))]
+    cosines = [F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT - torch.eye(16) for x in (blocks, orthogonal(blocks))]
     before, after = (float(x.square().mean().sqrt()) for x in cosines)
     assert before > 0.4
     assert after < 0.1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(2, 12), st.floats(-4.0, 4.0), st.integers(0, 10**6))
+def test_columns_are_rescaled_by_a_power_of_their_norms_whatever_those_of_rows(
+    rows: int, columns: int, log_scale: float, seed: int
+) -> None:
+    source = generator(seed)
+    block = torch.randn(rows, columns, generator=source).double()
+    block[:, 0] = 0.0
+    scales = column_scales(block)
+    sizes = torch.exp(log_scale * torch.randn(rows, 1, generator=source)).double()
+    assert scales.shape == (1, columns)
+    assert scales[0, 0] == 0.0
+    torch.testing.assert_close(column_scales(sizes * block), scales)
+    norms = F.normalize(block, dim=1).norm(dim=0)
+    torch.testing.assert_close(scales[0, 1:], norms[1:] ** (-3 / 8))
+    assert not mixed(block[None])[0, :, 0].any()
+
+
+def test_inputs_with_small_gradients_move_more_than_rows_alone_would_have_them() -> None:
+    block = torch.randn(8, 8, generator=generator()).double()
+    block[:, :4] *= 0.1
+    shares = [float(x[..., :4].norm() / x.norm()) for x in (mixed(block[None]), orthogonal(block))]
+    assert shares[0] > 1.2 * shares[1]
 
 
 @pytest.mark.parametrize("columns", [1, 4, 40])
@@ -693,8 +733,8 @@ def test_large_tensors_step_like_grouped_ones(
         factors = step_factors(Controls.from_outputs(outputs), step=3, hyper=hyper, layout=layout)
         ends.append(momentum_step(grads, momenta, factors, layout)[0])
         steps.append(descend(grads, factors, layout))
-    assert all(step.left is None for step in steps[0].values())
-    late = {name for name, step in steps[1].items() if step.left is not None}
+    assert all(step.lengths is None for step in steps[0].values())
+    late = {name for name, step in steps[1].items() if step.lengths is not None}
     uneven = {"odd", "prime"} if 1 < block_rows < 7 else {"odd"} if 1 < block_rows < 37 else set()
     assert late == set(SHAPES) - uneven
     for name in SHAPES:
@@ -727,7 +767,8 @@ def test_blocks_of_more_rows_than_there_are_make_no_difference() -> None:
     for name, step in steps[40].items():
         if name in layout.matrices:
             row = layout.names.index(name)
-            expected = F.normalize(nearly_orthogonal(grads[name].reshape(layout.matrices[name])), dim=1)
+            rows = grads[name].reshape(layout.matrices[name])
+            expected = F.normalize(direction(rows) if len(rows) > 1 else rows, dim=1)
             expected = factors.lengths[row].double() * expected.reshape(step.shape)
             torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-7)
 
