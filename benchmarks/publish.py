@@ -36,7 +36,8 @@ hold better than milliseconds. Every task is trained on data, widths and depths 
 powers of two, until the best has worse neighbours, on a seed that is not reported. The reference is AdamW along a cosine with its
 rate tuned; a speed-up counts steps to its final loss, after which the loss stays there. "Ahead" and "behind" are tasks where all
 {num_seeds} seeds agree. Times are of runs of half the length, whose first step is not counted. Set-up is the search for symmetries
-and the first balancing, which wall-clock figures leave out.
+and the first balancing, which wall-clock figures leave out. Where the processor multiplies numbers of 16 bits slowly, Muon's
+products are made in float32 and rounded, so that its times are those of a processor that does not.
 
 ![Training loss on every task, and the share of tasks on which a speed-up is reached](curves.png)
 """

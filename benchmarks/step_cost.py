@@ -23,6 +23,7 @@ from torch.optim import AdamW, Muon
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.demo import make_network
+from teleport_optim.evaluation.rivals import fast_products
 from teleport_optim.layout import matrix_shape
 
 __all__ = ["main", "state_bytes"]
@@ -82,7 +83,8 @@ class _MuonAndAdamW:
         for flat, param in zip(self._flat, self._kernels):
             assert param.grad is not None
             flat.grad = param.grad.reshape(flat.shape)
-        self._muon.step()  # type: ignore[no-untyped-call]
+        with fast_products():
+            self._muon.step()  # type: ignore[no-untyped-call]
         self._adamw.step()
 
 

@@ -211,8 +211,8 @@ INLINE void rescale_columns(Workspace *w, float *values, int rows, int64_t colum
         for (int64_t j = 0; j < columns; j++) scales[j] += (scale * from[j]) * (scale * from[j]);
     }
     for (int64_t j = 0; j < columns; j++) {
-        float eighth = sqrtf(sqrtf(sqrtf(scales[j])));
-        scales[j] = scales[j] > 1e-36f ? 1.0f / (eighth * sqrtf(eighth)) : 0.0f;
+        float square = scales[j] > 1e-36f ? scales[j] : INFINITY, eighth = sqrtf(sqrtf(sqrtf(square)));
+        scales[j] = 1.0f / (eighth * sqrtf(eighth));
     }
     for (int row = 0; row < rows; row++)
         for (int64_t j = 0; j < columns; j++) values[row * columns + j] *= scales[j];

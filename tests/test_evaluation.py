@@ -120,7 +120,11 @@ def test_every_rival_learns(name: str) -> None:
     assert math.isfinite(run.held_out)
 
 
-def test_kernels_are_matrices_to_muon_and_the_head_is_adamws() -> None:
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_kernels_are_matrices_to_muon_and_the_head_is_adamws(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its products are made in float32, which changes no more than the order of a sum of numbers of 16 bits."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
     def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
@@ -143,7 +147,9 @@ def test_kernels_are_matrices_to_muon_and_the_head_is_adamws() -> None:
     optimizer = rivals()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert torch.equal(model[0].weight.reshape(4, 9), kernel)  # type: ignore[index, operator]
+    weights = (before[0], model[0].weight, kernel)  # type: ignore[index]
+    start, end, expected = (weight.detach().reshape(4, 9) for weight in weights)  # type: ignore[operator]
+    assert float((end - expected).norm()) <= (0.0 if capability == "AVX512" else 0.01) * float((end - start).norm())
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,19 @@ from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry.moves import move_scaling
 from teleport_optim.update import is_due, kept_share, prior_rate
 
-__all__ = ["ABLATIONS", "LIGHT", "OURS", "REFERENCE", "Rival", "adamw", "cosine", "learned", "rivals", "tuned_rate"]
+__all__ = [
+    "ABLATIONS",
+    "LIGHT",
+    "OURS",
+    "REFERENCE",
+    "Rival",
+    "adamw",
+    "cosine",
+    "fast_products",
+    "learned",
+    "rivals",
+    "tuned_rate",
+]
 
 REFERENCE = "AdamW cosine, tuned"
 """What others are measured against."""
@@ -83,11 +95,20 @@ class _ProductsInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def fast_products() -> AbstractContextManager[object]:
+    """In which Muon runs at the speed of the processor.
+
+    Its products are of bfloat16, which processors without 512-bit vectors multiply at a thirtieth of the speed of float32: there
+    they are made in float32.
+    """
+    is_slow = torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return _ProductsInFloat32() if is_slow else nullcontext()
+
+
 class _MuonAndAdamW(Scheduled):
     """Muon for hidden matrices and kernels (as matrices, one row per output channel), AdamW for everything else.
 
-    Muon's rate is rescaled to the size of AdamW's steps, so that one rate serves both. Its products are of bfloat16, which
-    processors without 512-bit vectors multiply at a thirtieth of the speed of float32: there they are made in float32.
+    Muon's rate is rescaled to the size of AdamW's steps, so that one rate serves both.
     """
 
     def __init__(self, model: nn.Module, lr: float, factor: Callable[[int], float]) -> None:
@@ -111,8 +132,7 @@ class _MuonAndAdamW(Scheduled):
     def step(self) -> None:
         for flat, param in zip(self._flat, self._hidden):
             flat.grad = None if param.grad is None else param.grad.reshape(flat.shape)
-        is_slow = torch.backends.cpu.get_cpu_capability() != "AVX512"
-        with _ProductsInFloat32() if is_slow else nullcontext():
+        with fast_products():
             super().step()
 
 
