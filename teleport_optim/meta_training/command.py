@@ -286,8 +286,8 @@ def _export(learner: Learner, output: Path, console: Console) -> None:
         )
         return
     with mistakes(OSError):
-        learner.export(output)
-    console.print(f"Checkpoint: {output} (validation {learner.best_validation:.3f} of the untrained rule's loss)")
+        validation = learner.export(output)
+    console.print(f"Checkpoint: {output} (validation {validation:.3f} of the untrained rule's loss)")
 
 
 @contextmanager

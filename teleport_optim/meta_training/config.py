@@ -88,7 +88,7 @@ class Config:
     frozen: tuple[str, ...] = ()
     """Patterns, as of file names, of meta-parameters that keep their initial values, such as ``*.balance``."""
     validate_every: int = 80
-    """Outer steps between validations; 0 for none."""
+    """Outer steps between validations, the best of which is kept; 0 for none, and the last average is kept."""
     num_validation: int = 2
     """Problem batches of every task in a validation."""
 
@@ -211,7 +211,7 @@ PRESETS: dict[str, Config] = {
         averaging=0.96,
         equal_tasks=True,
         frozen=("input_weight", "hidden_weight", "bias", "*.rate", "*.momentum", "*.decay"),
-        validate_every=20,
+        validate_every=0,
         num_validation=3,
     ),
     "large": Config(

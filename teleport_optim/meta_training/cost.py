@@ -148,9 +148,7 @@ def total_cost(config: Config, tasks: Sequence[TaskCost], num_parameters: int) -
 
 def _num_validations(config: Config) -> int:
     """Validations of a run, that of the untrained rule included."""
-    if not config.validate_every:
-        return 0
-    return math.ceil(config.num_outer_steps / config.validate_every) + 1
+    return (math.ceil(config.num_outer_steps / config.validate_every) if config.validate_every else 1) + 1
 
 
 def measure_task(learner: Learner, task: str, seconds: float = 0.5) -> TaskCost:

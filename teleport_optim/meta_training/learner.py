@@ -129,8 +129,11 @@ class Learner:
         ratios = self._validation_losses(flat) - self._baseline
         return math.exp(float(ratios.mean()))
 
-    def export(self, path: str | Path, **card: Any) -> None:
-        """Write the best weights by validation (without any, the average) as a checkpoint with its card.
+    def export(self, path: str | Path, **card: Any) -> float:
+        """Write the best weights by validation, or the last average if there was none on the way, as a checkpoint with its card.
+
+        Returns:
+            The validation of what is written, as :meth:`validate` tells it.
 
         Raises:
             ValueError: if the variant is one of the paper's, whose networks fit one kind of test function only.
@@ -140,14 +143,17 @@ class Learner:
                 f"the variant {self.config.variant!r} trains a network for test functions, which no optimizer class runs: "
                 f"checkpoints are of the variant 'controller'"
             )
-        weights = self.best if self.config.validate_every else self.average
+        is_validated = self.config.validate_every > 0
+        weights = self.best if is_validated else self.average
+        validation = self.best_validation if is_validated else self.validate(self.average)
         self.rule.network.load_state_dict(self.rule.named(weights), strict=False)
         description = {
             "meta_training": self.config.identity | {"num_outer_steps_taken": self.step},
             "meta_training_minutes": round(self.seconds / 60, 1),
-            "validation_ratio_to_prior": round(self.best_validation, 4),
+            "validation_ratio_to_prior": round(validation, 4),
         }
         save_checkpoint(self.rule.network, path, description | card)
+        return validation
 
     def _follow(self, gradient: Tensor) -> None:
         config = self.config
