@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import dataclasses
 import json
 import os
 import re
@@ -299,7 +300,9 @@ def test_cost_of_a_run() -> None:
         bytes_between_processes=24 * 12,
     )
     assert cost.seconds == cost.training_seconds + cost.validation_seconds
-    mixed = total_cost(Config(estimator="pes+tbptt", validate_every=0), tasks, 5000)
+    once = total_cost(dataclasses.replace(config, validate_every=0), tasks, 5000)
+    assert once.validation_seconds == pytest.approx(2 * 3 * 50 * 0.003)
+    mixed = total_cost(Config(estimator="pes+tbptt", num_validation=0), tasks, 5000)
     assert mixed.validation_seconds == 0.0
     assert mixed.bytes_between_processes == bytes_between_processes(Config(), 0) + 8 * 5003
 
