@@ -201,14 +201,25 @@ INLINE void row_mixers(Workspace *w, int k) {
         }
 }
 
+INLINE vec load_few(const float *from, int count) {
+    float values[LANES] = {0};
+    memcpy(values, from, count * sizeof(float));
+    return load(values);
+}
+
 /* Columns times the -3/8th power of their norms among rows of norm 1, which is left in w->scales. */
 INLINE void rescale_columns(Workspace *w, float *values, int rows, int64_t columns) {
-    float *scales = w->scales;
-    memset(scales, 0, columns * sizeof(float));
-    for (int row = 0; row < rows; row++) {
-        const float *from = values + row * columns;
-        float scale = inverse_norm((float)sum_of_squares(from, columns));
-        for (int64_t j = 0; j < columns; j++) scales[j] += (scale * from[j]) * (scale * from[j]);
+    float *scales = w->scales, *inverse = w->inverse_norms;
+    for (int row = 0; row < rows; row++) inverse[row] = inverse_norm((float)sum_of_squares(values + row * columns, columns));
+    for (int64_t j = 0; j < columns; j += LANES) {
+        int few = columns - j < LANES ? (int)(columns - j) : 0;
+        vec sums[2] = {{0}};
+        for (int row = 0; row < rows; row++) {
+            const float *from = values + row * columns + j;
+            vec value = inverse[row] * (few ? load_few(from, few) : load(from));
+            sums[row & 1] += value * value;
+        }
+        store(scales + j, sums[0] + sums[1]);
     }
     for (int64_t j = 0; j < columns; j++) {
         float square = scales[j] > 1e-36f ? scales[j] : INFINITY, eighth = sqrtf(sqrtf(sqrtf(square)));
@@ -316,12 +327,6 @@ INLINE void move_few(const Target *target, size_t at, int count, vec step) {
     move(&few, 0, step);
     memcpy(target->params + at, params, count * sizeof(float));
     memcpy(target->lags + at, lags, count * sizeof(bfloat16));
-}
-
-INLINE vec load_few(const float *from, int count) {
-    float values[LANES] = {0};
-    memcpy(values, from, count * sizeof(float));
-    return load(values);
 }
 
 /* Mixed rows, their columns rescaled, in the place of those of a block; a few columns at a time, which are laid side by side first. */
