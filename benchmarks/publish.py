@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,7 +38,8 @@ powers of two, until the best has worse neighbours, on a seed that is not report
 rate tuned; a speed-up counts steps to its final loss, after which the loss stays there. "Ahead" and "behind" are tasks where all
 {num_seeds} seeds agree. Times are of runs of half the length, whose first step is not counted. Set-up is the search for symmetries
 and the first balancing, which wall-clock figures leave out. Where the processor multiplies numbers of 16 bits slowly, Muon's
-products are made in float32 and rounded, so that its times are those of a processor that does not.
+products are made in float32 and rounded, so that its times are those of a processor that does not. Settings of `MALLOC_`, if there
+are any above, have the process keep memory that it frees: page faults of virtual machines can take most of the time.
 
 ![Training loss on every task, and the share of tasks on which a speed-up is reached](curves.png)
 """
@@ -69,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     tasks = {name: SUITE[name] for name in arguments.task or SUITE}
     options = [f"--seeds {arguments.seeds}", *(f"--task {name}" for name in arguments.task or ())]
-    command = " ".join(["python -m benchmarks.publish", *options])
+    allocator = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    command = " ".join([*allocator, "python -m benchmarks.publish", *options])
     comparison = Comparison(arguments.runs, tasks, num_seeds=arguments.seeds, report=print)
     results = comparison.results()
     table = score_table(results)
