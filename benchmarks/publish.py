@@ -1,6 +1,6 @@
 """Write every table and figure of the comparison: docs/comparison.md, its picture, README's table and the model cards' scores.
 
-python -m benchmarks.publish [--seeds 5] [--ablation-seeds 2] [--runs runs/bench] [--task NAME ...]
+python -m benchmarks.publish [--seeds 5] [--runs runs/bench] [--without NAME ...] [--ablation-seeds 2] [--ablation-task NAME ...]
 
 What is not yet in the folder of runs is run first, as by ``teleport-optim bench``.
 """
@@ -65,12 +65,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--task", action="append", choices=tuple(SUITE))
+    parser.add_argument("--without", action="append", choices=tuple(SUITE), default=[])
     parser.add_argument("--ablation-seeds", type=int, default=2)
+    parser.add_argument("--ablation-task", action="append", choices=tuple(SUITE), default=[])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    tasks = {name: SUITE[name] for name in arguments.task or SUITE}
-    options = [f"--seeds {arguments.seeds}", *(f"--task {name}" for name in arguments.task or ())]
+    tasks = {name: task for name, task in SUITE.items() if name not in arguments.without}
+    options = [
+        f"--seeds {arguments.seeds}",
+        *(f"--without {name}" for name in arguments.without),
+        f"--ablation-seeds {arguments.ablation_seeds}",
+        *(f"--ablation-task {name}" for name in arguments.ablation_task),
+    ]
     allocator = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     command = " ".join([*allocator, "python -m benchmarks.publish", *options])
     comparison = Comparison(arguments.runs, tasks, num_seeds=arguments.seeds, report=print)
@@ -80,11 +86,12 @@ def main(argv: list[str] | None = None) -> None:
         _INTRODUCTION.format(command=command, num_seeds=arguments.seeds),
         f"## All {len(results)} tasks\n\n{table}",
     ]
-    fewer = {name: task for name, task in tasks.items() if name != _NOT_TAKEN_APART}
-    if fewer:
-        ablations = replace(comparison, tasks=fewer, num_seeds=arguments.ablation_seeds).ablations()
+    usual = [name for name in tasks if name != _NOT_TAKEN_APART]
+    taken_apart = {name: SUITE[name] for name in arguments.ablation_task or usual}
+    if taken_apart:
+        ablations = replace(comparison, tasks=taken_apart, num_seeds=arguments.ablation_seeds).ablations()
         parts.append(
-            f"## One part taken away at a time\n\n{arguments.ablation_seeds} seeds, without {_NOT_TAKEN_APART}.\n\n"
+            f"## One part taken away at a time\n\n{arguments.ablation_seeds} seeds, on {', '.join(taken_apart)}.\n\n"
             f"{score_table(ablations, with_times=False)}"
         )
     parts += [f"## {result.task}: {SUITE[result.task].description}\n\n{task_table(result)}" for result in results]
