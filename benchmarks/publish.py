@@ -32,8 +32,14 @@ _BEGIN, _END = "<!-- comparison -->\n", "<!-- end of comparison -->\n"
 
 _INTRODUCTION = """# A comparison with tuned optimizers
 
-Written by `{command}`, on one core of a machine that was busy with other work; the steps that are timed take turns, so that ratios
-hold better than milliseconds. Every task is trained on data, widths and depths that meta-training never sees. Rates are searched by
+Written by
+
+```
+{command}
+```
+
+on one core of a machine that was busy with other work; the steps that are timed take turns, so that ratios hold better than
+milliseconds. Every task is trained on data, widths and depths that meta-training never sees. Rates are searched by
 powers of two, until the best has worse neighbours, on a seed that is not reported. The reference is AdamW along a cosine with its
 rate tuned; a speed-up counts steps to its final loss, after which the loss stays there. "Ahead" and "behind" are tasks where all
 {num_seeds} seeds agree. Times are of runs of half the length, whose first step is not counted. Set-up is the search for symmetries
