@@ -1,8 +1,8 @@
 """Write every table and figure of the comparison: docs/comparison.md, its picture, README's table and the model cards' scores.
 
-python -m benchmarks.publish [--seeds 5] [--runs runs/bench] [--without NAME ...] [--ablation-seeds 2] [--ablation-task NAME ...]
+python -m benchmarks.publish [--seeds 5] [--runs DIR] [--without NAME ...] [--ablation-seeds 2] [--ablation-task NAME ...]
 
-What is not yet in the folder of runs is run first, as by ``teleport-optim bench``.
+What is not yet in the folder of runs (those that are published, or yours) is run first, as by ``teleport-optim bench``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ rate tuned; a speed-up counts steps to its final loss, after which the loss stay
 {num_seeds} seeds agree. Times are of runs of half the length, whose first step is not counted. Set-up is the search for symmetries
 and the first balancing, which wall-clock figures leave out. Where the processor multiplies numbers of 16 bits slowly, Muon's
 products are made in float32 and rounded, so that its times are those of a processor that does not. Settings of `MALLOC_`, if there
-are any above, have the process keep memory that it frees: page faults of virtual machines can take most of the time.
+are any above, have the process keep memory that it frees: page faults of virtual machines can take most of the time. All runs are
+in `benchmarks/results/runs.jsonl`, from which the command makes these tables again; with `--runs` and another folder it runs all of
+them.
 
 ![Training loss on every task, and the share of tasks on which a speed-up is reached](curves.png)
 """
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--runs", type=Path, default=_ROOT / "benchmarks" / "results")
     parser.add_argument("--without", action="append", choices=tuple(SUITE), default=[])
     parser.add_argument("--ablation-seeds", type=int, default=2)
     parser.add_argument("--ablation-task", action="append", choices=tuple(SUITE), default=[])
