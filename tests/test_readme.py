@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from teleport_optim.evaluation import comparison
+from teleport_optim.evaluation.comparison import Comparison
+from teleport_optim.evaluation.report import score_table
+from teleport_optim.evaluation.suite import SUITE
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,3 +44,16 @@ def test_paths_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text) + re.findall(r'src="([^":]+)"', text)
     assert [link for link in links if not os.path.exists(page.parent / link)] == []
+
+
+def test_the_table_is_that_of_the_shipped_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made from the runs that are kept, all of which are of the checkpoints that are shipped."""
+    for name in ("run_training", "milliseconds_per_step", "peak_megabytes"):
+        monkeypatch.setattr(comparison, name, lambda *args, **options: pytest.fail("a run is missing"))
+    report = (ROOT / "docs" / "comparison.md").read_text()
+    tasks = {name: task for name, task in SUITE.items() if f"\n## {name}: " in report}
+    results = Comparison(ROOT / "benchmarks" / "results", tasks, num_seeds=5).results()
+    table = score_table(results)
+    assert len(results) > 12
+    assert table in report
+    assert table in (ROOT / "README.md").read_text()
