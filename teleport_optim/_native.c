@@ -384,11 +384,13 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         float length = (float)(rate * own->length), *values = w->values;
         Target target = {params[tensor] + offset, lags[tensor] + offset, shrink, keep};
         average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
-        if (unit->is_mixed) rescale_columns(w, values, (int)unit->rows, unit->columns);
-        if (unit->is_mixed && unit->columns < unit->rows)
-            mix_columns(w, values, (int)unit->rows, (int)unit->columns);
-        else if (unit->is_mixed)
-            mix_rows(w, values, (int)unit->rows, unit->columns);
+        if (unit->is_mixed) {
+            rescale_columns(w, values, (int)unit->rows, unit->columns);
+            if (unit->columns < unit->rows)
+                mix_columns(w, values, (int)unit->rows, (int)unit->columns);
+            else
+                mix_rows(w, values, (int)unit->rows, unit->columns);
+        }
         for (int64_t row = 0; row < unit->rows; row++, values += unit->columns) {
             double norm = sqrt(sum_of_squares(values, unit->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;

@@ -468,8 +468,8 @@ class Step(NamedTuple):
 
     def product(self) -> Tensor:
         """The step, of the shape of ``move``."""
-        rows, factors = self._rows_and_factors()
-        return rows if factors is None else factors * rows
+        rows = self._rows()
+        return rows if self.lengths is None else self._factors(rows, self.lengths) * rows
 
     def taken_from(self, params: Tensor) -> Tensor:
         """``params``, ``[*runs, *shape]``, less the step."""
@@ -477,21 +477,22 @@ class Step(NamedTuple):
 
     def take_from_(self, params: Tensor) -> None:
         """:meth:`taken_from` in place, without axes of runs."""
-        rows, factors = self._rows_and_factors()
-        if factors is None or not params.is_contiguous():
-            params.sub_((rows if factors is None else factors * rows).view(params.shape))
+        if self.lengths is None or not params.is_contiguous():
+            params.sub_(self.product().view(params.shape))
         else:
-            params.view(rows.shape).addcmul_(factors, rows, value=-1.0)
+            rows = self._rows()
+            params.view(rows.shape).addcmul_(self._factors(rows, self.lengths), rows, value=-1.0)
 
-    def _rows_and_factors(self) -> tuple[Tensor, Tensor | None]:
-        rows = self.move
-        if self.mixing is not None:
-            scales, mixers = self.mixing
-            rows = torch.matmul(mixers, rows * scales) * scales
-        if self.lengths is None:
-            return rows, None
+    def _rows(self) -> Tensor:
+        if self.mixing is None:
+            return self.move
+        scales, mixers = self.mixing
+        return torch.matmul(mixers, self.move * scales) * scales
+
+    @staticmethod
+    def _factors(rows: Tensor, lengths: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        return rows, self.lengths[..., None, None].to(norms.dtype) / _threshold(norms)
+        return lengths[..., None, None].to(norms.dtype) / _threshold(norms)
 
 
 def descend(momenta: Mapping[str, Tensor], factors: Factors, layout: Layout) -> dict[str, Step]:
