@@ -29,8 +29,6 @@ enum { LANES = 8 };
 enum { TILE_ROWS = 8, FEW_COLUMNS = 320, CHUNK = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint16_t bfloat16; /* the upper half of a float */
 
 static const float ITERATIONS[3][3] = {
@@ -55,10 +53,17 @@ typedef struct {
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec value) { *(vec *)to = value; }
-INLINE vec load_half(const bfloat16 *from) { return (vec)(__builtin_convertvector(*(const shorts *)from, bits) << 16); }
-INLINE void store_half(bfloat16 *to, vec value) { /* rounded to the nearest, to even ones between two */
-    bits whole = (bits)value;
-    *(shorts *)to = __builtin_convertvector((whole + (0x7fff + (whole >> 16 & 1))) >> 16, shorts);
+/* Loops over numbers of 16 bits are left to the compiler, which makes better vectors of them. */
+INLINE float from_half(bfloat16 half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+INLINE bfloat16 to_half(float value) { /* rounded to the nearest, to even ones between two */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return (bfloat16)((bits + (0x7fff + (bits >> 16 & 1))) >> 16);
 }
 INLINE int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
@@ -304,29 +309,14 @@ INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
     mirror(w, rows, w->cosines, 1);
 }
 
-/* What one step of the parameters does to them and to the lag of the average of the iterates. */
-typedef struct {
-    float *params;
-    bfloat16 *lags;
-    float shrink, keep;
-} Target;
-
-INLINE void move(const Target *target, size_t at, vec step) {
-    vec old = load(target->params + at), new = target->shrink * old - step;
-    store(target->params + at, new);
-    store_half(target->lags + at, target->keep * (load_half(target->lags + at) + (old - new)));
-}
-
-/* The same for fewer entries than a vector has. */
-INLINE void move_few(const Target *target, size_t at, int count, vec step) {
-    float params[LANES] = {0};
-    bfloat16 lags[LANES] = {0};
-    Target few = {params, lags, target->shrink, target->keep};
-    memcpy(params, target->params + at, count * sizeof(float));
-    memcpy(lags, target->lags + at, count * sizeof(bfloat16));
-    move(&few, 0, step);
-    memcpy(target->params + at, params, count * sizeof(float));
-    memcpy(target->lags + at, lags, count * sizeof(bfloat16));
+/* One step of a row of parameters, and of the lag of the average of the iterates. */
+INLINE void move(float *restrict params, bfloat16 *restrict lags, const float *restrict values, int64_t size, float shrink,
+                 float factor, float keep) {
+    for (int64_t i = 0; i < size; i++) {
+        float old = params[i], new = shrink * old - factor * values[i];
+        params[i] = new;
+        lags[i] = to_half(keep * (from_half(lags[i]) + (old - new)));
+    }
 }
 
 /* Mixed rows, their columns rescaled, in the place of those of a block; a few columns at a time, which are laid side by side first. */
@@ -357,21 +347,12 @@ INLINE void mix_rows(Workspace *w, float *values, int rows, int64_t columns) {
 }
 
 /* The averages of a unit after the gradients have come in: rounded where they are kept, and as they are in values. */
-INLINE void average(bfloat16 *averages, const float *grads, int64_t size, float rest, float *values) {
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        vec old = load_half(averages + i), new = old + rest * (load(grads + i) - old);
-        store(values + i, new);
-        store_half(averages + i, new);
+INLINE void average(bfloat16 *restrict averages, const float *restrict grads, int64_t size, float rest, float *restrict values) {
+    for (int64_t i = 0; i < size; i++) {
+        float old = from_half(averages[i]), new = old + rest * (grads[i] - old);
+        values[i] = new;
+        averages[i] = to_half(new);
     }
-    int count = (int)(size - i);
-    if (!count) return;
-    bfloat16 few[LANES] = {0};
-    memcpy(few, averages + i, count * sizeof(bfloat16));
-    vec old = load_half(few), new = old + rest * (load_few(grads + i, count) - old);
-    memcpy(values + i, &new, count * sizeof(float));
-    store_half(few, new);
-    memcpy(averages + i, few, count * sizeof(bfloat16));
 }
 
 PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, bfloat16 *const *averages,
@@ -382,7 +363,6 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         const Numbers *own = numbers + tensor;
         float shrink = (float)(1.0 - rate * (own->user_decay + decay * own->learned_decay));
         float length = (float)(rate * own->length), *values = w->values;
-        Target target = {params[tensor] + offset, lags[tensor] + offset, shrink, keep};
         average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
         if (unit->is_mixed) {
             rescale_columns(w, values, (int)unit->rows, unit->columns);
@@ -394,10 +374,8 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         for (int64_t row = 0; row < unit->rows; row++, values += unit->columns) {
             double norm = sqrt(sum_of_squares(values, unit->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;
-            int64_t i = 0;
-            for (; i + LANES <= unit->columns; i += LANES) move(&target, row * unit->columns + i, factor * load(values + i));
-            int few = (int)(unit->columns - i);
-            if (few) move_few(&target, row * unit->columns + i, few, factor * load_few(values + i, few));
+            int64_t at = offset + row * unit->columns;
+            move(params[tensor] + at, lags[tensor] + at, values, unit->columns, shrink, factor, keep);
         }
     }
 }
