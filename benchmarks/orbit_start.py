@@ -1,6 +1,6 @@
 """Does training depend on where on its orbit a network starts? The final loss by the size of a rescaling of hidden units.
 
-python -m benchmarks.orbit_start [--seeds 3] [--checkpoint default]
+python -m benchmarks.orbit_start [--seeds 3] [--checkpoint default] [--optimizer NAME]
 
 Every hidden unit that can be scaled is multiplied by exp(sigma N(0, 1)) and what reads it divided by it: the same function.
 Prints a Markdown table: the final loss from sigma = 0, then ratios to it, geometric means over seeds. AdamW's rate is tuned
@@ -28,6 +28,7 @@ __all__ = ["main", "rescaled"]
 
 SIGMAS = (0.0, 1.0, 2.0, 3.0)
 TASKS = ("deep_mlp", "cnn", "resnet")
+OPTIMIZERS = ("AdamW cosine, tuned", "rule, nothing learned, no teleports", "learned")
 _TUNING_SEED = 1000
 
 
@@ -54,18 +55,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--checkpoint", default="default")
+    parser.add_argument("--optimizer", action="append", choices=OPTIMIZERS, help="only this one; may be repeated")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     print("| network | optimizer | " + " | ".join(f"sigma = {sigma:g}" for sigma in SIGMAS) + " |")
     print("|---|---|" + "---|" * len(SIGMAS))
     for name in TASKS:
         tasks = {sigma: rescaled(SUITE[name], sigma) for sigma in SIGMAS}
-        recipes: dict[str, Callable[[EvaluationTask], Recipe]] = {
-            "AdamW cosine, tuned": _tuned_adamw,
-            "rule, nothing learned, no teleports": lambda task: learned(MetaOptimizer(), teleport=False),
-            "learned": lambda task: learned(arguments.checkpoint),
-        }
-        for optimizer, recipe_for in recipes.items():
+        recipes: tuple[Callable[[EvaluationTask], Recipe], ...] = (
+            _tuned_adamw,
+            lambda task: learned(MetaOptimizer(), teleport=False),
+            lambda task: learned(arguments.checkpoint),
+        )
+        for optimizer, recipe_for in zip(OPTIMIZERS, recipes):
+            if optimizer not in (arguments.optimizer or OPTIMIZERS):
+                continue
             logs: dict[float, list[float]] = {}
             for sigma, task in tasks.items():
                 recipe = recipe_for(task)
