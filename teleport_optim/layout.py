@@ -19,6 +19,8 @@ __all__ = ["Block", "Bucket", "Group", "Layout", "Table", "embedding_names", "in
 NUM_STATIC_FEATURES = 9
 BLOCK_ROWS = 64
 """Number of rows of a matrix that are made orthogonal to each other, unless a checkpoint says otherwise."""
+_WIDTH = 128
+"""Columns from which on the step of a row is shorter, with the root of their number."""
 _MAX_GROUPED = 2**15
 """Most entries of what is updated together: tensors of one shape, or rows of one tensor that are for themselves."""
 
@@ -59,9 +61,9 @@ class Table(NamedTuple):
     """What a layout knows, as tensors on one device: one row or column per parameter tensor, in the order of the names."""
 
     step_scale: Tensor
-    """``[num_tensors]``: RMS of a unit step, 1/sqrt(columns) for matrices and 1/6 for vectors."""
+    """``[num_tensors]``: RMS of a unit step, step_length/sqrt(columns) for matrices and 1/6 for vectors."""
     step_length: Tensor
-    """``[num_tensors]``: the Euclidean length of a row of it if it is a matrix, else of all of it."""
+    """``[num_tensors]``: the Euclidean length of a row of it if it is a matrix, 1 unless that is wide, else of all of it."""
     is_matrix: Tensor
     """``[num_tensors]``: 1 for matrices, 0 for vectors."""
     size: Tensor
@@ -283,16 +285,12 @@ class Layout:
         """What the layout knows, of the device and dtype of ``like``; kept, since every step needs it."""
         key = (like.device, like.dtype)
         if key not in self._tables:
-            scales = [max(self.matrices[name][1], 1) ** -0.5 if name in self.matrices else 1 / 6 for name in self.names]
-            lengths = [
-                1.0 if name in self.matrices else shape.numel() ** 0.5 / 6 for name, shape in self.shapes.items()
-            ]
             groups = [group for bucket in self.buckets for group in bucket.groups]
             block_tensors = [row for group in groups for row in group.rows for _ in range(group.num_blocks)]
             order = torch.tensor([row for group in groups for row in group.rows], dtype=torch.int64)
             table = Table(
-                step_scale=torch.tensor(scales, dtype=torch.float64),
-                step_length=torch.tensor(lengths, dtype=torch.float64),
+                step_scale=torch.tensor([self._step_scale(name) for name in self.names], dtype=torch.float64),
+                step_length=torch.tensor([self._step_length(name) for name in self.names], dtype=torch.float64),
                 is_matrix=torch.tensor([name in self.matrices for name in self.names], dtype=torch.float32),
                 size=torch.tensor([max(shape.numel(), 1) for shape in self.shapes.values()], dtype=torch.float32),
                 static_features=self._static_features(),
@@ -303,6 +301,18 @@ class Layout:
             floats = (tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device) for tensor in table)
             self._tables[key] = Table(*floats)
         return self._tables[key]
+
+    def _step_length(self, name: str) -> float:
+        """Length of a row (of all of a vector) of the step of a tensor at rate 1."""
+        if name not in self.matrices:
+            return math.sqrt(self.shapes[name].numel()) / 6
+        return 1.0 if name in self.embeddings else math.sqrt(_WIDTH / max(self.matrices[name][1], _WIDTH))
+
+    def _step_scale(self, name: str) -> float:
+        """Root mean square of such a step."""
+        if name not in self.matrices:
+            return 1 / 6
+        return self._step_length(name) / math.sqrt(max(self.matrices[name][1], 1))
 
     @cached_property
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], Table]:

@@ -6,7 +6,7 @@ prior it is a rule without anything learned in it:
 
     m <- beta m + (1 - beta) g          beta = 0.65
     matrices:   R = rows of m, 64 at a time, of unit norm;   c = 1 / (norms of the columns of R)^(3/8)
-                O = rows of orthogonalised(R c) c, of unit norm;   p <- (1 - a w) p - a O
+                O = rows of orthogonalised(R c) c, of norm min(1, sqrt(128 / columns)), embeddings 1;   p <- (1 - a w) p - a O
     vectors:    p <- p - a m / (6 RMS(m))
     a = 0.22 layers^-0.7 min(1, sqrt(20 / t)), and 3 times that for a model of one matrix; more than 11 layers count as 11
     a w = layers^-0.7 / (2 (t + 50))

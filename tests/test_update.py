@@ -41,6 +41,7 @@ from teleport_optim.update import (
     is_due,
     kept_share,
     prior_rate,
+    rate_and_decay,
     row_mixers,
     step_factors,
     teleport,
@@ -148,7 +149,7 @@ def rule_h(
             blocks = [direction(block) for block in blocks]
         o = torch.cat([block / block.norm(dim=1, keepdim=True).clamp_min(1e-30) for block in blocks])
         p *= shrink
-        p -= a * o.reshape(p.shape)
+        p -= a * min(1.0, math.sqrt(128 / (p.numel() / len(p)))) * o.reshape(p.shape)
 
 
 def test_the_prior_is_the_documented_one() -> None:
@@ -157,11 +158,15 @@ def test_the_prior_is_the_documented_one() -> None:
     assert f"R = rows of m, {BLOCK_ROWS} at a time" in text
 
 
+@pytest.mark.parametrize("sizes", [(5, 8, 7, 3), (200, 6, 3)])
 @pytest.mark.parametrize("block_rows", [BLOCK_ROWS, 4, 3, 1])
-def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int) -> None:
-    model = perceptron(5, 8, 7, 3)
+def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int, sizes: tuple[int, ...]) -> None:
+    model = perceptron(*sizes)
     layout = Layout.of(named(model), block_rows=block_rows)
-    x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
+    x, y = (
+        torch.randn(20, sizes[0], generator=generator()).double(),
+        torch.randn(20, 3, generator=generator(1)).double(),
+    )
     ours, reference = named(model), named(model)
     state = UpdateState.initial(ours, torch.zeros(len(ours), 1))
     buffers = {name: torch.zeros_like(param) for name, param in reference.items()}
@@ -182,6 +187,17 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int) -> N
         reference = {name: param.clone() for name, param in ours.items()}
         buffers = {name: momentum.clone() for name, momentum in state.momenta.items()}
     assert not any(torch.allclose(param, named(model)[name], atol=1e-2) for name, param in ours.items())
+
+
+@given(columns=st.integers(1, 700), is_embedding=st.booleans())
+def test_rows_of_wide_matrices_take_shorter_steps_but_not_those_of_embeddings(columns: int, is_embedding: bool) -> None:
+    params = {"w": torch.zeros(3, columns)}
+    layout = Layout.of(params, embeddings=["w"] if is_embedding else [])
+    factors = step_factors(Controls.prior(1), step=5, hyper=Hyper.default(1), layout=layout)
+    steps = descend({"w": torch.randn(3, columns, generator=generator())}, factors, layout)
+    rate, _ = rate_and_decay(5, None, layout)
+    length = rate if is_embedding else rate * min(1.0, math.sqrt(128 / columns))
+    torch.testing.assert_close(steps["w"].product().norm(dim=1), torch.full((3,), length), rtol=1e-5, atol=0)
 
 
 def test_vectors_move_like_normalised_sgd_with_momentum_of_torch() -> None:

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of the command."""
     parser.add_argument(
         "--suite",
-        choices=("held-out", "far", "images", "development"),
+        choices=("held-out", "far", "images", "development", "development-wide"),
         default="held-out",
         help="the tasks that are reported, some that are eight times as long or as wide as anything in meta-training, MNIST, "
-        "Fashion-MNIST and CIFAR-10, or those on which the rule is developed (default: %(default)s)",
+        "Fashion-MNIST and CIFAR-10, or those on which the rule is developed, small or wide networks (default: %(default)s)",
     )
     parser.add_argument(
         "--data",
@@ -68,13 +68,14 @@ def _bench(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from teleport_optim.evaluation.comparison import Comparison, Score
-    from teleport_optim.evaluation.development import DEVELOPMENT
+    from teleport_optim.evaluation.development import DEVELOPMENT, DEVELOPMENT_WIDE
     from teleport_optim.evaluation.images import image_tasks
     from teleport_optim.evaluation.report import plot, score_table, task_table
     from teleport_optim.evaluation.suite import FAR, SUITE
 
     images = image_tasks(arguments.data, download=arguments.download)
-    suite = {"held-out": SUITE, "far": FAR, "images": images, "development": DEVELOPMENT}[arguments.suite]
+    developed = {"development": DEVELOPMENT, "development-wide": DEVELOPMENT_WIDE}
+    suite = ({"held-out": SUITE, "far": FAR, "images": images} | developed)[arguments.suite]
     names = arguments.task or (_QUICK_TASKS if arguments.quick and suite is SUITE else list(suite))
     for name in names:
         if name not in suite:

@@ -22,7 +22,7 @@ from teleport_optim.evaluation.networks import (
 from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
 from teleport_optim.tasks.data import digits
 
-__all__ = ["DEVELOPMENT"]
+__all__ = ["DEVELOPMENT", "DEVELOPMENT_WIDE"]
 
 
 @cache
@@ -73,27 +73,28 @@ def _ill_conditioned() -> Data:
     return split_rows(whitened * 2 * torch.logspace(0, -1.5, 40) @ rotation, labels)
 
 
-def _convolutional() -> nn.Module:
+def _convolutional(first: int, second: int, side: int) -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(1, first, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(first, second, 3, padding=1),
         nn.ReLU(),
+        nn.AdaptiveMaxPool2d(side),
         nn.Flatten(),
-        nn.Linear(512, 10),
+        nn.Linear(side * side * second, 10),
     )
 
 
 class _Residual(nn.Module):
     """Two residual blocks between a convolution and the mean over pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int, second: int, stride: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.blocks = nn.Sequential(ResidualBlock(16, 16, 1), ResidualBlock(16, 24, 2))
-        self.head = nn.Linear(24, 10)
+        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.blocks = nn.Sequential(ResidualBlock(first, first, stride), ResidualBlock(first, second, 2))
+        self.head = nn.Linear(second, 10)
 
     def forward(self, pixels: Tensor) -> Tensor:
         output: Tensor = self.head(self.blocks(self.stem(pixels.view(-1, 1, 8, 8))).mean(dim=(2, 3)))
@@ -124,7 +125,7 @@ _TASKS = (
     EvaluationTask(
         "convolutional",
         "2 convolutions of 16 and 32 channels, noisy digits",
-        seeded(_convolutional),
+        seeded(partial(_convolutional, 16, 32, 4)),
         _digits,
         batch_size=32,
         steps=250,
@@ -132,7 +133,7 @@ _TASKS = (
     EvaluationTask(
         "residual",
         "residual network of 16 and 24 channels with BatchNorm, noisy digits",
-        seeded(_Residual),
+        seeded(partial(_Residual, 16, 24, 1)),
         _digits,
         batch_size=24,
         steps=200,
@@ -197,5 +198,54 @@ _TASKS = (
     ),
 )
 
+_WIDE_TASKS = (
+    EvaluationTask(
+        "very_wide",
+        "SiLU perceptron of 2 hidden layers of 384, noisy digits",
+        seeded(partial(perceptron, (64, 384, 384, 10), nn.SiLU)),
+        _digits,
+        steps=250,
+    ),
+    EvaluationTask(
+        "very_wide_relu",
+        "ReLU perceptron of 3 hidden layers of 320, noisy digits",
+        seeded(partial(perceptron, (64, 320, 320, 320, 10), nn.ReLU)),
+        _digits,
+        steps=250,
+    ),
+    EvaluationTask(
+        "very_wide_classes",
+        "GELU perceptron of 2 hidden layers of 384, classes of a random network",
+        seeded(partial(perceptron, (24, 384, 384, 8), nn.GELU)),
+        _teacher_classes,
+        steps=250,
+    ),
+    EvaluationTask(
+        "very_wide_regression",
+        "tanh perceptron of 2 hidden layers of 320, sines of projections",
+        seeded(partial(perceptron, (14, 320, 320, 1), nn.Tanh)),
+        _sines,
+        steps=250,
+    ),
+    EvaluationTask(
+        "very_wide_convolutional",
+        "2 convolutions of 96 and 128 channels, noisy digits",
+        seeded(partial(_convolutional, 96, 128, 2)),
+        _digits,
+        batch_size=24,
+        steps=150,
+    ),
+    EvaluationTask(
+        "very_wide_residual",
+        "residual network of 64 and 128 channels with BatchNorm, noisy digits",
+        seeded(partial(_Residual, 64, 128, 2)),
+        _digits,
+        batch_size=24,
+        steps=150,
+    ),
+)
+
 DEVELOPMENT: dict[str, EvaluationTask] = {task.name: task for task in _TASKS}
 """Every task by name."""
+DEVELOPMENT_WIDE: dict[str, EvaluationTask] = {task.name: task for task in _WIDE_TASKS}
+"""Those of wide networks."""
