@@ -28,7 +28,6 @@ __all__ = ["main", "rescaled"]
 
 SIGMAS = (0.0, 1.0, 2.0, 3.0)
 TASKS = ("deep_mlp", "cnn", "resnet")
-OPTIMIZERS = ("AdamW cosine, tuned", "rule, nothing learned, no teleports", "learned")
 _TUNING_SEED = 1000
 
 
@@ -50,29 +49,32 @@ def _tuned_adamw(task: EvaluationTask) -> Recipe:
     return adamw(tuned_rate(score, 4e-3))
 
 
+OPTIMIZERS: dict[str, Callable[[EvaluationTask, str], Recipe]] = {
+    "AdamW cosine, tuned": lambda task, checkpoint: _tuned_adamw(task),
+    "rule, nothing learned, no teleports": lambda task, checkpoint: learned(MetaOptimizer(), teleport=False),
+    "learned": lambda task, checkpoint: learned(checkpoint),
+}
+"""A task and a checkpoint to a recipe, by name."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--checkpoint", default="default")
-    parser.add_argument("--optimizer", action="append", choices=OPTIMIZERS, help="only this one; may be repeated")
+    parser.add_argument(
+        "--optimizer", action="append", choices=tuple(OPTIMIZERS), help="only this one; may be repeated"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     print("| network | optimizer | " + " | ".join(f"sigma = {sigma:g}" for sigma in SIGMAS) + " |")
     print("|---|---|" + "---|" * len(SIGMAS))
     for name in TASKS:
         tasks = {sigma: rescaled(SUITE[name], sigma) for sigma in SIGMAS}
-        recipes: tuple[Callable[[EvaluationTask], Recipe], ...] = (
-            _tuned_adamw,
-            lambda task: learned(MetaOptimizer(), teleport=False),
-            lambda task: learned(arguments.checkpoint),
-        )
-        for optimizer, recipe_for in zip(OPTIMIZERS, recipes):
-            if optimizer not in (arguments.optimizer or OPTIMIZERS):
-                continue
+        for optimizer in arguments.optimizer or OPTIMIZERS:
             logs: dict[float, list[float]] = {}
             for sigma, task in tasks.items():
-                recipe = recipe_for(task)
+                recipe = OPTIMIZERS[optimizer](task, arguments.checkpoint)
                 runs = (run_training(task, recipe, steps=task.steps, seed=seed) for seed in range(arguments.seeds))
                 logs[sigma] = [math.log(run.final_loss) for run in runs]
             start = statistics.fmean(logs[0.0])
