@@ -26,9 +26,10 @@ def main(epochs: int = 5, teleport: bool = False) -> None:
             optimizer.step()
             averaged.update_parameters(model)
         with torch.no_grad():
-            outputs = averaged(inputs[1440:])
-        accuracy = (outputs.argmax(1) == labels[1440:]).float().mean().item()
-        print(f"epoch {epoch}  loss {F.cross_entropy(outputs, labels[1440:]):.3f}  accuracy {accuracy:.3f}")
+            outputs = averaged(inputs)
+        loss = F.cross_entropy(outputs[:1440], labels[:1440])
+        accuracy = (outputs[1440:].argmax(1) == labels[1440:]).float().mean().item()
+        print(f"epoch {epoch}  loss {loss:.4f}  accuracy {accuracy:.3f}")
 
 
 if __name__ == "__main__":
