@@ -26,7 +26,7 @@ enum { LANES = 8 };
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_ROWS = 8, FEW_COLUMNS = 320, CHUNK = 512 };
+enum { TILE_ROWS = 8, FEW_COLUMNS = 320, CHUNK = 512, STRIP = 64, AHEAD = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t bfloat16; /* the upper half of a float */
@@ -64,6 +64,12 @@ INLINE bfloat16 to_half(float value) { /* rounded to the nearest, to even ones b
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
     return (bfloat16)((bits + (0x7fff + (bits >> 16 & 1))) >> 16);
+}
+/* Asks for the strips of two arrays that come some way after these: processors lose track where pages or rows end. */
+INLINE void ask_ahead(const float *values, const bfloat16 *halves) {
+    uintptr_t of_values = (uintptr_t)values + AHEAD * sizeof(float), of_halves = (uintptr_t)halves + AHEAD * sizeof(bfloat16);
+    for (size_t byte = 0; byte < STRIP * sizeof(float); byte += 64) __builtin_prefetch((const void *)(of_values + byte));
+    for (size_t byte = 0; byte < STRIP * sizeof(bfloat16); byte += 64) __builtin_prefetch((const void *)(of_halves + byte));
 }
 INLINE int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
@@ -312,10 +318,14 @@ INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
 /* One step of a row of parameters, and of the lag of the average of the iterates. */
 INLINE void move(float *restrict params, bfloat16 *restrict lags, const float *restrict values, int64_t size, float shrink,
                  float factor, float keep) {
-    for (int64_t i = 0; i < size; i++) {
-        float old = params[i], new = shrink * old - factor * values[i];
-        params[i] = new;
-        lags[i] = to_half(keep * (from_half(lags[i]) + (old - new)));
+    for (int64_t start = 0; start < size; start += STRIP) {
+        int64_t end = start + STRIP < size ? start + STRIP : size;
+        ask_ahead(params + start, lags + start);
+        for (int64_t i = start; i < end; i++) {
+            float old = params[i], new = shrink * old - factor * values[i];
+            params[i] = new;
+            lags[i] = to_half(keep * (from_half(lags[i]) + (old - new)));
+        }
     }
 }
 
@@ -348,10 +358,14 @@ INLINE void mix_rows(Workspace *w, float *values, int rows, int64_t columns) {
 
 /* The averages of a unit after the gradients have come in: rounded where they are kept, and as they are in values. */
 INLINE void average(bfloat16 *restrict averages, const float *restrict grads, int64_t size, float rest, float *restrict values) {
-    for (int64_t i = 0; i < size; i++) {
-        float old = from_half(averages[i]), new = old + rest * (grads[i] - old);
-        values[i] = new;
-        averages[i] = to_half(new);
+    for (int64_t start = 0; start < size; start += STRIP) {
+        int64_t end = start + STRIP < size ? start + STRIP : size;
+        ask_ahead(grads + start, averages + start);
+        for (int64_t i = start; i < end; i++) {
+            float old = from_half(averages[i]), new = old + rest * (grads[i] - old);
+            values[i] = new;
+            averages[i] = to_half(new);
+        }
     }
 }
 
