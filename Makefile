@@ -9,7 +9,7 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/teleport-optim demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

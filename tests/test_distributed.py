@@ -170,7 +170,9 @@ def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
     """What every process got from every job."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, (request.param, folder), nprocs=request.param)
+    # What takes seconds to import is imported once, before processes fork.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "torch._dynamo"])
+    multiprocessing.start_processes(run_rank, (request.param, folder), nprocs=request.param, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

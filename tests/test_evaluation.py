@@ -305,7 +305,7 @@ def my_optimizer(model: nn.Module, steps: int) -> LearnedTeleportOptimizer:
 
 @pytest.mark.slow
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "--quick", "--task", "tabular_classification", "--output", str(tmp_path)]
+    arguments = ["bench", "--quick", "--task", "ill_conditioned", "--output", str(tmp_path)]
     assert main([*arguments, "--ablations", "--optimizer", "test_evaluation:my_optimizer"]) == 0
     report = (tmp_path / "report.md").read_text()
     assert "test_evaluation:my_optimizer" in report

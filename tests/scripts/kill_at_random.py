@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo  # for seconds, by every process that makes an optimizer: once, before they fork
 
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.learner import Learner
@@ -22,7 +23,7 @@ CONFIG = Config(
     estimator="pes+tbptt",
     variant="lr+teleport+momentum",
     tasks=("ellipse", "rosenbrock"),
-    num_outer_steps=150,
+    num_outer_steps=100,
     num_tasks=2,
     num_pairs=2,
     min_horizon=10,
@@ -64,7 +65,7 @@ def main(folder: str) -> None:
     num_interrupted = 0
     for _ in range(NUM_KILLS):
         child = run_in_child(disturbed)
-        time.sleep(source.uniform(0.0, duration / 6))
+        time.sleep(source.uniform(0.0, duration / 12))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         num_interrupted += os.WIFSIGNALED(status)

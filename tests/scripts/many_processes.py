@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo  # for seconds, by every process that makes an optimizer: once, before they fork
 
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES, Config
 from teleport_optim.meta_training.learner import Learner
