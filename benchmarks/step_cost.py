@@ -1,6 +1,6 @@
 """Milliseconds of an optimizer step, and bytes of state, beside AdamW; the optimizers take turns step by step.
 
-python -m benchmarks.step_cost [--network NAME] [--threads 1] [--plot FILE.png]
+python -m benchmarks.step_cost [--network NAME] [--without OPTIMIZER] [--threads 1] [--plot FILE.png]
 
 The mean over twenty steps (four for large networks, where none of them asks the meta-optimizer) after a first one that is
 not counted. Parameters are given without their model, so that nothing teleports. "rows only" is a step that does not
@@ -101,9 +101,10 @@ class _Copy:
         self._to.copy_(self._from)
 
 
+_REFERENCE = "AdamW fused"
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Stateful]] = {
     "memory limit": _Copy,
-    "AdamW fused": lambda params: AdamW(params, fused=True),
+    _REFERENCE: lambda params: AdamW(params, fused=True),
     "AdamW default": AdamW,
     "Muon + AdamW": _MuonAndAdamW,
     "ours, rows only": lambda params: LearnedTeleportOptimizer(params, checkpoint=MetaOptimizer(block_rows=1)),
@@ -146,7 +147,7 @@ def plot_growth(path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     sizes, depths = figure.subplots(1, 2)
-    names = ("AdamW fused", "ours, rows only", "ours")
+    names = (_REFERENCE, "ours, rows only", "ours")
     for axes, label, models in (
         (sizes, "parameters, four layers", {4 * (w * w + w): perceptron(w, 4) for w in (16, 32, 64, 128, 256, 512)}),
         (depths, "layers of 64 x 64", {depth: perceptron(64, depth) for depth in (1, 2, 4, 8, 16, 32, 64)}),
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     """Time the steps and print a Markdown table; ratios are to fused AdamW in the same run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", action="append", choices=tuple(NETWORKS), help="only this one; may be repeated")
+    parser.add_argument("--without", action="append", choices=sorted(OPTIMIZERS.keys() - {_REFERENCE}), default=[])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="draw how the cost grows instead")
     arguments = parser.parse_args(argv)
@@ -173,9 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     print("| parameters of | optimizer | ms per step | ratio to AdamW fused | bytes of state per parameter |")
     print("|---|---|---|---|---|")
     for network in arguments.network or NETWORKS:
-        costs = measure(NETWORKS[network]())
+        costs = measure(NETWORKS[network](), [name for name in OPTIMIZERS if name not in arguments.without])
         for name, (milliseconds, size) in costs.items():
-            ratio = milliseconds / costs["AdamW fused"][0]
+            ratio = milliseconds / costs[_REFERENCE][0]
             print(f"| {network} | {name} | {milliseconds:.2f} | {ratio:.1f} | {size:.2f} |", flush=True)
 
 
