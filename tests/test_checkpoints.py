@@ -33,7 +33,7 @@ from teleport_optim import (
 from teleport_optim.checkpoints import FORMAT_VERSION, list_checkpoints, read_card
 from teleport_optim.meta_optimizer import Controls
 
-NUM_MUTATIONS = 10_000
+NUM_MUTATIONS = 20_000
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
