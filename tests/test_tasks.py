@@ -157,7 +157,7 @@ def test_only_training_has_perceptrons_without_a_hidden_layer(split: str) -> Non
 
 @pytest.mark.parametrize("name", NETWORK_TASKS)
 def test_splits_have_no_architecture_in_common(name: str) -> None:
-    architectures = [{draw_problem(name, split, seed, 1).architecture for seed in range(30)} for split in SPLITS]
+    architectures = [{draw_problem(name, split, seed, 1).architecture for seed in range(60)} for split in SPLITS]
     assert all(len(some) > 10 for some in architectures)
     assert not any(first & second for first, second in itertools.combinations(architectures, 2))
 

@@ -73,9 +73,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     from teleport_optim.evaluation.report import plot, score_table, task_table
     from teleport_optim.evaluation.suite import FAR, SUITE
 
-    images = image_tasks(arguments.data, download=arguments.download)
-    developed = {"development": DEVELOPMENT, "development-wide": DEVELOPMENT_WIDE}
-    suite = ({"held-out": SUITE, "far": FAR, "images": images} | developed)[arguments.suite]
+    suite = {
+        "held-out": SUITE,
+        "far": FAR,
+        "images": image_tasks(arguments.data, download=arguments.download),
+        "development": DEVELOPMENT,
+        "development-wide": DEVELOPMENT_WIDE,
+    }[arguments.suite]
     names = arguments.task or (_QUICK_TASKS if arguments.quick and suite is SUITE else list(suite))
     for name in names:
         if name not in suite:
