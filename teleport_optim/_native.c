@@ -30,6 +30,7 @@ enum { TILE_ROWS = 8, FEW_COLUMNS = 320, CHUNK = 512, STRIP = 64, AHEAD = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t bfloat16; /* the upper half of a float */
+typedef uint64_t words __attribute__((vector_size(32), aligned(4), may_alias)); /* four times the bits of two floats */
 
 static const float ITERATIONS[3][3] = {
     {7.9424f, -22.2873f, 15.8239f}, {3.5875f, -2.5845f, 0.4893f}, {2.6604f, -1.9134f, 0.4194f}};
@@ -315,18 +316,57 @@ INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
     mirror(w, rows, w->cosines, 1);
 }
 
-/* One step of a row of parameters, and of the lag of the average of the iterates. */
-INLINE void move(float *restrict params, bfloat16 *restrict lags, const float *restrict values, int64_t size, float shrink,
-                 float factor, float keep) {
+/* A fingerprint tells whether somebody has written into a tensor. It is a sum of the bits of all entries, each with a weight of its
+   place: of the row, of the strip in the row, and of the place in the strip. Rows may come in any order. */
+#define NEXT_STRIP UINT64_C(0x9E3779B97F4A7C15) /* any odd number with many ones */
+INLINE uint64_t add_strip(uint64_t print, const float *values, int64_t size) {
+    words total = {0}, upper = {0}; /* Two changes of signs in upper halves cancel in the total, but not by themselves. */
+    uint64_t rest = 0;
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8) {
+        words next = *(const words *)(values + i);
+        total = (total << 1) + next;
+        upper = (upper << 1) + (next >> 32);
+    }
+    for (; i < size; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof(bits));
+        rest = 3 * rest + bits;
+    }
+    total += 5 * upper;
+    return print * NEXT_STRIP + rest + 7 * (total[0] + 11 * total[1] + 101 * total[2] + 1009 * total[3]);
+}
+/* Weights of rows are spread, since small numbers with signs add up to 0 too easily. */
+INLINE uint64_t of_row(uint64_t print, int64_t at) {
+    uint64_t weight = ((uint64_t)at + 1) * NEXT_STRIP;
+    return print * ((weight ^ weight >> 29) * NEXT_STRIP | 1);
+}
+/* As it is kept: odd, which tells it from none, which is 0, and from those that torch makes, which are even. */
+INLINE uint64_t as_kept(uint64_t print) { return print * NEXT_STRIP | 1; }
+
+/* One step of a row of parameters. */
+INLINE void move(float *restrict params, const float *restrict values, int64_t size, float shrink, float factor) {
+    for (int64_t i = 0; i < size; i++) params[i] = shrink * params[i] - factor * values[i];
+}
+
+/* One step of a row of parameters, which begins at an entry of the tensor, and of the offset of its average, of which a share is
+   kept; adds to the fingerprints from before and after. */
+INLINE void move_with_average(float *restrict params, bfloat16 *restrict offsets, const float *restrict values, int64_t size,
+                              float shrink, float factor, float keep, int64_t at, uint64_t prints[2]) {
+    uint64_t before = 0, after = 0;
     for (int64_t start = 0; start < size; start += STRIP) {
         int64_t end = start + STRIP < size ? start + STRIP : size;
-        ask_ahead(params + start, lags + start);
+        ask_ahead(params + start, offsets + start);
+        before = add_strip(before, params + start, end - start);
         for (int64_t i = start; i < end; i++) {
             float old = params[i], new = shrink * old - factor * values[i];
             params[i] = new;
-            lags[i] = to_half(keep * (from_half(lags[i]) + (old - new)));
+            offsets[i] = to_half(keep * (from_half(offsets[i]) + (old - new)));
         }
+        after = add_strip(after, params + start, end - start);
     }
+    prints[0] += of_row(before, at);
+    prints[1] += of_row(after, at);
 }
 
 /* Mixed rows, their columns rescaled, in the place of those of a block; a few columns at a time, which are laid side by side first. */
@@ -370,8 +410,8 @@ INLINE void average(bfloat16 *restrict averages, const float *restrict grads, in
 }
 
 PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, bfloat16 *const *averages,
-                                bfloat16 *const *lags, float *const *grads, const Numbers *numbers, double rate, double decay,
-                                float rest, float keep, Workspace *w) {
+                                bfloat16 *const *offsets, float *const *grads, const Numbers *numbers, double rate,
+                                double decay, float rest, const float *keeps, uint64_t *prints, Workspace *w) {
     for (const Unit *unit = units; unit < units + count; unit++) {
         int64_t size = unit->rows * unit->columns, tensor = unit->tensor, offset = unit->offset;
         const Numbers *own = numbers + tensor;
@@ -385,12 +425,19 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
             else
                 mix_rows(w, values, (int)unit->rows, unit->columns);
         }
+        uint64_t own_prints[2] = {0, 0};
         for (int64_t row = 0; row < unit->rows; row++, values += unit->columns) {
             double norm = sqrt(sum_of_squares(values, unit->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;
             int64_t at = offset + row * unit->columns;
-            move(params[tensor] + at, lags[tensor] + at, values, unit->columns, shrink, factor, keep);
+            if (offsets)
+                move_with_average(params[tensor] + at, offsets[tensor] + at, values, unit->columns, shrink, factor,
+                                  keeps[tensor], at, own_prints);
+            else
+                move(params[tensor] + at, values, unit->columns, shrink, factor);
         }
+        if (offsets) /* other threads may have other rows of the same tensor */
+            for (int i = 0; i < 2; i++) __atomic_fetch_add(prints + 2 * tensor + i, own_prints[i], __ATOMIC_RELAXED);
     }
 }
 
@@ -415,16 +462,17 @@ static void *addresses(PyObject *list, Py_ssize_t count) {
 }
 
 static PyObject *step(PyObject *self, PyObject *args) {
-    Py_buffer numbers, units;
+    Py_buffer numbers, keeps, prints, units;
     PyObject *lists[4];
     double rate, decay;
-    float rest, keep;
+    float rest;
     int most_rows;
-    if (!PyArg_ParseTuple(args, "OOOOy*ddffiy*", &lists[0], &lists[1], &lists[2], &lists[3], &numbers, &rate, &decay, &rest,
-                          &keep, &most_rows, &units))
+    if (!PyArg_ParseTuple(args, "OOOOy*ddfy*w*iy*", &lists[0], &lists[1], &lists[2], &lists[3], &numbers, &rate, &decay, &rest,
+                          &keeps, &prints, &most_rows, &units))
         return NULL;
     void *tensors[4] = {0};
     Py_ssize_t count = numbers.len / (Py_ssize_t)sizeof(Numbers);
+    int has_average = lists[2] != Py_None;
     Workspace workspace = {0};
     const Unit *first = units.buf, *end = first + units.len / (Py_ssize_t)sizeof(Unit);
     int64_t most_entries = 0, most_columns = 0;
@@ -433,7 +481,13 @@ static PyObject *step(PyObject *self, PyObject *args) {
         if (unit->rows * unit->columns > most_entries) most_entries = unit->rows * unit->columns;
     }
     int is_ready = 1;
-    for (int i = 0; i < 4 && is_ready; i++) is_ready = (tensors[i] = addresses(lists[i], count)) != NULL;
+    for (int i = 0; i < 4 && is_ready; i++)
+        if (i != 2 || has_average) is_ready = (tensors[i] = addresses(lists[i], count)) != NULL;
+    if (is_ready && has_average &&
+        (keeps.len < count * (Py_ssize_t)sizeof(float) || prints.len < 2 * count * (Py_ssize_t)sizeof(int64_t))) {
+        PyErr_SetString(PyExc_ValueError, "one share that is kept and two fingerprints for each tensor are needed");
+        is_ready = 0;
+    }
     if (is_ready && workspace_new(&workspace, most_rows, most_columns, most_entries)) {
         PyErr_NoMemory();
         is_ready = 0;
@@ -441,12 +495,15 @@ static PyObject *step(PyObject *self, PyObject *args) {
     if (is_ready) {
         Py_BEGIN_ALLOW_THREADS
         take_units(first, end - first, (float *const *)tensors[0], (bfloat16 *const *)tensors[1],
-                   (bfloat16 *const *)tensors[2], (float *const *)tensors[3], numbers.buf, rate, decay, rest, keep, &workspace);
+                   (bfloat16 *const *)tensors[2], (float *const *)tensors[3], numbers.buf, rate, decay, rest, keeps.buf,
+                   prints.buf, &workspace);
         Py_END_ALLOW_THREADS
     }
     free(workspace.memory);
     for (int i = 0; i < 4; i++) PyMem_Free(tensors[i]);
     PyBuffer_Release(&numbers);
+    PyBuffer_Release(&keeps);
+    PyBuffer_Release(&prints);
     PyBuffer_Release(&units);
     if (!is_ready) return NULL;
     Py_RETURN_NONE;
@@ -474,6 +531,7 @@ static PyObject *norms(PyObject *self, PyObject *args) {
     return result;
 }
 
+/* Count a step of every tensor. */
 static PyObject *count(PyObject *self, PyObject *list) {
     Py_ssize_t size = PyList_Check(list) ? PyList_GET_SIZE(list) : -1;
     float **counts = addresses(list, size);
@@ -483,10 +541,70 @@ static PyObject *count(PyObject *self, PyObject *list) {
     Py_RETURN_NONE;
 }
 
+/* Compare the fingerprints from before a step with those that are kept, and keep those from after it. Returns the numbers of the
+   tensors that differ. */
+static PyObject *compare(PyObject *self, PyObject *args) {
+    PyObject *list;
+    Py_buffer prints;
+    if (!PyArg_ParseTuple(args, "Oy*", &list, &prints)) return NULL;
+    Py_ssize_t size = prints.len / (2 * (Py_ssize_t)sizeof(uint64_t));
+    uint64_t **kept = addresses(list, size);
+    PyObject *differing = kept ? PyList_New(0) : NULL;
+    const uint64_t *known = prints.buf;
+    for (Py_ssize_t i = 0; differing && i < size; i++, known += 2) {
+        int is_other = *kept[i] & 1 && *kept[i] != as_kept(known[0]);
+        *kept[i] = as_kept(known[1]);
+        PyObject *number = is_other ? PyLong_FromSsize_t(i) : NULL;
+        if (is_other && (!number || PyList_Append(differing, number))) Py_CLEAR(differing);
+        Py_XDECREF(number);
+    }
+    PyMem_Free(kept);
+    PyBuffer_Release(&prints);
+    return differing;
+}
+
+PORTABLE static void add_rows(const float *const *tensors, const int64_t *shapes, Py_ssize_t count, uint64_t *prints) {
+    for (Py_ssize_t i = 0; i < count; i++)
+        for (int64_t row = 0, columns = shapes[2 * i + 1]; row < shapes[2 * i]; row++) {
+            const float *values = tensors[i] + row * columns;
+            uint64_t print = 0;
+            for (int64_t start = 0; start < columns; start += STRIP)
+                print = add_strip(print, values + start, start + STRIP < columns ? STRIP : columns - start);
+            prints[i] += of_row(print, row * columns);
+        }
+}
+
+/* The fingerprints, as they are kept, of tensors of given rows and columns, in an array of zeros. */
+static PyObject *fingerprints(PyObject *self, PyObject *args) {
+    PyObject *list;
+    Py_buffer shapes, prints;
+    if (!PyArg_ParseTuple(args, "Oy*w*", &list, &shapes, &prints)) return NULL;
+    Py_ssize_t count = prints.len / (Py_ssize_t)sizeof(uint64_t);
+    uint64_t *out = prints.buf;
+    void *tensors = NULL;
+    if (shapes.len < 2 * count * (Py_ssize_t)sizeof(int64_t))
+        PyErr_SetString(PyExc_ValueError, "rows and columns of every tensor are needed");
+    else
+        tensors = addresses(list, count);
+    if (tensors) {
+        Py_BEGIN_ALLOW_THREADS
+        add_rows(tensors, shapes.buf, count, out);
+        for (Py_ssize_t i = 0; i < count; i++) out[i] = as_kept(out[i]);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(tensors);
+    PyBuffer_Release(&shapes);
+    PyBuffer_Release(&prints);
+    if (!tensors) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef METHODS[] = {
     {"step", step, METH_VARARGS, NULL},
     {"norms", norms, METH_VARARGS, NULL},
     {"count", count, METH_O, NULL},
+    {"compare", compare, METH_VARARGS, NULL},
+    {"fingerprints", fingerprints, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, NAME, NULL, 0, METHODS, NULL, NULL, NULL, NULL};

@@ -3,16 +3,19 @@ from array import array
 def step(
     params: list[int],
     averages: list[int],
-    lags: list[int],
+    offsets: list[int] | None,
     grads: list[int],
     numbers: array[float],
     rate: float,
     decay: float,
     rest: float,
-    keep: float,
+    keeps: array[float],
+    prints: array[int],
     most_rows: int,
     units: memoryview,
     /,
 ) -> None: ...
 def norms(tensors: list[int], sizes: array[int], /) -> list[float]: ...
 def count(counts: list[int], /) -> None: ...
+def compare(fingerprints: list[int], prints: array[int], /) -> list[int]: ...
+def fingerprints(tensors: list[int], shapes: array[int], prints: array[int], /) -> None: ...

@@ -1,140 +1,219 @@
-"""Putting the average of the iterates where the parameters are, for as long as somebody looks."""
+"""The average of the iterates: noticing who writes into parameters, and putting the average in their place and back.
+
+An optimizer keeps four slots for the average of a parameter. ``average_offset`` is the average minus the parameter.
+``average_start`` is the number of the step with which the average begins, and ``average_end`` that of the first step that is
+not in it. ``fingerprint`` is that of the parameter after the last step, by which a write of somebody else is noticed. A fifth
+one, ``iterate``, is there while the average is in the place of the parameter: the values to go back to.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any
+import math
+from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from teleport_optim.sharding import is_distributed, local
-from teleport_optim.symmetry.inputs import SilentHook
+from teleport_optim.native import all_fingerprints, are_plain
+from teleport_optim.sharding import all_local, local
+from teleport_optim.update import Horizon, averaging_weight, slot_dtype
 
-__all__ = ["Exchange", "average_on_forward"]
+__all__ = [
+    "AVERAGE_SLOTS",
+    "ITERATE",
+    "OFFSET",
+    "average_of",
+    "begin_again",
+    "can_be_averaged",
+    "catch_up",
+    "fingerprints",
+    "initial_average",
+    "swap_in",
+    "swap_out",
+    "written",
+]
 
-Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+OFFSET, FINGERPRINT, START, END = "average_offset", "fingerprint", "average_start", "average_end"
+AVERAGE_SLOTS = (OFFSET, FINGERPRINT, START, END)
+ITERATE = "iterate"
+"""Slot of the parameter while the average is in its place."""
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int32}
+_SPREAD = -0x61C8864680B583EB
+"""Odd, so that multiplying by it loses nothing, and changes of few bits change many."""
+_SMALL = 2**14
+"""Entries of tensors that are put together, to call torch less often."""
+_MOST_AT_ONCE = 2**22
+"""Entries that are summed at once: torch makes 64-bit integers of them first."""
 
-class Exchange(AbstractContextManager[None]):
-    """A context in which parameters are moved by their lags; afterwards they are what they were, bit for bit.
-
-    It may be entered again inside itself, which changes nothing. Autograd takes no notice: a backward pass that is waiting goes
-    on afterwards.
-
-    Args:
-        pairs: Parameters and how far each is to be moved, asked for when the context is entered.
-
-    Memory: a copy of the parameters while it lasts.
-
-    Example:
-        >>> param = nn.Parameter(torch.zeros(2))
-        >>> with Exchange(lambda: [(param, torch.ones(2))]):
-        ...     param.tolist()
-        [1.0, 1.0]
-        >>> param.tolist()
-        [0.0, 0.0]
-    """
-
-    def __init__(self, pairs: Pairs) -> None:
-        self._pairs = pairs
-        self._depth = 0
-        self._saved: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the context has been entered."""
-        return self._depth > 0
-
-    def __enter__(self) -> None:
-        self._depth += 1
-        if self._depth > 1:
-            return
-        for param, lag in self._pairs():
-            values = local(param).data
-            self._saved.append((values, values.clone()))
-            values.add_(local(lag))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._depth -= 1
-        if self._depth:
-            return
-        for values, saved in self._saved:
-            values.copy_(saved)
-        self._saved = []
+Slots = dict[str, Tensor]
 
 
-def average_on_forward(model: nn.Module, exchange: Exchange) -> tuple[RemovableHandle, RemovableHandle]:
-    """Enter an :class:`Exchange` for every call of a model in which no gradients are recorded.
+def can_be_averaged(param: Tensor) -> bool:
+    """Whether an average of the parameter can be kept: dense real numbers of 16 bits or more."""
+    return param.layout == torch.strided and param.dtype in _DTYPES
 
-    Calls in a graph of ``torch.compile``, calls of copies of the model, with other parameters (``functional_call``) or with sharded
-    ones are left alone. The hooks keep neither the model nor the exchange alive, and on a copy of the model they do nothing.
 
-    Args:
-        model: What is called; it has parameters.
-        exchange: What is entered.
+def initial_average(param: Tensor, step: int) -> Slots:
+    """Slots of an average that begins with this step."""
+    return {
+        OFFSET: torch.zeros_like(param, dtype=slot_dtype(param)),
+        FINGERPRINT: torch.zeros((), dtype=torch.int64, device=param.device),
+        START: torch.tensor(step),
+        END: torch.tensor(step),
+    }
+
+
+def fingerprints(tensors: list[Tensor]) -> Tensor:
+    """A 64-bit integer for each tensor, which changes with its values; 0 stands for one that is not known.
+
+    The bits of entries are read as integers and added up with weights, so that what is exchanged is noticed, too. Integers give
+    the same result on every device. Those of plain tensors on the CPU are made in C and are odd; torch makes the others, which are
+    even: two of different kinds say nothing about each other. Of a ``DTensor`` it is that of the part that lies in this process.
 
     Returns:
-        Handles that remove the hooks.
+        ``[len(tensors)]``, int64.
+
+    Cost: reads every entry, once in C.
+
+    Example:
+        >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+        >>> fingerprints([one, one.clone(), other]).unique().numel()
+        2
     """
-    watch = _Watch(weakref.ref(exchange), weakref.ref(model), weakref.ref(next(model.parameters())))
-    return (
-        model.register_forward_pre_hook(_Before(watch)),
-        model.register_forward_hook(_After(watch), always_call=True),
-    )
+    tensors = [tensor.detach() for tensor in all_local(tensors)]
+    if are_plain(tensors):
+        return torch.tensor(all_fingerprints(tensors), dtype=torch.int64)
+    kinds = [(tensor.dtype, are_plain([tensor]), tensor.numel() > _SMALL) for tensor in tensors]
+    prints = torch.zeros(len(tensors), dtype=torch.int64, device=tensors[0].device)
+    for kind in dict.fromkeys(kinds):
+        numbers = [number for number, other in enumerate(kinds) if other == kind]
+        own = [tensors[number] for number in numbers]
+        _, is_plain, is_large = kind
+        if is_plain:
+            values = torch.tensor(all_fingerprints(own))
+        else:
+            values = _as_kept(torch.stack(list(map(_large_sum, own))) if is_large else _small_sums(own))
+        if len(numbers) == len(tensors):
+            return values
+        prints[torch.tensor(numbers, device=prints.device)] = values
+    return prints
 
 
-class _Watch:
-    """What both hooks know. A copy knows nothing, so that it does nothing."""
-
-    def __init__(
-        self,
-        exchange: weakref.ref[Exchange] | None = None,
-        model: weakref.ref[nn.Module] | None = None,
-        first: weakref.ref[Tensor] | None = None,
-    ) -> None:
-        self._references = (exchange, model, first)
-        self._entered: list[Exchange] = []
-
-    def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
-        return _Watch, ()
-
-    def enter(self, module: nn.Module) -> None:
-        """Enter the exchange if this call is one that should see the average."""
-        exchange, model, first = (None if reference is None else reference() for reference in self._references)
-        if not isinstance(exchange, Exchange) or module is not model:
-            return
-        param = next(module.parameters(), None)
-        if param is first and param is not None and not is_distributed(param):
-            exchange.__enter__()
-            self._entered.append(exchange)
-
-    def leave(self, module: nn.Module) -> None:
-        """Leave what :meth:`enter` has entered."""
-        model = self._references[1]
-        if self._entered and model is not None and module is model():
-            self._entered.pop().__exit__(None, None, None)
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers; two for an entry of 64 bits, so that sums of signs do not leave the range."""
+    return (tensor.contiguous() if tensor.element_size() == 8 else tensor).view(_INTEGERS[tensor.element_size()])
 
 
-class _Before(SilentHook):
-    def __init__(self, watch: _Watch) -> None:
-        self._watch = watch
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            self._watch.enter(module)
+def _as_kept(sums: Tensor) -> Tensor:
+    return (sums + 1).mul_(_SPREAD).bitwise_and_(~1)
 
 
-class _After(SilentHook):
-    def __init__(self, watch: _Watch) -> None:
-        self._watch = watch
+def _small_sums(tensors: list[Tensor]) -> Tensor:
+    """The bits of every tensor, all of one dtype, added up with weights of entries."""
+    joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    bits = _bits(joined)
+    per_entry = len(bits) // max(len(joined), 1)
+    rows, weights = _places(tuple(per_entry * tensor.numel() for tensor in tensors), joined.device)
+    sums = torch.zeros(len(tensors), dtype=torch.int64, device=joined.device)
+    return sums.index_add_(0, rows, bits.long().mul_(weights))
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            self._watch.leave(module)
+
+@lru_cache(maxsize=32)
+def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The number of the tensor that every entry of joined ones is of, and the weight of the entry."""
+    rows = [torch.full((size,), number) for number, size in enumerate(sizes)]
+    weights = [_spread(torch.arange(size)) for size in sizes]
+    return torch.cat(rows).to(device), torch.cat(weights).to(device)
+
+
+def _spread(numbers: Tensor) -> Tensor:
+    """An odd weight for every number. Small ones would add up to 0 too easily, with the signs that they get."""
+    weights = (numbers + 1).mul_(_SPREAD)
+    return weights.bitwise_xor_(weights >> 29).mul_(_SPREAD).bitwise_or_(1)
+
+
+def _large_sum(tensor: Tensor) -> Tensor:
+    """The bits of a tensor, added up with weights of rows and of columns."""
+    bits = _bits(tensor)
+    while bits.dim() > 1 and bits.shape[0] == 1:
+        bits = bits[0]
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    first = 0
+    for part in torch.split(bits, max(1, _MOST_AT_ONCE * len(bits) // bits.numel())):
+        others = tuple(range(1, part.dim()))
+        by_row = part.sum(dim=others, dtype=torch.int64) if others else part.long()
+        total += (by_row * _spread(torch.arange(first, first + len(part), device=part.device))).sum()
+        if others:
+            by_column = part.sum(dim=0, dtype=torch.int64).reshape(-1)
+            total += (by_column * _spread(torch.arange(-2, -2 - len(by_column), -1, device=part.device))).sum()
+        first += len(part)
+    return total
+
+
+def written(params: list[Tensor], slots: list[Slots]) -> list[int]:
+    """Numbers of the parameters that somebody has written into since the last step.
+
+    Cost: reads all parameters; on an accelerator it waits for it.
+    """
+    now = fingerprints(params)
+    known = torch.stack([own[FINGERPRINT] for own in slots]).to(now.device)
+    differs = known != now
+    if not bool(differs.any()):
+        return []
+    differs &= (known != 0) & ((known ^ now) & 1 == 0)  # Both are known, and of one kind.
+    return torch.nonzero(differs).flatten().tolist()
+
+
+def begin_again(own: Slots, step: int) -> None:
+    """Let the average begin again at the parameter as it is; step is the number of the next one."""
+    own[OFFSET].zero_()
+    own[START].fill_(step)
+    own[END].fill_(step)
+
+
+def catch_up(own: Slots, step: int, horizon: Horizon) -> None:
+    """Bring an average up to date with steps in which its parameter did not move, up to this one."""
+    start, end = int(own[START]), int(own[END])
+    if end != step:
+        weights = (averaging_weight(earlier - start, horizon.steps_left(earlier)) for earlier in range(end, step))
+        own[OFFSET].mul_(math.prod(1.0 - weight for weight in weights))
+        own[END].fill_(step)
+
+
+def average_of(param: Tensor, own: Slots) -> Tensor:
+    """The average, in the dtype of the parameter; a new tensor."""
+    return param.detach().clone().add_(own[OFFSET])
+
+
+def swap_in(pairs: Iterable[tuple[Tensor, Slots]]) -> None:
+    """Put the averages in the place of parameters, and the parameters into their slots.
+
+    Autograd takes no notice: a backward pass that is waiting goes on once they are back.
+    """
+    for param, own in pairs:
+        own[ITERATE] = param.detach().clone()
+        local(param).data.add_(local(own[OFFSET]))
+
+
+def swap_out(pairs: Iterable[tuple[Tensor, Slots]], step: int) -> None:
+    """Undo :func:`swap_in`, bit for bit; but what has been written in the meantime stays, and the average begins again there.
+
+    It may be called again after an interrupt, also of :func:`swap_in`.
+    """
+    for param, own in pairs:
+        if ITERATE not in own:
+            continue
+        values, iterate = local(param).data, local(own[ITERATE])
+        if _same_bits(values, average_of(iterate, {OFFSET: local(own[OFFSET])})):
+            values.copy_(iterate)
+        elif not _same_bits(values, iterate):
+            begin_again(own, step)
+            own[FINGERPRINT].zero_()
+        del own[ITERATE]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))

@@ -1,6 +1,6 @@
 """The momentum step in C, where all tensors are contiguous ones of float32 on the CPU.
 
-It is the arithmetic of ``averaged``, ``descend`` and ``lagging`` of :mod:`teleport_optim.update` in one call, where torch needs a
+It is the arithmetic of ``ema``, ``descend`` and ``average_offset`` of :mod:`teleport_optim.update` in one call, where torch needs a
 hundred. Results differ in rounding only. ``_native`` is built when the package is installed where there is a compiler; without it,
 and for all other tensors, the step is taken with torch.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_optim.layout import Layout
+from teleport_optim.layout import Layout, matrix_shape
 from teleport_optim.update import Pace
 
 try:
@@ -32,7 +32,7 @@ if _native is not None and torch.backends.cpu.get_cpu_capability() == "AVX512":
     with suppress(ImportError):
         _native = import_module("teleport_optim._native_wide")
 
-__all__ = ["NativeStep", "all_norms", "are_plain"]
+__all__ = ["NativeStep", "all_fingerprints", "all_norms", "are_plain"]
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _SHAPE = attrgetter("shape")
@@ -47,10 +47,11 @@ _READING = 10
 
 def are_plain(tensors: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> bool:
     """Whether the module is there, and all are contiguous tensors of this dtype on the CPU, of no class of their own."""
+    if _native is None:
+        return False
     tensors = list(tensors)
     return (
-        _native is not None
-        and _PLAIN.issuperset(map(type, tensors))
+        _PLAIN.issuperset(map(type, tensors))
         and {(dtype, True, torch.strided)}.issuperset(map(_KIND, tensors))
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, tensors))
@@ -65,6 +66,14 @@ def all_norms(tensors: list[Tensor]) -> list[float]:
     return list(chain.from_iterable(_in_threads(lambda part: _native.norms(*part), parts)))
 
 
+def all_fingerprints(tensors: list[Tensor]) -> array[int]:
+    """Odd 64-bit integers, one for each of these plain tensors, which change with its values; the step in C makes the same."""
+    shapes = [matrix_shape(tensor.shape) or (1, tensor.numel()) for tensor in tensors]
+    prints = array("q", bytes(8 * len(tensors)))
+    _native.fingerprints(_addresses(tensors), array("q", chain.from_iterable(shapes)), prints)
+    return prints
+
+
 class NativeStep:
     """The momentum step of a layout, for plain tensors."""
 
@@ -76,15 +85,15 @@ class NativeStep:
         self._numbers: tuple[Pace, array[float], float] | None = None
         self._shapes = list(layout.shapes.values())
 
-    def fits(self, *lists: list[Tensor], counts: list[Tensor]) -> bool:
-        """Whether tensors that :func:`are_plain`, such as those of a step, have the shapes of the layout, and counts are numbers.
+    def fits(self, *lists: list[Tensor], numbers: list[Tensor]) -> bool:
+        """Whether tensors that :func:`are_plain` have the shapes of the layout, list by list, and ``numbers`` have no axes.
 
         What lies at an address is not looked at any more after this.
         """
         return (
             self._most_rows <= _MOST_ROWS
             and list(map(_SHAPE, chain(*lists))) == self._shapes * len(lists)
-            and all(count.dim() == 0 for count in counts)
+            and {()}.issuperset(map(_SHAPE, numbers))
         )
 
     def take(
@@ -92,39 +101,50 @@ class NativeStep:
         params: list[Tensor],
         grads: list[Tensor],
         momenta: list[Tensor],
-        lags: list[Tensor],
+        offsets: list[Tensor],
         counts: list[Tensor],
+        fingerprints: list[Tensor],
         *,
         pace: Pace,
         rate: float,
         decay: float,
-        keep: float,
-    ) -> None:
-        """Average the gradients, move the parameters and their average and count the step, in place. Tensors are in the order of
-        the layout.
+        weights: list[float],
+    ) -> list[int]:
+        """Average the gradients, move the parameters and their averages and count the step, in place.
 
-        Large steps are split over as many threads as torch has; which takes what makes no difference to the result.
+        Tensors are in the order of the layout. Large steps are split over as many threads as torch has; which takes what makes no
+        difference to the result.
+
+        Args:
+            offsets, fingerprints: Of the averages of the iterates; empty where there are none.
+            weights: :func:`~teleport_optim.update.averaging_weight` of every tensor, if there are averages.
+
+        Returns:
+            Numbers of the tensors whose parameters were not, before the step, what their fingerprint says.
         """
         if self._numbers is None or self._numbers[0] is not pace:
             rows = (pace.lengths, pace.user_decays, pace.learned_decays)
             self._numbers = (pace, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - pace.beta.item())
         _, numbers, rest = self._numbers
+        prints = array("q", bytes(16 * len(params)))  # of every tensor before and after the step
         take = partial(
             _native.step,
             _addresses(params),
             _addresses(momenta),
-            _addresses(lags),
+            _addresses(offsets) if offsets else None,
             _addresses(grads),
             numbers,
             rate,
             decay,
             rest,
-            keep,
+            array("f", [1.0 - weight for weight in weights]),
+            prints,
             self._most_rows,
         )
         _in_threads(take, self._parts())
         _native.count(_addresses(counts))
         torch.autograd.graph.increment_version(params)
+        return _native.compare(_addresses(fingerprints), prints) if offsets else []
 
     def _parts(self) -> list[memoryview]:
         """The blocks in parts of about equal work, one for each thread."""

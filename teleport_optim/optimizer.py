@@ -6,9 +6,10 @@ import copy
 import itertools
 import math
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,30 +20,44 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from teleport_optim.averaging import Exchange, average_on_forward
+from teleport_optim.averaging import (
+    END,
+    FINGERPRINT,
+    OFFSET,
+    START,
+    average_of,
+    begin_again,
+    can_be_averaged,
+    catch_up,
+    fingerprints,
+    swap_in,
+    swap_out,
+    written,
+)
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
 from teleport_optim.layout import Layout, embedding_names, in_full_precision
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.native import NativeStep, all_norms, are_plain
-from teleport_optim.optimizer_state import LAG, ROW_KEYS, Progress, initial_slots, read_state_dict
+from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
 from teleport_optim.sharding import all_local, all_parts_like, all_whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
 from teleport_optim.update import (
     Factors,
+    Horizon,
     Hyper,
     Pace,
     Step,
     UpdateState,
-    averaged,
+    average_offset,
+    averaging_weight,
     balanced,
     control,
     descend,
+    ema,
     is_due,
-    kept_share,
-    lagging,
     rate_and_decay,
     step_factors,
     teleport,
@@ -122,7 +137,8 @@ class _Point(NamedTuple):
     params: dict[str, Tensor]
     grads: dict[str, Tensor]
     momenta: dict[str, Tensor]
-    lags: dict[str, Tensor]
+    offsets: dict[str, Tensor]
+    """Of the averages; empty where none are kept."""
 
 
 @dataclass
@@ -131,12 +147,10 @@ class _Plan:
 
     arguments: tuple[dict[str, Tensor], Factors, Layout] | None
     """Those of :func:`descend`; None where ``take`` does it all."""
-    take: Callable[[], None] | None
+    take: Callable[..., list[int]] | None
     """The momentum step in C."""
     point: _Point | None
     """Where the step is taken from; None where ``take`` does it all."""
-    keep: float
-    """What is kept of the lags."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
     layout: Layout
@@ -168,10 +182,10 @@ class LearnedTeleportOptimizer(Optimizer):
     where :math:`\gamma` is ``lr``, :math:`a` a rate that falls with the root of time and :math:`\lambda` a decay that goes with
     it. The loss is never needed. See ``teleport_optim.update`` for the rule.
 
-    Gradients are taken at :math:`\theta`, which the parameters are. What is learned is the average of the iterates
-    :math:`\bar\theta`: calls of ``model`` in which no gradients are recorded (``torch.no_grad()``, ``torch.inference_mode()``) see
-    it, and :meth:`averaged` shows it elsewhere. In the last 30 % of a run of known length the rate falls to zero, and the
-    parameters end where the average is.
+    The parameters are :math:`\theta`, for everybody who looks: training, evaluation, saving, other optimizers. In the last 30 % of
+    a run of known length the rate falls to zero, and the parameters end where the average of the iterates :math:`\bar\theta` is.
+    In an open-ended run the average is the result: :meth:`eval` puts it in the place of the parameters and :meth:`train` takes it
+    out again, ``with optimizer.averaged():`` does both, and :meth:`averaged_parameters` gives it as tensors.
 
     Args:
         params: Parameters, named parameters or groups, as for every torch optimizer.
@@ -180,26 +194,31 @@ class LearnedTeleportOptimizer(Optimizer):
         model: The module that owns ``params``. Its symmetries are found when it is first called, and the optimizer teleports
             along those positive scalings whose tensors it manages. Without it the optimizer works and does not teleport.
         total_steps: Number of steps of the run, in the last 30 % of which the rate falls to zero. Without it the run is
-            open-ended, and its average as good. Past it the optimizer goes on at the last rate and warns once.
+            open-ended, and its average as good. Past it the optimizer goes on at the last rate and warns once. It can be changed
+            while the run goes on: :meth:`set_total_steps`, :meth:`finish_in`.
         checkpoint: Name of a shipped checkpoint, a path, or a :class:`~teleport_optim.MetaOptimizer`.
         teleport: Whether to teleport.
         maximize: Climb instead of descending.
         guard: Watch for divergence (a sudden rise of the gradient norm, or of the loss where a closure gives it) and take
             plain steps at a tenth of the rate, without teleports, until it has passed.
-        average: Whether calls of ``model`` in which no gradients are recorded see the average of the iterates. (Where the length of
-            the run is known, it is what the parameters end at.) :meth:`averaged` shows it everywhere else.
+        average: Keep an average of the iterates. Without it, state is 2 bytes per parameter less, and a run should have
+            ``total_steps``.
         example_inputs: Inputs of ``model`` as :func:`~teleport_optim.find_symmetries` takes them, to find its symmetries at
             once; needed only where a training loop never calls ``model`` itself.
         symmetries: The symmetries of ``model`` where they were found beforehand, as before ``fully_shard``.
 
     Raises:
         ValueError: for an empty parameter list, a negative or non-finite hyper-parameter, options of other optimizers that
-            would have no effect, or parameters that are not in ``model``, have no data or are shards that cannot be put together.
+            would have no effect, or parameters that are not in ``model``, have no data, are shards that cannot be put together or
+            are of a dtype of which no average can be kept.
         TypeError: if ``model`` is not a module.
         CheckpointError: if the checkpoint cannot be used.
 
-    State: ``exp_avg`` (a covector) and ``lag`` (a vector: what the average of the iterates has more than the parameter) per
-    parameter, both in bfloat16, and about 40 numbers per tensor.
+    State: ``exp_avg`` (a covector) and ``average_offset`` (a vector: the average of the iterates minus the parameter) per
+    parameter, both in bfloat16, and about 40 numbers per tensor. In evaluation mode the parameters, too.
+
+    Who writes into parameters between steps (masks, clipping, loading) is noticed, and the average of such a tensor begins again at
+    what was written.
 
     A step whose gradients are not all finite is skipped, counted in :meth:`stats` and warned about once.
 
@@ -249,6 +268,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._model_name = type(model).__name__
         self._layouts: dict[tuple[str, ...], Layout] = {}
         self._held: tuple[Layout, Controls] | None = None
+        self._held_starts: tuple[Layout, list[int]] | None = None
         self._last_pace: tuple[tuple[Controls, Hyper, Layout], Pace] | None = None
         self._last_hyper: tuple[tuple[Any, ...], Hyper] | None = None
         self._last_native: tuple[Layout, NativeStep] | None = None
@@ -258,7 +278,13 @@ class LearnedTeleportOptimizer(Optimizer):
         self._embeddings: frozenset[str] = frozenset()
         self._progress = Progress()
         self._is_guarded = guard
-        self._exchange = Exchange(self._lagging)
+        self._has_average = average
+        self._first_lrs: list[float] | None = None
+        self._swapping = _Swapping()
+        self._all_names: dict[str, list[str]] = {}
+        if model is not None:
+            for name, param in model.named_parameters(remove_duplicate=False):
+                self._all_names.setdefault(self._tensor_names[param], []).append(name)
         self._teleport_sizes: dict[str, float] = {}
         self._teleport_size = 0.0
         defaults = {"lr": lr, "weight_decay": weight_decay, "total_steps": total_steps, "maximize": maximize}
@@ -275,8 +301,6 @@ class LearnedTeleportOptimizer(Optimizer):
                 self._use(find_symmetries(model, example_inputs, groups=["scaling"]), model)
             elif teleport:
                 self._first_call = FirstCall(model)
-            if average and self._tensor_names:
-                average_on_forward(model, self._exchange)
 
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
@@ -328,7 +352,7 @@ class LearnedTeleportOptimizer(Optimizer):
         param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         if not isinstance(param, Tensor):
             return entry
-        _check_parameter(param)
+        _check_parameter(param, self._has_average)
         if not self._tensor_names:
             return entry
         if param not in self._tensor_names:
@@ -350,12 +374,10 @@ class LearnedTeleportOptimizer(Optimizer):
             closure: Evaluates the model again and returns the loss; not needed.
 
         Raises:
-            RuntimeError: for sparse or complex gradients, or parameters on several devices; nothing has changed then.
+            RuntimeError: for sparse or complex gradients, parameters on several devices, or while the average is in the place of
+                the parameters; nothing has changed then.
         """
-        if self._exchange.is_active:
-            raise RuntimeError(
-                "a step inside averaged(), where parameters are not what gradients are taken at: leave it first"
-            )
+        self._check_mode()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -378,8 +400,14 @@ class LearnedTeleportOptimizer(Optimizer):
         if not is_native:
             _check_active(names, targets, own_grads)
         slots = [self.state[target] or self._new_slots(target) for target in targets]
-        averages, own_lags, counts = ([own[key] for own in slots] for key in ("exp_avg", LAG, "step"))
-        is_native = is_native and are_plain(targets + counts) and are_plain(averages + own_lags, torch.bfloat16)
+        momenta, counts = ([own[key] for own in slots] for key in ("exp_avg", "step"))
+        offsets, prints = ([own[key] for own in slots if self._has_average] for key in (OFFSET, FINGERPRINT))
+        is_native = (
+            is_native
+            and are_plain(targets + counts)
+            and are_plain(momenta + offsets, torch.bfloat16)
+            and are_plain(prints, torch.int64)
+        )
         grads = all_whole(own_grads)
         if not is_native or any(group["maximize"] for group in self.param_groups):
             grads = [_gradient(grad, group["maximize"]) for grad, group in zip(grads, groups)]
@@ -394,23 +422,24 @@ class LearnedTeleportOptimizer(Optimizer):
             progress = progress._replace(guard=guard, num_guarded_steps=progress.num_guarded_steps + is_safe)
         has_gradient = any(norms)
         step = progress.num_steps
+        progress = progress._replace(horizon=self._horizon(step))
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
         layout = self._layout(names, targets)
-        hyper = self._hyper(groups, step)
-        rate, decay = rate_and_decay(step, hyper.total_steps, layout)
-        keep = kept_share(step, hyper.total_steps)
+        hyper = self._hyper(groups, step, progress.horizon)
+        rate, decay = rate_and_decay(step, progress.horizon, layout)
         native = self._native(layout)
-        is_native = is_native and native.fits(targets, grads, averages, own_lags, counts=counts)
+        lists = [targets, grads, momenta, *([offsets] if offsets else [])]
+        is_native = is_native and native.fits(*lists, numbers=counts + prints)
         point: _Point | None = None
         if not is_native or is_due(step):
-            whole = [all_whole(targets), grads, *map(all_whole, (averages, own_lags))]
+            whole = [all_whole(targets), grads, *map(all_whole, (momenta, offsets))]
             point = _Point(*(dict(zip(names, tensors)) for tensors in whole))
         rows: dict[str, Tensor] = {}
         sizes = None
         if point is not None and is_due(step):
             may_move = has_gradient and not is_safe and len(layout.spec) > 0
-            point, rows, sizes = self._steered(point, slots, step, hyper.total_steps, layout, may_move)
+            point, rows, sizes = self._steered(point, slots, step, hyper.horizon.total_steps, layout, may_move)
             learned = Controls.from_outputs(rows["outputs"])
         elif self._held is not None and self._held[0] is layout:
             learned = self._held[1]
@@ -421,13 +450,13 @@ class LearnedTeleportOptimizer(Optimizer):
         arguments = take = None
         if is_native or point is None:
             here = grads if point is None else list(point.grads.values())
-            tensors = (targets, here, averages, own_lags, counts)
-            take = partial(native.take, *tensors, pace=pace, rate=rate, decay=decay, keep=keep)
+            tensors = (targets, here, momenta, offsets, counts, prints)
+            take = partial(native.take, *tensors, pace=pace, rate=rate, decay=decay)
         else:
             factors = pace.factors(rate, decay)
-            momenta = {name: averaged(point.momenta[name], point.grads[name], factors.beta) for name in names}
-            arguments = (momenta, factors, layout)
-        return _Plan(arguments, take, point, keep, rows, layout, learned, sizes, targets, slots, progress)
+            new_momenta = {name: ema(point.momenta[name], point.grads[name], factors.beta) for name in names}
+            arguments = (new_momenta, factors, layout)
+        return _Plan(arguments, take, point, rows, layout, learned, sizes, targets, slots, progress)
 
     def _steered(
         self,
@@ -444,7 +473,7 @@ class LearnedTeleportOptimizer(Optimizer):
             params, grads, sizes = balanced(point.params, point.grads, layout)
             point = point._replace(params=dict(params), grads=dict(grads))
         held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
-        state = UpdateState(momenta=point.momenta, lags=point.lags, **held)
+        state = UpdateState(momenta=point.momenta, average_offsets=point.offsets, **held)
         meta_optimizer = self._meta_optimizer.to(held["hidden"].device)
         state = control(
             meta_optimizer, point.params, point.grads, state, step=step, total_steps=total_steps, layout=layout
@@ -458,20 +487,9 @@ class LearnedTeleportOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _finish(self, plan: _Plan, steps: dict[str, Step]) -> None:
         """Write what a step computed."""
-        momenta, lags = ([own[key] for own in plan.slots] for key in ("exp_avg", LAG))
-        if plan.point is not None and plan.teleport_sizes is not None:
-            _copy(plan.targets, plan.point.params)
-            _copy(momenta, plan.point.momenta)
-            _copy(lags, plan.point.lags)
-        for key, rows in plan.rows.items():
-            _copy([own[key] for own in plan.slots], dict(enumerate(rows.unbind(0))))
-        if plan.take is not None:
-            plan.take()
-        elif plan.arguments is not None:
-            new_momenta, factors, layout = plan.arguments
-            _copy(momenta, new_momenta)
-            _descend_in_place(plan.targets, lags, [steps[name] for name in layout.names], factors.shrinks, plan.keep)
-            torch._foreach_add_([own["step"] for own in plan.slots], 1.0)
+        with self._swapping.lock:  # Whoever looks on from another thread sees all of a step or nothing of it.
+            self._check_mode()
+            self._write(plan, steps)
         self._progress = plan.progress._replace(num_steps=plan.progress.num_steps + 1)
         self._held = (plan.layout, plan.controls)
         sizes = plan.teleport_sizes
@@ -479,6 +497,60 @@ class LearnedTeleportOptimizer(Optimizer):
             channels = torch.tensor([float(symmetry.size) for symmetry in plan.layout.spec], device=sizes.device)
             self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
             self._teleport_sizes = plan.layout.teleport_sizes(sizes)
+
+    def _write(self, plan: _Plan, steps: dict[str, Step]) -> None:
+        step, horizon = plan.progress.num_steps, plan.progress.horizon
+        targets, slots = plan.targets, plan.slots
+        is_moved = plan.point is not None and plan.teleport_sizes is not None
+        weights: list[float] = []
+        starts: list[int] = []
+        if self._has_average:
+            starts = self._starts(plan)
+            # The step in C notices by itself what was written, but for a teleport, which writes before it.
+            if plan.take is None or is_moved:
+                for number in written(targets, slots):
+                    begin_again(slots[number], step)
+                    starts[number] = step
+            left = horizon.steps_left(step)
+            by_start = {start: averaging_weight(step - start, left) for start in set(starts)}
+            weights = [by_start[start] for start in starts]
+        if plan.point is not None and is_moved:
+            _copy(targets, plan.point.params)
+            _copy([own["exp_avg"] for own in slots], plan.point.momenta)
+            if self._has_average:
+                _copy([own[OFFSET] for own in slots], plan.point.offsets)
+                self._take_fingerprints(targets, slots)
+        for key, rows in plan.rows.items():
+            _copy([own[key] for own in slots], dict(enumerate(rows.unbind(0))))
+        if plan.take is not None:
+            for number in plan.take(weights=weights):  # Their new average has one value so far, the new parameter.
+                begin_again(slots[number], step)
+                starts[number] = step
+        elif plan.arguments is not None:
+            momenta, factors, layout = plan.arguments
+            _copy([own["exp_avg"] for own in slots], momenta)
+            offsets = [own[OFFSET] for own in slots] if self._has_average else None
+            _descend_in_place(targets, offsets, [steps[name] for name in layout.names], factors.shrinks, weights)
+            torch._foreach_add_([own["step"] for own in slots], 1.0)
+            if self._has_average:
+                self._take_fingerprints(targets, slots)
+        if self._has_average:
+            torch._foreach_add_([own[END] for own in slots], 1)
+            self._held_starts = (plan.layout, starts)
+
+    def _starts(self, plan: _Plan) -> list[int]:
+        """The steps with which the averages begin, after they have been brought up to date."""
+        if self._held_starts is not None and self._held_starts[0] is plan.layout:
+            return self._held_starts[
+                1
+            ]  # The step before was one of the same tensors, and nobody has changed their averages.
+        for own in plan.slots:
+            catch_up(own, plan.progress.num_steps, plan.progress.horizon)
+        return [int(own[START]) for own in plan.slots]
+
+    def _take_fingerprints(self, targets: list[Tensor], slots: list[dict[str, Tensor]]) -> None:
+        """Remember what the parameters are, to notice who else writes into them."""
+        torch._foreach_copy_([own[FINGERPRINT] for own in slots], list(fingerprints(targets).unbind()))
 
     def _entries(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """Every parameter under its name, or its number, with its group."""
@@ -488,7 +560,8 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def _new_slots(self, param: Tensor) -> dict[str, Tensor]:
         slots: dict[str, Tensor] = self.state[param]
-        slots.update(initial_slots(param, self._meta_optimizer.initial_hidden(1)[0]))
+        hidden = self._meta_optimizer.initial_hidden(1)[0]
+        slots.update(initial_slots(param, hidden, average=self._has_average, step=self._progress.num_steps))
         return slots
 
     def _skip(self, tensors: list[tuple[str, dict[str, Tensor]]]) -> None:
@@ -522,22 +595,41 @@ class LearnedTeleportOptimizer(Optimizer):
         except ValueError as error:
             self._warn(f"no teleports: {error}")
 
-    def _hyper(self, groups: list[dict[str, Any]], step: int) -> Hyper:
-        total_steps = self.param_groups[0]["total_steps"]
-        if total_steps is not None and step >= total_steps:
-            self._warn(
-                f"step {step + 1} lies past total_steps={total_steps}: going on at the last rate. Give the length of the "
-                "whole run, or leave total_steps out.",
-                once="past total_steps",
-            )
+    def _horizon(self, step: int) -> Horizon:
+        """The length of the run, which may have been changed in the groups since the last step."""
+        horizon, total_steps = self._progress.horizon, self.param_groups[0]["total_steps"]
+        return horizon if horizon.total_steps == total_steps else horizon.changed(total_steps, step)
+
+    def _hyper(self, groups: list[dict[str, Any]], step: int, horizon: Horizon) -> Hyper:
+        if horizon.total_steps is not None:
+            self._check_schedule(step, horizon.total_steps)
         rates = [float(group["lr"]) for group in groups]
         decays = [None if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
-        key = (rates, decays, total_steps)
+        key = (rates, decays, horizon)
         if self._last_hyper is None or self._last_hyper[0] != key:
             numbers = [math.nan if decay is None else decay for decay in decays]
             lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, numbers))
-            self._last_hyper = (key, Hyper(lr, weight_decay, total_steps))
+            self._last_hyper = (key, Hyper(lr, weight_decay, horizon))
         return self._last_hyper[1]
+
+    def _check_schedule(self, step: int, total_steps: int) -> None:
+        """Warn of a run that goes on past its end, and of a scheduler on top of the schedule that is built in."""
+        if step >= total_steps:
+            self._warn(
+                f"step {step + 1} lies past total_steps={total_steps}: going on at the last rate. Give the length of the "
+                "whole run (set_total_steps), or leave total_steps out.",
+                once="past total_steps",
+            )
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        if self._first_lrs is None or len(self._first_lrs) != len(lrs):
+            self._first_lrs = lrs
+        elif self._first_lrs != lrs:
+            self._warn(
+                f"lr has changed from {self._first_lrs} to {lrs} in a run with total_steps={total_steps}, whose rate falls to "
+                "zero by itself in the last 30 %: a scheduler multiplies with that. Leave the scheduler out (where a library "
+                "makes one, ask for a constant one), or leave total_steps out.",
+                once="scheduler",
+            )
 
     def _pace(self, controls: Controls, hyper: Hyper, layout: Layout) -> Pace:
         """The pace under these controls, which most steps share with the step before."""
@@ -594,15 +686,106 @@ class LearnedTeleportOptimizer(Optimizer):
             frame, level = frame.f_back, level + 1
         warnings.warn(message, stacklevel=level)
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """A context in which the parameters are the average of the iterates, which is what a run is about.
+    def set_total_steps(self, total_steps: int | None) -> None:
+        """Change the length of a run that is going on.
 
-        Calls of ``model`` without gradients need none. It is for all else that reads parameters, such as saving them before the
-        end of a run, and for optimizers made without ``model``. Copy what is to outlive the context: its ``state_dict()`` holds
-        the parameters themselves.
+        Rate and average go on without a jump: a rate that falls already rises again no faster than it fell, or falls faster.
+        Writing ``total_steps`` into every parameter group does the same.
+
+        Args:
+            total_steps: The new number of steps, those taken included; None for an open-ended run.
 
         Raises:
-            RuntimeError: from :meth:`step`, inside.
+            ValueError: if it is no positive integer, or if so many steps have been taken already.
+
+        Example:
+            >>> optimizer = LearnedTeleportOptimizer.for_model(nn.Linear(2, 1), total_steps=100)
+            >>> optimizer.set_total_steps(200)
+        """
+        _check_group({**self.defaults, "total_steps": total_steps})
+        taken = self._progress.num_steps
+        if total_steps is not None and total_steps <= taken:
+            raise ValueError(
+                f"total_steps={total_steps} is not more than the {taken} steps that have been taken: finish_in(n) ends the run "
+                "after n more"
+            )
+        for group in self.param_groups:
+            group["total_steps"] = total_steps
+        self._warned.discard("past total_steps")
+
+    def finish_in(self, num_steps: int) -> None:
+        """End the run after so many more steps, in which the rate falls to zero, so that the parameters become the result.
+
+        Args:
+            num_steps: At least 1.
+
+        Raises:
+            ValueError: if it is no positive integer.
+
+        Example:
+            >>> optimizer = LearnedTeleportOptimizer.for_model(nn.Linear(2, 1))  # open-ended
+            >>> optimizer.finish_in(50)
+        """
+        _check_group({**self.defaults, "total_steps": num_steps})
+        self.set_total_steps(self._progress.num_steps + num_steps)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the average of the iterates in the place of the parameters, until :meth:`train`.
+
+        Libraries that know Schedule-Free (Hugging Face's Trainer, accelerate) call both. Nothing happens if the average is there
+        already, or where none is kept (``average=False``). A state that is saved now can be resumed from: the parameters are in it.
+
+        Cost: a copy of the parameters, until :meth:`train`.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = LearnedTeleportOptimizer.for_model(model)
+            >>> model(torch.ones(3, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.eval()
+            >>> weights = {name: value.clone() for name, value in model.state_dict().items()}
+            >>> optimizer.train()
+        """
+        if not self._has_average:
+            return
+        with self._swapping.lock:
+            if self._progress.is_eval:
+                return
+            pairs = self._averages()
+            # Set before the first tensor is written: after an interrupt, train() undoes what has been done.
+            self._progress = self._progress._replace(is_eval=True, has_shown_average=True)
+            try:
+                with torch.inference_mode(False):
+                    swap_in(pairs)
+            except BaseException:
+                self.train()
+                raise
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Undo :meth:`eval`: the parameters are what they were, bit for bit.
+
+        What was written into the model in the meantime, such as the weights of the best epoch, stays; the average begins again
+        there. Nothing happens if the average is not in the place of the parameters.
+        """
+        with self._swapping.lock:
+            if self._progress.is_eval:
+                with torch.inference_mode(False):
+                    swap_out(self._with_state(), self._progress.num_steps)
+                self._progress = self._progress._replace(is_eval=False)
+                self._held_starts = None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average of the iterates in the place of the parameters for as long as the context lasts.
+
+        Inside, everything sees it: evaluation, saving, ``state_dict()``. Copy what is to outlive the context. It may be entered
+        again, which changes nothing, but by one thread at a time only: :meth:`averaged_parameters` is for the others.
+
+        Raises:
+            RuntimeError: if no average is kept (``average=False``), unless the run has come to its end, where the parameters are
+                the result; if another thread is inside. From :meth:`step`, inside.
 
         Cost: a copy of the parameters while it lasts.
 
@@ -614,10 +797,78 @@ class LearnedTeleportOptimizer(Optimizer):
             >>> with optimizer.averaged():
             ...     weights = {name: value.clone() for name, value in model.state_dict().items()}
         """
-        return self._exchange
+        self._check_average()
+        with self._swapping.by_this_thread():
+            was_eval = self._progress.is_eval
+            try:
+                self.eval()
+                yield
+            finally:
+                if not was_eval:
+                    self.train()
 
-    def _lagging(self) -> list[tuple[Tensor, Tensor]]:
-        return [(param, self.state[param][LAG]) for _, param, _ in self._entries() if self.state.get(param)]
+    @torch.no_grad()
+    def averaged_parameters(self) -> dict[str, Tensor]:
+        """The average of the iterates by name, as new tensors; the parameters stay as they are.
+
+        Names are those of ``model``, every one of a tensor that is used in several places, so that ``model.state_dict() |
+        optimizer.averaged_parameters()`` is what to save; numbers without ``model`` and names. Any thread may ask, also during a
+        training step of another one.
+
+        Raises:
+            RuntimeError: if no average is kept (``average=False``), unless the run has come to its end, where the parameters are
+                the result.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = LearnedTeleportOptimizer.for_model(model)
+            >>> sorted(optimizer.averaged_parameters())
+            ['bias', 'weight']
+        """
+        self._check_average()
+        with self._swapping.lock, torch.inference_mode(False):
+            self._progress = self._progress._replace(has_shown_average=True)
+            if self._has_average and not self._progress.is_eval:
+                self._averages()
+            averages = {}
+            for name, param, _ in self._entries():
+                own = self.state.get(param, {})
+                has_other = own and self._has_average and not self._progress.is_eval
+                average = average_of(param, own) if has_other else param.detach().clone()
+                averages.update(dict.fromkeys(self._all_names.get(name, [name]), average))
+            return averages
+
+    def _check_mode(self) -> None:
+        """Raise ``RuntimeError`` for a step while the average is in the place of the parameters."""
+        if self._progress.is_eval:
+            raise RuntimeError(
+                "a step while the average of the iterates is in the place of the parameters, at which its gradients should have "
+                "been taken: call train() or leave averaged() before the forward pass"
+            )
+
+    def _check_average(self) -> None:
+        """Raise ``RuntimeError`` where there is no average to show."""
+        total_steps = self.param_groups[0]["total_steps"]
+        if not self._has_average and (total_steps is None or self._progress.num_steps < total_steps):
+            raise RuntimeError(
+                f"no average of the iterates is kept (average=False), and after {self._progress.num_steps} steps the run is not at "
+                f"its end (total_steps={total_steps}), where the parameters are the result: make the optimizer with average=True"
+            )
+
+    def _with_state(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Every parameter that has had a step, with its slots."""
+        return [(param, self.state[param]) for _, param, _ in self._entries() if self.state.get(param)]
+
+    def _averages(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Every parameter that has had a step, with its slots, after its average has been brought up to date."""
+        pairs, step = self._with_state(), self._progress.num_steps
+        self._held_starts = None
+        for _, own in pairs:
+            catch_up(own, step, self._progress.horizon)
+        if pairs:
+            for number in written(*map(list, zip(*pairs))):
+                begin_again(pairs[number][1], step)
+        return pairs
 
     def stats(self) -> OptimizerStats:
         """What the optimizer has done so far.
@@ -639,7 +890,7 @@ class LearnedTeleportOptimizer(Optimizer):
         if active:
             step = max(progress.num_steps - 1, 0)
             outputs = torch.stack([self.state[param]["outputs"] for _, param, _ in active])
-            hyper = self._hyper([group for _, _, group in active], step)
+            hyper = self._hyper([group for _, _, group in active], step, self._horizon(step))
             is_safe = self._is_guarded and progress.guard.num_safe_steps > 0
             controls = Controls.from_outputs(outputs)
             controls, hyper = _safe(controls, hyper) if is_safe else (controls, hyper)
@@ -680,7 +931,16 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer; the counts that all tensors share lie in the groups."""
-        entries = self._progress.entries()
+        self._progress = progress = self._progress._replace(horizon=self._horizon(self._progress.num_steps))
+        is_open = self._has_average and progress.horizon.total_steps is None
+        if is_open and progress.num_steps and not progress.has_shown_average:
+            self._warn(
+                "the state of an open-ended run is saved, and nobody has looked at its result yet, which is the average of the "
+                "iterates: evaluate and save the model inside `with optimizer.averaged():`, or between optimizer.eval() and "
+                "optimizer.train(), or set total_steps, at the end of which the parameters are the result",
+                once="not shown",
+            )
+        entries = progress.entries()
         try:
             for group in self.param_groups:
                 group.update(entries)
@@ -706,9 +966,12 @@ class LearnedTeleportOptimizer(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         hidden = self._meta_optimizer.initial_hidden(1)[0]
-        state, groups, progress = read_state_dict(state_dict, self.param_groups, hidden, _check_group)
-        self.__setstate__({"state": state, "param_groups": groups})
-        self._progress = progress
+        state, groups, progress = read_state_dict(
+            state_dict, self.param_groups, hidden, _check_group, average=self._has_average
+        )
+        with self._swapping.lock:
+            self.__setstate__({"state": state, "param_groups": groups})
+            self._progress, self._first_lrs = progress, None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -718,13 +981,42 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._held = self._last_pace = self._last_hyper = self._last_native = None
-        if "_exchange" not in self.__dict__:  # a copy; loading comes here, too
-            self._exchange = Exchange(self._lagging)
+        self._held = self._held_starts = self._last_pace = self._last_hyper = self._last_native = None
+        if "_swapping" not in self.__dict__:  # a copy; loading comes here, too
+            self._swapping, self._first_lrs = _Swapping(), None
         self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+class _Swapping:
+    """Who may put the average in the place of the parameters: one thread at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held while parameters or averages are written or read as a whole."""
+        self._thread: int | None = None
+
+    @contextmanager
+    def by_this_thread(self) -> Iterator[None]:
+        """A context that one thread at a time may enter, also again inside itself.
+
+        Raises:
+            RuntimeError: if another thread is inside.
+        """
+        thread = threading.get_ident()
+        with self.lock:
+            before = self._thread
+            if before not in (None, thread):
+                raise RuntimeError(
+                    "another thread is inside averaged(): wait for it, or take averaged_parameters(), which moves nothing"
+                )
+            self._thread = thread
+        try:
+            yield
+        finally:
+            self._thread = before
 
 
 def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
@@ -744,24 +1036,27 @@ def _copy(targets: list[Tensor], values: Mapping[Any, Tensor]) -> None:
 
 
 def _descend_in_place(
-    targets: list[Tensor], lags: list[Tensor], steps: list[Step], shrinks: Tensor, keep: float
+    targets: list[Tensor], offsets: list[Tensor] | None, steps: list[Step], shrinks: Tensor, weights: list[float]
 ) -> None:
-    """Shrink the parameters and take the steps, where they lie; then move their average."""
+    """Shrink the parameters and take the steps, where they lie; then move their averages, if there are any."""
     here = all_local(targets)
     if any(part is not target for part, target in zip(here, targets)):
         moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
         steps = list(map(Step, all_parts_like(moves, targets)))
-    parts = list(zip(here, all_local(lags), steps, shrinks.tolist()))
-    small = [part for part in parts if part[2].lengths is None]
-    for group in (
-        small,
-        *([part] for part in parts if part[2].lengths is not None),
-    ):  # a copy of one large tensor at a time
-        if group:
-            own, own_lags, own_steps, own_shrinks = map(list, zip(*group))
-            old = [target.clone() for target in own]
-            _take_steps(own, own_steps, own_shrinks)
-            torch._foreach_copy_(own_lags, [lagging(*tensors, keep) for tensors in zip(own_lags, old, own)])
+    if offsets is None:
+        offsets, weights = [], []
+    numbers = range(len(here))
+    small = [number for number in numbers if steps[number].lengths is None]
+    large = [[number] for number in numbers if steps[number].lengths is not None]  # a copy of one at a time
+    local_offsets, all_shrinks = all_local(offsets), shrinks.tolist()
+    for group in [small, *large] if small else large:
+        own = [here[number] for number in group]
+        old = [here[number].clone() for number in group if offsets]
+        _take_steps(own, [steps[number] for number in group], [all_shrinks[number] for number in group])
+        if offsets:
+            own_offsets = [local_offsets[number] for number in group]
+            own_weights = [weights[number] for number in group]
+            torch._foreach_copy_(own_offsets, list(map(average_offset, own_offsets, old, own, own_weights)))
 
 
 def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: list[float]) -> None:
@@ -794,6 +1089,8 @@ _OWN_ATTRIBUTES = frozenset(
         "_first_call",
         "_progress",
         "_is_guarded",
+        "_has_average",
+        "_all_names",
         "_teleport_sizes",
         "_teleport_size",
     )
@@ -825,8 +1122,8 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
 
 
-def _check_parameter(param: Tensor) -> None:
-    """Raise ``ValueError`` for a tensor that can never be optimized here."""
+def _check_parameter(param: Tensor, average: bool) -> None:
+    """Raise ``ValueError`` for a tensor that can never be optimized here, or of which no average can be kept."""
     if isinstance(param, UninitializedParameter):
         return
     reason = ""
@@ -838,6 +1135,11 @@ def _check_parameter(param: Tensor) -> None:
         reason = (
             "is a flattened shard of FullyShardedDataParallel, whose layers cannot be seen: use "
             "torch.distributed.fsdp.fully_shard"
+        )
+    elif average and not param.is_complex() and not can_be_averaged(param):
+        reason = (
+            f"is {param.layout}, {param.dtype}: no average of such iterates can be kept. Use average=False, or dense parameters of "
+            "16, 32 or 64 bits"
         )
     if reason:
         raise ValueError(f"a parameter of shape {tuple(param.shape)} {reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from teleport_optim.averaging import AVERAGE_SLOTS, END, ITERATE, START, initial_average
 from teleport_optim.guard import Guard
 from teleport_optim.sharding import local, part_like
-from teleport_optim.update import UpdateState, slot_dtype
+from teleport_optim.update import Horizon, UpdateState, slot_dtype
 
-__all__ = ["LAG", "ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
+__all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
 
 ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
 """Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
-LAG = "lag"
-"""Slot of the lag of the average of the iterates; versions before 0.2 have none."""
 _COUNTS = ("step", "skipped")
 _OLD_OUTPUTS = (0, 1, 3, 4, 5)
 """Those of the six outputs of earlier versions that there still are."""
@@ -45,18 +44,25 @@ class Progress(NamedTuple):
         num_steps: Steps taken; skipped ones do not count.
         num_skipped_steps: Steps that were not taken because a gradient was not finite.
         num_guarded_steps: Steps that the guard made safe ones.
+        is_eval: Whether the average of the iterates is in the place of the parameters.
+        has_shown_average: Whether somebody has asked for the average.
         guard: The guard's memory.
+        horizon: Length of the run, and what is known of its last change. The length itself is an option of every group.
     """
 
     num_steps: int = 0
     num_skipped_steps: int = 0
     num_guarded_steps: int = 0
+    is_eval: bool = False
+    has_shown_average: bool = False
     guard: Guard = Guard()
+    horizon: Horizon = Horizon()
 
     def entries(self) -> dict[str, int | float]:
         """As entries of a parameter group."""
         counts = {name: getattr(self, name) for name in _COUNTERS}
-        return counts | {f"guard_{name}": value for name, value in asdict(self.guard).items()}
+        horizon = {"total_steps_changed_at": self.horizon.changed_at, "total_steps_level": self.horizon.level}
+        return counts | horizon | {f"guard_{name}": value for name, value in asdict(self.guard).items()}
 
     @classmethod
     def pop_from(cls, group: dict[str, Any], num_steps: int) -> Progress:
@@ -65,32 +71,45 @@ class Progress(NamedTuple):
         values: dict[str, Any] = {}
         for key, default in known.entries().items():
             value = group.pop(key, default)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-            is_count = isinstance(value, int) and 0 <= value < _MAX_COUNT
-            if not is_number or (isinstance(default, int) and not is_count):
+            if not _is_like(value, default):
                 raise OptimizerStateError(f"{key} in a parameter group is {value!r}, expected a number as {default!r}")
             values[key] = type(default)(value)
         guard = Guard(**{entry.name: values[f"guard_{entry.name}"] for entry in fields(Guard)})
-        return cls(**{name: values[name] for name in _COUNTERS}, guard=guard)
+        level = values["total_steps_level"]
+        if not 0.0 < level <= 1.0:
+            raise OptimizerStateError(f"total_steps_level in a parameter group is {level!r}, expected a share above 0")
+        horizon = Horizon(group.get("total_steps"), values["total_steps_changed_at"], level)
+        return cls(**{name: values[name] for name in _COUNTERS}, guard=guard, horizon=horizon)
 
 
-_COUNTERS = tuple(name for name in Progress._fields if name != "guard")
+_COUNTERS = tuple(name for name in Progress._fields if name not in ("guard", "horizon"))
 
 
-def initial_slots(param: Tensor, hidden: Tensor) -> Slots:
-    """What is kept for ``param`` before its first step.
+def _is_like(value: Any, default: float) -> bool:
+    """Whether a number that was loaded is of the kind of its default: a switch, a count, or any number."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and 0 <= value < _MAX_COUNT
+    return isinstance(value, int | float) and not math.isnan(value)
 
-    Momentum and lag are bfloat16, but float64 for parameters of that; the rest is float32.
+
+def initial_slots(param: Tensor, hidden: Tensor, *, average: bool, step: int) -> Slots:
+    """Slots of ``param`` before its first step.
+
+    Momentum and the average's offset are bfloat16, but float64 for parameters of that; the rest is float32.
 
     Args:
         param: The parameter.
         hidden: The meta-optimizer's initial hidden state of one tensor, ``[2 * hidden_size]``.
+        average: Whether an average of the iterates is kept.
+        step: Number of the step.
     """
     initial = UpdateState.initial({}, hidden.unsqueeze(0))
     rows = {key: getattr(initial, key)[0].to(param.device) for key in ROW_KEYS}
     counts = {key: torch.zeros((), dtype=torch.float32) for key in _COUNTS}
-    own = {key: torch.zeros_like(param, dtype=slot_dtype(param)) for key in ("exp_avg", LAG)}
-    return {**counts, **own, **rows}
+    momentum = torch.zeros_like(param, dtype=slot_dtype(param))
+    return {**counts, "exp_avg": momentum, **(initial_average(param, step) if average else {}), **rows}
 
 
 @contextmanager
@@ -110,6 +129,7 @@ def read_state_dict(
     groups: Sequence[Mapping[str, Any]],
     hidden: Tensor,
     check_group: Callable[[Mapping[str, Any]], None],
+    average: bool,
 ) -> tuple[dict[Tensor, Slots], list[dict[str, Any]], Progress]:
     """The state of every parameter, the parameter groups, and the counts that are in a state dict; nothing is aliased.
 
@@ -120,6 +140,7 @@ def read_state_dict(
         groups: The groups of the optimizer that loads it.
         hidden: The meta-optimizer's initial hidden state of one tensor.
         check_group: Raises ``ValueError`` or ``TypeError`` for bad options of a group.
+        average: Whether the optimizer keeps an average of the iterates.
 
     Raises:
         OptimizerStateError: saying what does not fit.
@@ -142,8 +163,9 @@ def read_state_dict(
         if key not in params:
             raise OptimizerStateError(f"there is state for {key!r}, which is in no parameter group")
         if not isinstance(slots, Mapping) or slots:
-            state[params[key]] = _read_slots(key, slots, params[key], hidden)
-    num_steps = max((int(slots["step"]) for slots in state.values()), default=0)
+            _check_keys(key, slots, ("exp_avg", *_COUNTS, *ROW_KEYS))
+    counts = [own["step"] for own in saved_state.values() if isinstance(own, Mapping) and "step" in own]
+    num_steps = max(map(int, counts), default=0)  # version 0.1 has counted them nowhere else
     new_groups = []
     all_progress = set()
     for saved, group in zip(saved_groups, groups):
@@ -157,7 +179,16 @@ def read_state_dict(
         new_groups.append({**new, **own})
     if len(all_progress) > 1 or len({group.get("total_steps") for group in new_groups}) > 1:
         raise OptimizerStateError("the parameter groups differ in what they share: the counts of steps and total_steps")
-    return state, new_groups, all_progress.pop()
+    progress = all_progress.pop()
+    if progress.is_eval and not average:
+        raise OptimizerStateError(
+            "the state was saved while the average of the iterates was in the place of the parameters, and this optimizer keeps "
+            "none: load it into one with average=True, or call train() before saving"
+        )
+    for key, slots in saved_state.items():
+        if not isinstance(slots, Mapping) or slots:
+            state[params[key]] = _read_slots(key, slots, params[key], hidden, average, progress)
+    return state, new_groups, progress
 
 
 def _keys_of(groups: Any) -> list[list[Any]]:
@@ -207,36 +238,60 @@ def _has_row(value: Any, row: int) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and row < len(value)
 
 
-def _read_slots(key: Any, slots: Any, param: Tensor, hidden: Tensor) -> Slots:
-    expected = initial_slots(param, hidden)
-    if isinstance(slots, Mapping) and set(slots) == set(expected) - {LAG}:
-        slots = {**slots, LAG: expected[LAG]}
-    if not isinstance(slots, Mapping) or set(slots) != set(expected):
+def _read_slots(
+    key: Any, slots: Mapping[str, Any], param: Tensor, hidden: Tensor, average: bool, progress: Progress
+) -> Slots:
+    expected = initial_slots(param, hidden, average=average, step=progress.num_steps)
+    if not average:
+        slots = {name: value for name, value in slots.items() if name not in AVERAGE_SLOTS}
+    elif not slots.keys() & set(AVERAGE_SLOTS):  # Saved without an average: it begins here.
+        slots = {**slots, **{name: expected[name] for name in AVERAGE_SLOTS}}
+    if progress.is_eval and ITERATE in slots:
+        expected[ITERATE] = param.detach()
+    _check_keys(key, slots, expected)
+    if ITERATE in slots and ITERATE not in expected:
+        raise OptimizerStateError(
+            f"the state of parameter {key!r} holds {ITERATE!r}, but was not saved in evaluation mode"
+        )
+    read = {name: _read_slot(key, name, slots[name], like, progress.num_steps) for name, like in expected.items()}
+    # Wrappers, such as Lookahead, keep slots of their own beside ours: they are given back as they were.
+    read |= copy.deepcopy({name: value for name, value in slots.items() if name not in expected})
+    if average and not read[START] <= read[END]:
+        raise OptimizerStateError(f"the average of parameter {key!r} ends before it begins: {read[START]}, {read[END]}")
+    return read
+
+
+def _check_keys(key: Any, slots: Any, expected: Iterable[str]) -> None:
+    """Raise ``OptimizerStateError`` for slots that are none, or are not all that are expected."""
+    if not isinstance(slots, Mapping) or not set(slots) >= set(expected):
         found: object = sorted(map(str, slots)) if isinstance(slots, Mapping) else type(slots).__name__
         raise OptimizerStateError(
             f"the state of parameter {key!r} holds {found}, expected {sorted(expected)}: it is of another optimizer or a "
             "newer version"
         )
-    read = {}
-    for name, like in expected.items():
-        value = slots[name]
-        if name == "outputs" and isinstance(value, Tensor) and value.shape == (6,):
-            value = value[list(_OLD_OUTPUTS)]
-        if not isinstance(value, Tensor) or not _is_plain(value) or value.shape != like.shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise OptimizerStateError(
-                f"{name} of parameter {key!r} is {found}, expected a tensor of real numbers of shape {tuple(like.shape)}"
-            )
-        new = value.detach().to(device=like.device, dtype=like.dtype, copy=True)
-        values = local(new)
-        is_good = values.isfinite() | values.isnan() if name == "log_grad_rms" else values.isfinite()
-        if not bool(is_good.all()) or (name in _COUNTS and not (values >= 0 and values == values.floor())):
-            raise OptimizerStateError(
-                f"{name} of parameter {key!r} holds values that cannot be: {local(value).flatten()[:4].tolist()}"
-            )
-        read[name] = part_like(new, like)
-    return read
 
 
-def _is_plain(value: Tensor) -> bool:
-    return value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+def _read_slot(key: Any, name: str, value: Any, like: Tensor, num_steps: int) -> Tensor:
+    """One slot, checked and copied to where ``like`` is."""
+    if name == "outputs" and isinstance(value, Tensor) and value.shape == (6,):
+        value = value[list(_OLD_OUTPUTS)]
+    is_right = (
+        isinstance(value, Tensor) and value.shape == like.shape and value.layout == torch.strided and not value.is_meta
+    )
+    is_integer = like.dtype == torch.int64
+    if not is_right or (value.dtype != torch.int64 if is_integer else not value.is_floating_point()):
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        kind = "64-bit integers" if is_integer else "real numbers"
+        raise OptimizerStateError(
+            f"{name} of parameter {key!r} is {found}, expected a tensor of {kind} of shape {tuple(like.shape)}"
+        )
+    new = value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+    values = local(new)
+    is_good = values.isfinite() | values.isnan() if name == "log_grad_rms" else values.isfinite()
+    if name in (START, END):
+        is_good = (values >= 0) & (values <= num_steps)
+    if not bool(is_good.all()) or (name in _COUNTS and not (values >= 0 and values == values.floor())):
+        raise OptimizerStateError(
+            f"{name} of parameter {key!r} holds values that cannot be: {local(value).flatten()[:4].tolist()}"
+        )
+    return part_like(new, like)

@@ -12,8 +12,8 @@ prior it is a rule without anything learned in it:
     a w = layers^-0.7 / (2 (t + 50))
     x <- x + 7 / (t + 7) (p - x)
 
-Gradients are taken at ``p``; what a run is about is ``x``, an average of the iterates with weight t^6. Where the number of
-steps is known, ``a`` falls to zero in the end, and the two meet.
+Gradients are taken at ``p``, the parameters. ``x`` is an average of the iterates, in which that after t steps has a weight
+like t^6. Where the number of steps is known, ``a`` falls to zero in the end, and the two meet.
 
 Orthogonalised momentum is from Muon (Jordan et al., 2024), to orthogonalise in blocks from MuonBP (Khaled et al., 2025); to scale
 columns down where gradients are large is what a diagonal Shampoo (Gupta et al., 2018) does on one side. To
@@ -40,17 +40,18 @@ from teleport_optim.symmetry.spec import Symmetry
 __all__ = [
     "TELEPORT_INTERVAL",
     "Factors",
+    "Horizon",
     "Hyper",
     "Pace",
     "UpdateState",
-    "averaged",
+    "average_offset",
+    "averaging_weight",
     "balanced",
     "column_scales",
     "control",
     "descend",
+    "ema",
     "is_due",
-    "kept_share",
-    "lagging",
     "prior_rate",
     "rate_and_decay",
     "row_mixers",
@@ -72,7 +73,7 @@ _DEPTH_POWER, _MOST_LAYERS = -0.7, 11
 _ANNEALED = 0.3
 """Share of a run of known length in which the rate falls to zero."""
 _POWER, _TAIL = 6, 3
-"""Of the step number, which is the weight of an iterate in the average; iterates that are averaged in the end."""
+"""An iterate after t steps has the weight t^6 in the average; in the end of a run, only the last three iterates count."""
 _LINEAR_RATE = 3.0
 """Factor on the rate of a model of one matrix, such as logistic regression: nothing comes after it that a step could upset."""
 
@@ -90,24 +91,66 @@ _TINY = 1e-18
 """A norm below which a direction counts as zero; its square is still a float32."""
 
 
+class Horizon(NamedTuple):
+    """Length of a run, which may be changed while it runs.
+
+    Attributes:
+        total_steps: Number of steps of the run; None for an open-ended one.
+        changed_at: Step at which ``total_steps`` was changed last; 0 if it never was.
+        level: Share of its usual size that the rate had then.
+
+    Example:
+        >>> run = Horizon(100)
+        >>> [run.annealing(step) for step in (0, 70, 85, 99)]
+        [1.0, 1.0, 0.5, 0.03333333333333333]
+        >>> longer = run.changed(200, step=85)
+        >>> [longer.annealing(step) for step in (85, 100, 115, 170)]
+        [0.5, 0.75, 1.0, 0.5]
+    """
+
+    total_steps: int | None = None
+    changed_at: int = 0
+    level: float = 1.0
+
+    def steps_left(self, step: float) -> float:
+        """Steps from this one on, this one included: at least 1, and infinite in an open-ended run."""
+        return math.inf if self.total_steps is None else max(self.total_steps - step, 1)
+
+    def annealing(self, step: float) -> float:
+        """Share of its usual size that the rate has at this step: 1, and falling to zero in the last 30 % of the run.
+
+        After a change of ``total_steps`` it goes on from the level that it had, so that the rate makes no jump. It rises no
+        faster than it would have fallen; it falls faster where fewer steps are left than 30 % of the run.
+        """
+        end = self.changed_at if self.total_steps is None else self.total_steps
+        usual_fall = _ANNEALED * max(end, 1)
+        fall = min(usual_fall, self.steps_left(self.changed_at) / self.level)
+        rise = self.level + max(step - self.changed_at, 0) / usual_fall
+        return min(1.0, rise, self.steps_left(step) / fall)
+
+    def changed(self, total_steps: int | None, step: int) -> Horizon:
+        """The horizon of a run whose length is changed before this step."""
+        return Horizon(total_steps, step, self.annealing(step))
+
+
 class Hyper(NamedTuple):
     """What the user may set; tensors hold one entry per tensor of the layout.
 
     Attributes:
         lr: Factor on the rate of every step.
         weight_decay: Decoupled decay per unit of rate; NaN stands for the learned decay.
-        total_steps: Length of the run, over which the rate falls to zero; None for an open-ended run.
+        horizon: Length of the run, in the last 30 % of which the rate falls to zero.
     """
 
     lr: Tensor
     weight_decay: Tensor
-    total_steps: int | None = None
+    horizon: Horizon = Horizon()
 
     @classmethod
     def default(cls, num_tensors: int, total_steps: int | None = None) -> Hyper:
         """Nothing set: ``lr`` 1 and the learned decay."""
         ones = torch.ones(num_tensors, dtype=torch.float32)
-        return cls(ones, math.nan * ones, total_steps)
+        return cls(ones, math.nan * ones, Horizon(total_steps))
 
 
 class UpdateState(NamedTuple):
@@ -115,8 +158,8 @@ class UpdateState(NamedTuple):
 
     momenta: dict[str, Tensor]
     """Average of the gradients, a covector, of the shape of each parameter."""
-    lags: dict[str, Tensor]
-    """What the average of the iterates has more than the parameters, a vector, of the shape of each."""
+    average_offsets: dict[str, Tensor]
+    """Average of the iterates minus the parameters, of the shape of each; transforms like a vector."""
     hidden: Tensor
     """Hidden state of the meta-optimizer, ``[*runs, num_tensors, 2 * hidden_size]``."""
     outputs: Tensor
@@ -135,7 +178,7 @@ class UpdateState(NamedTuple):
         *runs, num_tensors, _ = hidden.shape
         return cls(
             momenta={name: torch.zeros_like(param, dtype=slot_dtype(param)) for name, param in params.items()},
-            lags={name: torch.zeros_like(param, dtype=slot_dtype(param)) for name, param in params.items()},
+            average_offsets={name: torch.zeros_like(param, dtype=slot_dtype(param)) for name, param in params.items()},
             hidden=hidden,
             outputs=hidden.new_zeros(*runs, num_tensors, len(Controls._fields)),
             log_grad_rms=hidden.new_full((*runs, num_tensors, 2), math.nan),
@@ -143,38 +186,34 @@ class UpdateState(NamedTuple):
 
 
 def slot_dtype(param: Tensor) -> torch.dtype:
-    """In what momentum and lag of a parameter are kept: two numbers of 16 bits in the place of one, but all of float64."""
+    """Dtype of the momentum and of the average's offset of a parameter: bfloat16, but float64 for parameters of that."""
     return torch.float64 if param.dtype == torch.float64 else torch.bfloat16
 
 
-def prior_rate(step: float, total_steps: int | None, num_layers: int) -> tuple[float, float]:
+def prior_rate(step: float, horizon: Horizon, num_layers: int) -> tuple[float, float]:
     """The unlearned rate ``a`` of a step, and the unlearned ``weight_decay`` that goes with it.
 
     Where the length of the run is known the rate falls to zero over the last part of it; past it, it stays at its last value.
     """
-    step = min(step, (total_steps or math.inf) - 1)
+    step = min(step, (horizon.total_steps or math.inf) - 1)
     share = min(1.0, math.sqrt(_FLAT_STEPS / max(step, 1)))
-    left = min(1.0, _steps_left(step, total_steps) / (_ANNEALED * total_steps)) if total_steps else 1.0
     depth = min(num_layers, _MOST_LAYERS) ** _DEPTH_POWER
-    return _FIRST_RATE * share * left * depth, 0.5 / ((step + 50) * _FIRST_RATE * share)
+    return _FIRST_RATE * share * horizon.annealing(step) * depth, 0.5 / ((step + 50) * _FIRST_RATE * share)
 
 
-def kept_share(step: int, total_steps: int | None) -> float:
-    """What is kept of the lag of the average of the iterates in a step; 0 in the last steps of a run of known length."""
-    taken = (_POWER + 1.0) / (step + _POWER + 1.0)
-    if total_steps is not None:
-        taken = max(taken, min(1.0, _TAIL / _steps_left(step, total_steps)))
-    return 1.0 - taken
+def averaging_weight(age: int, steps_left: float = math.inf) -> float:
+    """Weight of the newest iterate in the average of the iterates.
+
+    Args:
+        age: Iterates that are in the average already.
+        steps_left: Steps until the end of the run, this one included. In the last ones the average goes to the parameters.
+    """
+    return max((_POWER + 1.0) / (age + _POWER + 1.0), min(1.0, _TAIL / steps_left))
 
 
-def _steps_left(step: float, total_steps: int) -> float:
-    """This one included; at least 1."""
-    return max(total_steps - step, 1)
-
-
-def rate_and_decay(step: int, total_steps: int | None, layout: Layout) -> tuple[float, float]:
+def rate_and_decay(step: int, horizon: Horizon, layout: Layout) -> tuple[float, float]:
     """:func:`prior_rate` for the tensors of ``layout``."""
-    rate, decay = prior_rate(step, total_steps, layout.num_layers)
+    rate, decay = prior_rate(step, horizon, layout.num_layers)
     return (_LINEAR_RATE * rate, decay / _LINEAR_RATE) if layout.is_linear else (rate, decay)
 
 
@@ -262,25 +301,27 @@ def update(
         New parameters and state; the arguments are unchanged.
     """
     momenta: Mapping[str, Tensor] = state.momenta
-    lags: Mapping[str, Tensor] = state.lags
+    offsets: Mapping[str, Tensor] = state.average_offsets
     if step == 0:
         params, grads, _ = balanced(params, grads, layout, run_axes=state.outputs.dim() - 2)
     if is_due(step):
-        state = control(controller, params, grads, state, step=step, total_steps=hyper.total_steps, layout=layout)
+        state = control(
+            controller, params, grads, state, step=step, total_steps=hyper.horizon.total_steps, layout=layout
+        )
     controls = Controls.from_outputs(state.outputs)
     if is_due(step) and len(layout.spec):
-        params, grads, momenta, lags, _ = teleport(params, grads, momenta, lags, controls, layout)
+        params, grads, momenta, offsets, _ = teleport(params, grads, momenta, offsets, controls, layout)
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
-    averages = {name: averaged(momenta[name], grads[name], factors.beta) for name in params}
+    averages = {name: ema(momenta[name], grads[name], factors.beta) for name in params}
     steps = descend(averages, factors, layout)
-    keep = kept_share(step, hyper.total_steps)
-    new_params, new_lags = {}, {}
+    weight = averaging_weight(step, hyper.horizon.steps_left(step))
+    new_params, new_offsets = {}, {}
     for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
         shrink = shrink.reshape([*shrink.shape, *[1] * len(layout.shapes[name])])
         new_params[name] = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
-        new_lags[name] = lagging(lags[name], param, new_params[name], keep)
+        new_offsets[name] = average_offset(offsets[name], param, new_params[name], weight)
     momenta = {name: value.to(momenta[name]) for name, value in averages.items()}
-    return new_params, state._replace(momenta=momenta, lags=new_lags)
+    return new_params, state._replace(momenta=momenta, average_offsets=new_offsets)
 
 
 def is_due(step: int) -> bool:
@@ -314,7 +355,7 @@ def teleport(
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     momenta: Mapping[str, Tensor],
-    lags: Mapping[str, Tensor],
+    offsets: Mapping[str, Tensor],
     controls: Controls,
     layout: Layout,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
@@ -327,8 +368,8 @@ def teleport(
     rounded.
 
     Returns:
-        Parameters, gradients, momenta and lags, all at the same new point of the orbit, and for every site the RMS of
-        ``log s``.
+        Parameters, gradients, momenta and offsets of the average, all at the same new point of the orbit, and for every site
+        the RMS of ``log s``.
     """
     weights = layout.table(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
@@ -344,9 +385,11 @@ def teleport(
         log_scale = _in_range(log_scale, norms, symmetry, params)
         sizes.append(log_scale.square().mean(dim=-1).sqrt())
         scales = symmetry.group.exp(log_scale.double())
-        params, lags = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (params, lags))
+        params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
+        if offsets:  # an optimizer need not keep an average
+            offsets = move_scaling(symmetry, scales, offsets, SlotKind.VECTOR)
         grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
-    return params, grads, momenta, lags, torch.stack(sizes, dim=-1)
+    return params, grads, momenta, offsets, torch.stack(sizes, dim=-1)
 
 
 def balanced(
@@ -430,10 +473,10 @@ class Pace(NamedTuple):
 
 def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Factors:
     """What steers the momentum step of this number."""
-    return Pace.of(controls, hyper, layout).factors(*rate_and_decay(step, hyper.total_steps, layout))
+    return Pace.of(controls, hyper, layout).factors(*rate_and_decay(step, hyper.horizon, layout))
 
 
-def averaged(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
+def ema(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
     """The gradient average of a tensor after a step, ``[*runs, *shape]``, in float32 at least; ``beta`` is ``[*runs]``."""
     momentum = in_full_precision(momentum)
     rest = (1.0 - beta).to(momentum.dtype)
@@ -442,9 +485,15 @@ def averaged(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
     )
 
 
-def lagging(lag: Tensor, old: Tensor, new: Tensor, keep: float) -> Tensor:
-    """The lag of the average of the iterates behind a parameter that moves from ``old`` to ``new``, in the dtype of ``lag``."""
-    return (keep * (in_full_precision(lag) + (in_full_precision(old) - in_full_precision(new)))).to(lag)
+def average_offset(offset: Tensor, old: Tensor, new: Tensor, weight: float) -> Tensor:
+    """Average of the iterates minus the parameter, after the parameter has moved from ``old`` to ``new``.
+
+    Args:
+        offset: The same before the step, of any dtype, which is kept.
+        old, new: The parameter.
+        weight: :func:`averaging_weight` of the new value.
+    """
+    return ((1.0 - weight) * (in_full_precision(offset) + (in_full_precision(old) - in_full_precision(new)))).to(offset)
 
 
 class Mixing(NamedTuple):

@@ -19,6 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from teleport_optim import LearnedTeleportOptimizer, layout
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
+    pytest.mark.filterwarnings("ignore:lr has changed"),
+]
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "ours": lambda params, **options: LearnedTeleportOptimizer(params, total_steps=50, **options),
     "ours guarded": lambda params, **options: LearnedTeleportOptimizer(params, guard=True, **options),
@@ -93,7 +98,8 @@ def test_other_dtypes_train(make: Callable[..., Optimizer], dtype: torch.dtype) 
         kept = torch.float64 if dtype == torch.float64 else torch.bfloat16
         for param in model.parameters():
             dtypes = {key: value.dtype for key, value in optimizer.state[param].items()}
-            assert dtypes.pop("exp_avg") == dtypes.pop("lag") == kept
+            assert dtypes.pop("exp_avg") == dtypes.pop("average_offset") == kept
+            assert {dtypes.pop(key) for key in ("fingerprint", "average_start", "average_end")} == {torch.int64}
             assert set(dtypes.values()) == {torch.float32}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, native
 from teleport_optim.layout import Layout
 from teleport_optim.native import NativeStep, all_norms, are_plain
-from teleport_optim.update import TELEPORT_INTERVAL, Factors, Pace, averaged, descend, lagging
+from teleport_optim.update import TELEPORT_INTERVAL, Factors, Pace, average_offset, descend, ema
 
 built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
 SIZES = st.integers(0, 40)
@@ -58,33 +58,35 @@ class Tensors(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     momenta: list[Tensor]
-    lags: list[Tensor]
+    offsets: list[Tensor]
 
     @classmethod
     def random(cls, shapes: Sequence[tuple[int, ...]], generator: torch.Generator) -> Tensors:
-        params, grads, momenta, lags = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(4))
-        return cls(params, grads, [m.bfloat16() for m in momenta], [lag.bfloat16() for lag in lags])
+        params, grads, momenta, offsets = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(4))
+        return cls(params, grads, [m.bfloat16() for m in momenta], [offset.bfloat16() for offset in offsets])
 
 
-KEEP = 0.9
+WEIGHT = 0.1
 
 
 def by_torch(tensors: Tensors, known: Factors, layout: Layout) -> None:
     """The step in place, as :mod:`teleport_optim.update` writes it."""
-    averages = [averaged(m, g, known.beta) for m, g in zip(tensors.momenta, tensors.grads)]
+    averages = [ema(m, g, known.beta) for m, g in zip(tensors.momenta, tensors.grads)]
     steps = descend(dict(zip(layout.names, averages)), known, layout)
     for momentum, average in zip(tensors.momenta, averages):
         momentum.copy_(average)
-    for name, param, lag, shrink in zip(layout.names, tensors.params, tensors.lags, known.shrinks):
+    for name, param, offset, shrink in zip(layout.names, tensors.params, tensors.offsets, known.shrinks):
         old = param.clone()
         param.copy_(steps[name].taken_from(param * shrink))
-        lag.copy_(lagging(lag, old, param, KEEP))
+        offset.copy_(average_offset(offset, old, param, WEIGHT))
 
 
 def natively(tensors: Tensors, known: Factors, layout: Layout) -> None:
     counts = [torch.tensor(3.0) for _ in tensors.params]
     pace = Pace(known.beta, known.lengths / 0.1, (1.0 - known.shrinks) / 0.1, torch.zeros(len(counts)))
-    NativeStep(layout).take(*tensors, counts, pace=pace, rate=0.1, decay=1.0, keep=KEEP)
+    prints = [torch.zeros((), dtype=torch.int64) for _ in counts]
+    weights = [WEIGHT] * len(counts)
+    NativeStep(layout).take(*tensors, counts, prints, pace=pace, rate=0.1, decay=1.0, weights=weights)
     assert counts == [4.0] * len(counts)
 
 
@@ -124,8 +126,8 @@ def test_it_takes_the_step_of_torch(
             old, new, there = (Tensors._make(each) for each in (before, own, right))
             torch.testing.assert_close(new.momenta, there.momenta, rtol=2**-7, atol=1e-6)
             assert_same_step(old.params - new.params, old.params - there.params)
-            exact = KEEP * (old.lags.float() + (old.params - new.params))
-            torch.testing.assert_close(new.lags, exact.bfloat16(), rtol=2**-7, atol=1e-6)
+            exact = (1.0 - WEIGHT) * (old.offsets.float() + (old.params - new.params))
+            torch.testing.assert_close(new.offsets, exact.bfloat16(), rtol=2**-7, atol=1e-6)
             assert torch.isfinite(new.params).all()
 
 
@@ -185,7 +187,7 @@ def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
         assert b"".join(bytes(part) for part in parts) == bytes(NativeStep(layout)._units)
         tensors = copy.deepcopy(start)
         natively(tensors, known, layout)
-        results.append([*tensors.params, *tensors.momenta, *tensors.lags])
+        results.append([*tensors.params, *tensors.momenta, *tensors.offsets])
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
@@ -208,7 +210,7 @@ def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
 def test_every_step_of_a_training_is_that_of_torch(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     take = NativeStep.take
-    monkeypatch.setattr(NativeStep, "take", lambda *args, **options: (taken.append(1), take(*args, **options)))
+    monkeypatch.setattr(NativeStep, "take", lambda *args, **options: taken.append(1) or take(*args, **options))
     model = network()
     optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=100, **options)
     for _ in range(TELEPORT_INTERVAL + 5):
@@ -226,7 +228,7 @@ def test_every_step_of_a_training_is_that_of_torch(options: dict[str, object], m
             assert own.keys() == others.keys()
             assert torch.equal(own["step"], others["step"])
             torch.testing.assert_close(own["exp_avg"], others["exp_avg"], rtol=2**-7, atol=1e-7)
-            assert_same_step(own["lag"].float(), others["lag"].float(), 2**-7)
+            assert_same_step(own["average_offset"].float(), others["average_offset"].float(), 2**-7)
     assert len(taken) == TELEPORT_INTERVAL + 5
 
 
@@ -317,9 +319,9 @@ def test_a_stale_graph_is_noticed() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ((), [], [], [], b"", 0.1, 1.0, 0.5, 0.5, 1, b""),
-        ([], [1], [], [], b"", 0.1, 1.0, 0.5, 0.5, 1, b""),
-        ([], [], [], [], bytes(24), 0.1, 1.0, 0.5, 0.5, 1, b""),
+        ((), [], [], [], b"", 0.1, 1.0, 0.5, b"", bytearray(), 1, b""),
+        ([], [1], [], [], b"", 0.1, 1.0, 0.5, b"", bytearray(), 1, b""),
+        ([], [], [], [], bytes(24), 0.1, 1.0, 0.5, b"", bytearray(), 1, b""),
     ],
 )
 def test_bad_arguments_are_refused(arguments: tuple[object, ...]) -> None:

@@ -17,6 +17,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, find_symmetries
 from teleport_optim.update import TELEPORT_INTERVAL
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
+    pytest.mark.filterwarnings("ignore:lr has changed"),
+]
+
 OPTIMIZERS: dict[str, Callable[[Iterable[Any]], Optimizer]] = {
     "ours": lambda params: LearnedTeleportOptimizer(params, total_steps=130),
     "ours open-ended": LearnedTeleportOptimizer,

@@ -40,6 +40,11 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, OptimizerStateError
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
+    pytest.mark.filterwarnings("ignore:lr has changed"),
+]
+
 SAMPLE = Path(__file__).parent / "samples" / "optimizer_state_0.1.pt"
 ROWS = ("hidden", "outputs", "log_grad_rms")
 FLOAT32 = (*ROWS, "step", "skipped")
@@ -195,7 +200,8 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
         run.train(0, 57)
     torch.save({case: run.state() for case, run in runs.items()}, tmp_path / "before")
     paths = [str(Path(__file__).parent), *sys.path]
-    command = [sys.executable, "-W", "error", "-c", RESUME, str(tmp_path / "before"), str(tmp_path / "after")]
+    options = ["-W", "error", "-W", "ignore:the state of an open-ended run is saved", "-W", "ignore:lr has changed"]
+    command = [sys.executable, *options, "-c", RESUME, str(tmp_path / "before"), str(tmp_path / "after")]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
     after = torch.load(tmp_path / "after", weights_only=True)
     for case, run in runs.items():
@@ -204,7 +210,7 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert same(run.state(), after[case]), case
 
 
-@pytest.mark.parametrize("lost", ["nothing", "exp_avg", "lag", *ROWS, "num_steps", "guard", "scheduler"])
+@pytest.mark.parametrize("lost", ["nothing", "exp_avg", "average_offset", *ROWS, "num_steps", "guard", "scheduler"])
 def test_whatever_is_lost_is_missed(lost: str) -> None:
     """The control of the tests above: every part of the state matters, up to the control and teleport of step 80 at the latest."""
     case, start = ("guarded", 50) if lost == "guard" else ("all learned", 48)
@@ -222,6 +228,10 @@ def test_whatever_is_lost_is_missed(lost: str) -> None:
         for slots in saved["optimizer"]["state"].values():
             slots[lost] = torch.zeros_like(slots[lost])
     resumed = Run.of(case, seed=9)
+    if lost == "num_steps":
+        with pytest.raises(OptimizerStateError, match="average_end of parameter 0 holds values that cannot be"):
+            resumed.load(saved)
+        return
     resumed.load(saved)
     run.train(start, 84)
     resumed.train(start, 84)
@@ -323,7 +333,7 @@ def test_the_meta_optimizers_state_is_never_rounded(dtype: torch.dtype) -> None:
         assert all(own[key].dtype == torch.float32 for key in FLOAT32)
         is_rounded |= not torch.equal(own["hidden"], own["hidden"].to(dtype).float())
         kept = torch.float64 if dtype == torch.float64 else torch.bfloat16
-        assert all(same(own[key], slots[key].to(kept)) for key in ("exp_avg", "lag"))
+        assert all(same(own[key], slots[key].to(kept)) for key in ("exp_avg", "average_offset"))
     assert is_rounded == (dtype != torch.float64)
     back = horizon(network())
     back.load_state_dict(resumed.state_dict())
@@ -421,7 +431,7 @@ def test_a_sample_of_version_0_1_is_loaded_and_trains_on() -> None:
             slots, own = optimizer.state[param], saved["state"][row]
             assert_sound(param, slots)
             assert same(slots["exp_avg"], own["exp_avg"].bfloat16())
-            assert not slots["lag"].any()
+            assert not slots["average_offset"].any()
             assert same(slots["step"], own["step"])
             rows = {key: saved["state"]["meta_optimizer"][key][row] for key in ROWS}
             assert rows["outputs"].shape == (6,)
@@ -683,8 +693,11 @@ class RandomUse(RuleBasedStateMachine):
 
 
 def assert_sound(param: Tensor, slots: dict[str, Tensor]) -> None:
-    assert set(slots) == {"exp_avg", "lag", *FLOAT32}
-    assert slots["exp_avg"].shape == slots["lag"].shape == param.shape
+    counts = {"fingerprint", "average_start", "average_end"}
+    assert set(slots) >= {"exp_avg", "average_offset", *counts, *FLOAT32}
+    assert all(slots[key].dtype == torch.int64 and slots[key].shape == () for key in counts)
+    assert 0 <= slots["average_start"] <= slots["average_end"]
+    assert slots["exp_avg"].shape == slots["average_offset"].shape == param.shape
     assert all(slots[key].dtype == torch.float32 for key in FLOAT32)
     assert all(slots[key].isfinite().all() for key in slots if key != "log_grad_rms")
     assert not slots["log_grad_rms"].isinf().any()
@@ -794,7 +807,19 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other hidden size": (changed("state", 0, "hidden", to=torch.zeros(6)), r"hidden of parameter 0 is \(6,\)"),
     "no tensor": (changed("state", 0, "exp_avg", to=None), "exp_avg of parameter 0 is NoneType"),
     "a missing slot": (lambda s: s["state"][0].pop("hidden"), "it is of another optimizer or a newer version"),
-    "an extra slot": (changed("state", 0, "exp_avg_sq", to=torch.ones(10, 6)), "'exp_avg_sq'.* of another optimizer"),
+    "half an average": (lambda s: s["state"][0].pop("fingerprint"), "it is of another optimizer or a newer version"),
+    "an average of steps to come": (
+        changed("state", 0, "average_end", to=torch.tensor(99)),
+        "average_end of parameter 0 .* cannot be",
+    ),
+    "an average that ends before it begins": (
+        changed("state", 0, "average_start", to=torch.tensor(1)),
+        "average of parameter 0 ends before it begins",
+    ),
+    "parameters of evaluation mode outside of it": (
+        changed("state", 0, "iterate", to=torch.ones(10, 6)),
+        "holds 'iterate', but was not saved in evaluation mode",
+    ),
     "a tensor for slots": (changed("state", 0, to=torch.ones(3)), "state of parameter 0 holds Tensor"),
     "none for slots": (changed("state", 0, to=None), "state of parameter 0 holds NoneType"),
     "integers": (changed("state", 1, "exp_avg", to=torch.ones(10, dtype=torch.int64)), "of real numbers"),

@@ -26,6 +26,11 @@ from teleport_optim.meta_optimizer import PRIOR_MOMENTUM
 from teleport_optim.testing import sequential_models
 from teleport_optim.update import TELEPORT_INTERVAL
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
+    pytest.mark.filterwarnings("ignore:lr has changed"),
+]
+
 PRIOR_LOGIT = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
 
 

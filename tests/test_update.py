@@ -30,16 +30,17 @@ from teleport_optim.update import (
     TELEPORT_INTERVAL,
     Controller,
     Factors,
+    Horizon,
     Hyper,
     Mixing,
     Step,
     UpdateState,
-    averaged,
+    averaging_weight,
     balanced,
     column_scales,
     descend,
+    ema,
     is_due,
-    kept_share,
     prior_rate,
     rate_and_decay,
     row_mixers,
@@ -98,7 +99,7 @@ def momentum_step(
     layout: Layout,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a step takes from parameters at zero, with the opposite sign, and the new momenta."""
-    averages = {name: averaged(momentum, grads[name], factors.beta) for name, momentum in momenta.items()}
+    averages = {name: ema(momentum, grads[name], factors.beta) for name, momentum in momenta.items()}
     steps = descend(averages, factors, layout)
     return {name: -steps[name].taken_from(torch.zeros_like(average)) for name, average in averages.items()}, averages
 
@@ -181,9 +182,9 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int, size
             torch.testing.assert_close(ours[name], reference[name], rtol=0, atol=1e-9)
             torch.testing.assert_close(state.momenta[name], buffers[name], rtol=0, atol=1e-9)
             average[name] += max(7 / (step + 7), min(1.0, 3 / (50 - step))) * (reference[name] - average[name])
-            torch.testing.assert_close(ours[name] + state.lags[name], average[name], rtol=0, atol=1e-9)
+            torch.testing.assert_close(ours[name] + state.average_offsets[name], average[name], rtol=0, atol=1e-9)
         # All go on from one state: otherwise rounding of 1e-15 grows by half every step.
-        average = {name: param + state.lags[name] for name, param in ours.items()}
+        average = {name: param + state.average_offsets[name] for name, param in ours.items()}
         reference = {name: param.clone() for name, param in ours.items()}
         buffers = {name: momentum.clone() for name, momentum in state.momenta.items()}
     assert not any(torch.allclose(param, named(model)[name], atol=1e-2) for name, param in ours.items())
@@ -195,7 +196,7 @@ def test_rows_of_wide_matrices_take_shorter_steps_but_not_those_of_embeddings(co
     layout = Layout.of(params, embeddings=["w"] if is_embedding else [])
     factors = step_factors(Controls.prior(1), step=5, hyper=Hyper.default(1), layout=layout)
     steps = descend({"w": torch.randn(3, columns, generator=generator())}, factors, layout)
-    rate, _ = rate_and_decay(5, None, layout)
+    rate, _ = rate_and_decay(5, Horizon(), layout)
     length = rate if is_embedding else rate * min(1.0, math.sqrt(128 / columns))
     torch.testing.assert_close(steps["w"].product().norm(dim=1), torch.full((3,), length), rtol=1e-5, atol=0)
 
@@ -218,7 +219,7 @@ def test_vectors_move_like_normalised_sgd_with_momentum_of_torch() -> None:
         steps, momenta = momentum_step({"v": grad}, momenta, factors, layout)
         move = -steps["v"]
         torch.testing.assert_close(move / move.norm(), expected / expected.norm(), rtol=0, atol=1e-6)
-        rate, _ = prior_rate(step, 1000, 1)
+        rate, _ = prior_rate(step, Horizon(1000), 1)
         assert move.square().mean().sqrt().item() == pytest.approx(rate / 6, rel=1e-6)
 
 
@@ -466,8 +467,10 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
     loss, grads = loss_and_grads(model, params, x, y)
     momenta = {name: 2.0 * grad for name, grad in grads.items()}
     controls = Controls.from_outputs(torch.randn(len(params), len(Controls._fields), generator=source))
-    lags = {name: torch.randn(param.shape, generator=source).double() for name, param in params.items()}
-    moved, moved_grads, moved_momenta, moved_lags, sizes = teleport(params, grads, momenta, lags, controls, layout)
+    offsets = {name: torch.randn(param.shape, generator=source).double() for name, param in params.items()}
+    moved, moved_grads, moved_momenta, moved_offsets, sizes = teleport(
+        params, grads, momenta, offsets, controls, layout
+    )
     loss_there, grads_there = loss_and_grads(model, dict(moved), x, y)
     assert (sizes > 0).all()
     assert loss_there == pytest.approx(loss, rel=1e-12)
@@ -476,7 +479,8 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
         torch.testing.assert_close(moved_momenta[name], 2.0 * grads_there[name], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(moved["0.weight"], params["0.weight"])
     average, there = (
-        {name: p + lag[name] for name, p in own.items()} for own, lag in ((params, lags), (moved, moved_lags))
+        {name: p + offset[name] for name, p in own.items()}
+        for own, offset in ((params, offsets), (moved, moved_offsets))
     )
     assert loss_and_grads(model, there, x, y)[0] == pytest.approx(loss_and_grads(model, average, x, y)[0], rel=1e-12)
 
@@ -833,13 +837,13 @@ def test_matrix_shape_keeps_the_number_of_entries(shape: list[int]) -> None:
 
 @pytest.mark.parametrize("total_steps", [1, 10, 300, 1200])
 def test_prior_rate(total_steps: int) -> None:
-    rates = [prior_rate(step, total_steps, 4)[0] for step in range(total_steps + 3)]
-    endless = [prior_rate(step, None, 4)[0] for step in range(1200)]
+    rates = [prior_rate(step, Horizon(total_steps), 4)[0] for step in range(total_steps + 3)]
+    endless = [prior_rate(step, Horizon(), 4)[0] for step in range(1200)]
     assert rates[-1] == rates[total_steps - 1] > 0
     assert all(later <= earlier for earlier, later in pairwise(rates))
     assert endless[0] == pytest.approx(0.22 / 4**0.7)
     assert endless[80] == pytest.approx(0.11 / 4**0.7)
-    assert prior_rate(0, None, 11) == prior_rate(0, None, 60) < prior_rate(0, None, 10)
+    assert prior_rate(0, Horizon(), 11) == prior_rate(0, Horizon(), 60) < prior_rate(0, Horizon(), 10)
     same = int(0.7 * total_steps)
     assert rates[:same] == endless[:same]
     assert rates[total_steps - 1] == pytest.approx(endless[total_steps - 1] * min(1.0, 1 / (0.3 * total_steps)))
@@ -847,7 +851,8 @@ def test_prior_rate(total_steps: int) -> None:
 
 @pytest.mark.parametrize("total_steps", [1, 2, 10, 300])
 def test_the_average_ends_where_the_parameters_do(total_steps: int) -> None:
-    kept = [kept_share(step, total_steps) for step in range(total_steps + 2)]
+    horizon = Horizon(total_steps)
+    kept = [1.0 - averaging_weight(step, horizon.steps_left(step)) for step in range(total_steps + 2)]
     assert all(0.0 <= share < 1.0 for share in kept)
     assert kept[0] == 0.0  # the point before the first step does not count
     assert kept[max(total_steps - 3, 0) :] == [0.0] * (min(total_steps, 3) + 2)
@@ -858,10 +863,9 @@ def test_iterates_are_averaged_with_the_sixth_power_of_their_number() -> None:
     values, weights = torch.randn(40, generator=generator()).tolist(), [1.0]
     for step in range(1, 40):
         weights.append(weights[-1] * (step + 6) / step)
-    average, last = 0.0, 0.0
+    average = 0.0
     for step, value in enumerate(values):
-        average = value + kept_share(step, None) * (average - last + last - value)
-        last = value
+        average += averaging_weight(step) * (value - average)
     expected = sum(weight * value for weight, value in zip(weights, values)) / sum(weights)
     assert average == pytest.approx(expected)
 
@@ -870,7 +874,7 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
     model = perceptron(4, 6, 2)
     params = named(model)
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    hyper = Hyper(torch.ones(len(params)), torch.zeros(len(params)), 10)
+    hyper = Hyper(torch.ones(len(params)), torch.zeros(len(params)), Horizon(10))
     layout, state = Layout.of(params), UpdateState.initial(params, torch.zeros(len(params), 12))
     with torch.no_grad():
         moved, state = update(trained_meta_optimizer(), params, zeros, state, step=0, hyper=hyper, layout=layout)
@@ -1051,7 +1055,7 @@ def test_only_what_is_known_to_be_a_model_of_one_matrix_steps_further() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         linear, deep = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    rate, _ = prior_rate(0, 100, 1)
+    rate, _ = prior_rate(0, Horizon(100), 1)
     assert first_step(copy.deepcopy(linear), {"weight", "bias"}, None) == pytest.approx(rate, rel=0.1)
     model = copy.deepcopy(linear)
     assert first_step(model, {"weight", "bias"}, model) == pytest.approx(3 * rate, rel=0.1)

@@ -17,13 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
 from teleport_optim.action import SlotKind
-from teleport_optim.averaging import Exchange
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry.moves import move_scaling
-from teleport_optim.update import is_due, kept_share, prior_rate
+from teleport_optim.update import Horizon, averaging_weight, is_due, prior_rate
 
 __all__ = [
     "ABLATIONS",
@@ -180,27 +179,31 @@ class _Averaged(Scheduled):
         warmup = max(1, steps // 20)
 
         def factor(step: int) -> float:
-            return min(1.0, (step + 1) / warmup) * prior_rate(step, None, 1)[0] / prior_rate(0, None, 1)[0]
+            rate, first_rate = (prior_rate(number, Horizon(), 1)[0] for number in (step, 0))
+            return min(1.0, (step + 1) / warmup) * rate / first_rate
 
         super().__init__([optimizer], factor)
         self._params: list[Tensor] = list(model.parameters())
         self._averages = [param.detach().clone() for param in self._params]
+        self._iterates: list[Tensor] = []
         self._count = 0
-        self._exchange = Exchange(lambda: [(p, a - p) for p, a in zip(self._params, self._averages)])
 
     @torch.no_grad()
     def step(self) -> None:
         super().step()
-        torch._foreach_lerp_(self._averages, self._params, 1.0 - kept_share(self._count, None))
+        torch._foreach_lerp_(self._averages, self._params, averaging_weight(self._count))
         self._count += 1
 
+    @torch.no_grad()
     def eval(self) -> None:
         """Put the average in the place of the parameters."""
-        self._exchange.__enter__()
+        self._iterates = [param.clone() for param in self._params]
+        torch._foreach_copy_(self._params, self._averages)
 
+    @torch.no_grad()
     def train(self) -> None:
         """Put the parameters back."""
-        self._exchange.__exit__(None, None, None)
+        torch._foreach_copy_(self._params, self._iterates)
 
 
 def _averaged_adamw(lr: float) -> Recipe:
@@ -312,10 +315,12 @@ class _RandomTeleports:
             values = {name: param.detach() for name, param in params.items()}
             slopes = {name: param.grad for name, param in params.items() if param.grad is not None}
             known = {name: state[param] for name, param in params.items() if state.get(param)}
-            momenta, lags = ({name: own[key] for name, own in known.items()} for key in ("exp_avg", "lag"))
+            momenta, offsets = (
+                {name: own[key] for name, own in known.items()} for key in ("exp_avg", "average_offset")
+            )
             for symmetry in self._optimizer.spec:  # none before the first step
                 scales = torch.exp(0.3 * torch.randn(symmetry.size, generator=self._generator, dtype=torch.float64))
-                values, lags = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (values, lags))
+                values, offsets = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (values, offsets))
                 slopes, momenta = (
                     move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (slopes, momenta)
                 )
@@ -325,7 +330,8 @@ class _RandomTeleports:
                     param.grad.copy_(slopes[name])
                 if name in momenta:
                     state[param]["exp_avg"].copy_(momenta[name])
-                    state[param]["lag"].copy_(lags[name])
+                    state[param]["average_offset"].copy_(offsets[name])
+                    state[param]["fingerprint"].zero_()  # else this write would begin the average again
         self._count += 1
         self._optimizer.step()
 

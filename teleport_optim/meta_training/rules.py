@@ -157,7 +157,7 @@ class ControllerRule(Rule):
         )
 
     def outcome(self, params: Tensors, state: Any) -> Tensors:
-        return {name: param + state.lags[name].to(param) for name, param in params.items()}
+        return {name: param + state.average_offsets[name].to(param) for name, param in params.items()}
 
     def labels(self) -> list[str]:
         labels = []
