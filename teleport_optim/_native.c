@@ -152,6 +152,18 @@ INLINE double sum_of_squares(const float *values, int64_t size) {
     return total;
 }
 
+/* The sum of squares of a row whose direction is all that matters. A row of very large or very small numbers, whose squares are no
+   floats, is divided by its largest one first. */
+INLINE double square_in_range(float *values, int64_t size) {
+    double square = sum_of_squares(values, size);
+    if (square > 1e-24 && square < 1e24) return square;
+    float most = 0.0f;
+    for (int64_t i = 0; i < size; i++) most = fmaxf(most, fabsf(values[i]));
+    if (most == 0.0f) return 0.0;
+    for (int64_t i = 0; i < size; i++) values[i] /= most;
+    return sum_of_squares(values, size);
+}
+
 INLINE float inverse_norm(float square) { return square > 1e-36f ? 1.0f / sqrtf(square) : 0.0f; }
 
 /* From the cosines of vectors, k x k, what to mix them with so that they are nearly orthogonal, in w->mixers. */
@@ -222,7 +234,7 @@ INLINE vec load_few(const float *from, int count) {
 /* Columns times the -3/8th power of their norms among rows of norm 1, which is left in w->scales. */
 INLINE void rescale_columns(Workspace *w, float *values, int rows, int64_t columns) {
     float *scales = w->scales, *inverse = w->inverse_norms;
-    for (int row = 0; row < rows; row++) inverse[row] = inverse_norm((float)sum_of_squares(values + row * columns, columns));
+    for (int row = 0; row < rows; row++) inverse[row] = inverse_norm((float)square_in_range(values + row * columns, columns));
     for (int64_t j = 0; j < columns; j += LANES) {
         int few = columns - j < LANES ? (int)(columns - j) : 0;
         vec sums[2] = {{0}};
@@ -409,6 +421,13 @@ INLINE void average(bfloat16 *restrict averages, const float *restrict grads, in
     }
 }
 
+/* Whether a row has no gradient; in the usual case the first entry tells. */
+INLINE int is_idle(const float *grads, int64_t size) {
+    for (int64_t i = 0; i < size; i++)
+        if (grads[i] != 0.0f) return 0;
+    return 1;
+}
+
 PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, bfloat16 *const *averages,
                                 bfloat16 *const *offsets, float *const *grads, const Numbers *numbers, double rate,
                                 double decay, float rest, const float *keeps, uint64_t *prints, Workspace *w) {
@@ -417,7 +436,11 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
         const Numbers *own = numbers + tensor;
         float shrink = (float)(1.0 - rate * (own->user_decay + decay * own->learned_decay));
         float length = (float)(rate * own->length), *values = w->values;
-        average(averages[tensor] + offset, grads[tensor] + offset, size, rest, values);
+        const float *own_grads = grads[tensor] + offset;
+        average(averages[tensor] + offset, own_grads, size, rest, values);
+        /* A row without a gradient stays where it is, whatever its momentum, and has no influence on the others. */
+        for (int64_t at = 0; at < size; at += unit->columns)
+            if (is_idle(own_grads + at, unit->columns)) memset(values + at, 0, unit->columns * sizeof(float));
         if (unit->is_mixed) {
             rescale_columns(w, values, (int)unit->rows, unit->columns);
             if (unit->columns < unit->rows)
@@ -426,15 +449,16 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
                 mix_rows(w, values, (int)unit->rows, unit->columns);
         }
         uint64_t own_prints[2] = {0, 0};
-        for (int64_t row = 0; row < unit->rows; row++, values += unit->columns) {
-            double norm = sqrt(sum_of_squares(values, unit->columns));
+        for (int64_t row = 0; row < unit->rows; row++, values += unit->columns, own_grads += unit->columns) {
+            double norm = sqrt(square_in_range(values, unit->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;
+            float own_shrink = factor == 0.0f && is_idle(own_grads, unit->columns) ? 1.0f : shrink;
             int64_t at = offset + row * unit->columns;
             if (offsets)
-                move_with_average(params[tensor] + at, offsets[tensor] + at, values, unit->columns, shrink, factor,
+                move_with_average(params[tensor] + at, offsets[tensor] + at, values, unit->columns, own_shrink, factor,
                                   keeps[tensor], at, own_prints);
             else
-                move(params[tensor] + at, values, unit->columns, shrink, factor);
+                move(params[tensor] + at, values, unit->columns, own_shrink, factor);
         }
         if (offsets) /* other threads may have other rows of the same tensor */
             for (int i = 0; i < 2; i++) __atomic_fetch_add(prints + 2 * tensor + i, own_prints[i], __ATOMIC_RELAXED);
@@ -442,7 +466,12 @@ PORTABLE static void take_units(const Unit *units, int64_t count, float *const *
 }
 
 PORTABLE static void square_sums(const float *const *tensors, const int64_t *sizes, Py_ssize_t count, double *out) {
-    for (Py_ssize_t i = 0; i < count; i++) out[i] = sum_of_squares(tensors[i], sizes[i]);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        out[i] = sum_of_squares(tensors[i], sizes[i]);
+        if (out[i] > 1e-24 && out[i] < 1e36) continue;
+        out[i] = 0.0; /* squares of very large or very small numbers are no floats, but they are doubles */
+        for (int64_t j = 0; j < sizes[i]; j++) out[i] += (double)tensors[i][j] * tensors[i][j];
+    }
 }
 
 /* The addresses in a list of numbers, in memory that the caller frees; NULL with an exception set if that fails. */

@@ -52,8 +52,8 @@ Slots = dict[str, Tensor]
 
 
 def can_be_averaged(param: Tensor) -> bool:
-    """Whether an average of the parameter can be kept: dense real numbers of 16 bits or more."""
-    return param.layout == torch.strided and param.dtype in _DTYPES
+    """Whether an average of the parameter can be kept: dense numbers of 16 bits or more."""
+    return param.layout == torch.strided and (param.is_complex() or param.dtype in _DTYPES)
 
 
 def initial_average(param: Tensor, step: int) -> Slots:

@@ -95,7 +95,8 @@ def compute_features(
     Cost: one pass over parameters, gradients and momenta.
     """
     runs = log_grad_rms.shape[:-2]
-    gg, mm, pp, gm, gp = _inner_products(params, grads, momenta, layout, len(runs))
+    # Squares of very large gradients are no floats: the largest one takes their place.
+    gg, mm, pp, gm, gp = map(torch.nan_to_num, _inner_products(params, grads, momenta, layout, len(runs)))
     table = layout.table(gg)
     norm_g, norm_m, norm_p = (square.clamp_min(_TINY).sqrt() for square in (gg, mm, pp))
     log_g, log_m, log_p = (0.5 * torch.log((square / table.size).clamp_min(_TINY)) for square in (gg, mm, pp))
@@ -105,8 +106,8 @@ def compute_features(
             log_g - running,
             (log_g - first) / 2.0,
             torch.where(mm > 0, log_m - log_g, 0.0),
-            2.0 * gm / (norm_g * norm_m),
-            2.0 * gp / (norm_g * norm_p),
+            2.0 * gm / norm_g / norm_m,
+            2.0 * gp / norm_g / norm_p,
             (log_p - torch.log(table.step_scale)).clamp(-_BOUND, _BOUND) / 2.0,
         ],
         dim=-1,

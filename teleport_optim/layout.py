@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from teleport_optim.symmetry.spec import SymmetrySpec
 
-__all__ = ["Block", "Bucket", "Group", "Layout", "Table", "embedding_names", "in_full_precision", "matrix_shape"]
+__all__ = [
+    "Block",
+    "Bucket",
+    "Depth",
+    "Group",
+    "Layout",
+    "Table",
+    "as_real",
+    "embedding_names",
+    "in_full_precision",
+    "matrix_shape",
+]
 
 NUM_STATIC_FEATURES = 9
 BLOCK_ROWS = 64
@@ -47,6 +58,19 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
     return sizes[0], columns
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """A view of complex numbers as pairs of real ones, ``[*shape, 2]``, or ``[2 * n]`` of a vector; a real tensor itself.
+
+    Example:
+        >>> as_real(torch.zeros(3, 2, dtype=torch.complex64)).shape, as_real(torch.zeros(3, dtype=torch.complex64)).shape
+        (torch.Size([3, 2, 2]), torch.Size([6]))
+    """
+    if not tensor.is_complex():
+        return tensor
+    pairs = torch.view_as_real(tensor.detach().resolve_conj())
+    return pairs.view(-1) if tensor.dim() == 1 else pairs
+
+
 def embedding_names(model: nn.Module) -> frozenset[str]:
     """Names of the parameters of ``model`` that are embedding tables.
 
@@ -76,6 +100,22 @@ class Table(NamedTuple):
     """``[num_tensors]``: where in ``Layout.buckets`` every tensor stands."""
     block_tensors: Tensor
     """``[num_blocks]``: the row of the tensor of every block, in the order of ``Layout.buckets``."""
+
+
+class Depth(NamedTuple):
+    """What the rate needs to know of a network as a whole, whichever of its tensors have a gradient."""
+
+    num_layers: int
+    """Number of matrices and kernels, embeddings not counted; at least 1."""
+    is_linear: bool = False
+    """Whether it has one matrix only."""
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, torch.Size], embeddings: Iterable[str] = (), *, is_whole: bool = False) -> Depth:
+        """The depth of a network with tensors of these shapes; ``is_whole`` says that it is known to have no others."""
+        matrices = [name for name, shape in shapes.items() if matrix_shape(shape) is not None]
+        num_layers = len(set(matrices) - set(embeddings))
+        return cls(max(1, num_layers), is_whole and len(matrices) == 1)
 
 
 class Group(NamedTuple):
@@ -195,14 +235,14 @@ class Layout:
         shapes: Shape of every tensor, by name; the order of the names is the order of all per-tensor rows.
         spec: The positive scalings along which the rule may teleport; every leg lies on a tensor of ``shapes``.
         embeddings: Names of embedding tables, which do not count as layers.
-        is_whole: Whether they are known to be all the tensors of a model.
+        depth: Depth of the network that they are of; that of these tensors where it is not given.
         block_rows: Number of rows of a matrix that are made orthogonal to each other, at most.
     """
 
     shapes: Mapping[str, torch.Size]
     spec: SymmetrySpec
     embeddings: frozenset[str] = frozenset()
-    is_whole: bool = False
+    depth: Depth | None = None
     block_rows: int = BLOCK_ROWS
 
     @classmethod
@@ -212,14 +252,14 @@ class Layout:
         spec: SymmetrySpec | None = None,
         embeddings: Iterable[str] = (),
         *,
-        is_whole: bool = False,
+        depth: Depth | None = None,
         block_rows: int = BLOCK_ROWS,
     ) -> Layout:
         """The layout of ``tensors``; of ``spec`` it keeps the exact scalings that move none but these tensors."""
         scalings = () if spec is None else spec.of_group("scaling").symmetries
         usable = tuple(s for s in scalings if s.exact and all(leg.name in tensors for leg in s.legs))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes), is_whole, block_rows)
+        return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes), depth, block_rows)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -273,13 +313,23 @@ class Layout:
 
     @cached_property
     def is_linear(self) -> bool:
-        """Whether they are those of a model of one matrix, such as logistic regression."""
-        return self.is_whole and len(self.matrices) == 1
+        """Whether they are known to be of a model of one matrix, such as logistic regression."""
+        return self.depth is not None and self.depth.is_linear
 
     @cached_property
     def num_layers(self) -> int:
-        """Number of matrices and kernels, embeddings not counted; at least 1."""
-        return max(1, sum(name not in self.embeddings for name in self.matrices))
+        """Number of matrices and kernels of the network, embeddings not counted; at least 1."""
+        return (self.depth or Depth.of(self.shapes, self.embeddings)).num_layers
+
+    def row_shape(self, name: str) -> torch.Size:
+        """Shape of one number for each row of a tensor, or one for a vector, that goes with the tensor."""
+        shape = self.shapes[name]
+        if name not in self.matrices:
+            return torch.Size([1] * len(shape))
+        axis = 0
+        while len(shape) - axis > 2 and shape[axis] == 1:
+            axis += 1
+        return torch.Size([size if other == axis else 1 for other, size in enumerate(shape)])
 
     def table(self, like: Tensor) -> Table:
         """What the layout knows, of the device and dtype of ``like``; kept, since every step needs it."""

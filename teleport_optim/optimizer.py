@@ -36,11 +36,11 @@ from teleport_optim.averaging import (
 )
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.first_call import FirstCall, unwrapped
-from teleport_optim.layout import Layout, embedding_names, in_full_precision
+from teleport_optim.layout import Depth, Layout, as_real, embedding_names, in_full_precision, matrix_shape
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.native import NativeStep, all_norms, are_plain
 from teleport_optim.optimizer_state import ROW_KEYS, Progress, initial_slots, read_state_dict
-from teleport_optim.sharding import all_local, all_parts_like, all_whole
+from teleport_optim.sharding import all_local, all_parts_like, all_whole, local, part_like, whole
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.spec import SymmetrySpec
@@ -51,6 +51,7 @@ from teleport_optim.update import (
     Pace,
     Step,
     UpdateState,
+    active_rows,
     average_offset,
     averaging_weight,
     balanced,
@@ -65,8 +66,10 @@ from teleport_optim.update import (
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
-_MAX_NORM = 1e18
-"""A gradient whose norm is larger than this counts as not finite: its square is not a float32."""
+_ROUNDING = 8.0
+"""A bias whose gradient is less than so many roundings of that of its matrix may have none but rounding errors."""
+_AGREEMENT = 0.7
+"""Least cosine with the momentum of a gradient that is so small and still no rounding error."""
 _SMALLEST_USUAL_LR = 0.03
 _SAFE_RATE = 0.1
 """Factor on the rate of a safe step."""
@@ -78,7 +81,6 @@ _UNSUPPORTED = {
     "nesterov": "momentum is learned",
     "eps": "directions are normalised",
     "amsgrad": "there is no second moment",
-    "foreach": "tensors of one shape always go together",
     "fused": "there is no fused kernel; torch.compile(optimizer.step) is supported",
     "capturable": "a step cannot be captured in a CUDA graph",
     "differentiable": "use teleport_optim.update, which is pure and differentiable",
@@ -151,11 +153,17 @@ class _Plan:
     """The momentum step in C."""
     point: _Point | None
     """Where the step is taken from; None where ``take`` does it all."""
+    momenta: dict[str, Tensor]
+    """New momenta; none where ``take`` does it all."""
+    masks: dict[str, Tensor]
+    """Which rows have a gradient."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
     layout: Layout
     controls: Controls
     """What the meta-optimizer has said last; of a safe step, too."""
+    moved: Layout | None
+    """The sites along which the parameters may move; None if they must not."""
     teleport_sizes: Tensor | None
     targets: list[Tensor]
     slots: list[dict[str, Tensor]]
@@ -199,6 +207,7 @@ class LearnedTeleportOptimizer(Optimizer):
         checkpoint: Name of a shipped checkpoint, a path, or a :class:`~teleport_optim.MetaOptimizer`.
         teleport: Whether to teleport.
         maximize: Climb instead of descending.
+        foreach: Taken for the sake of loops that pass it; tensors of one shape always go together.
         guard: Watch for divergence (a sudden rise of the gradient norm, or of the loss where a closure gives it) and take
             plain steps at a tenth of the rate, without teleports, until it has passed.
         average: Keep an average of the iterates. Without it, state is 2 bytes per parameter less, and a run should have
@@ -248,6 +257,7 @@ class LearnedTeleportOptimizer(Optimizer):
         checkpoint: str | Path | MetaOptimizer = "default",
         teleport: bool = True,
         maximize: bool = False,
+        foreach: bool | None = None,
         guard: bool = False,
         average: bool = True,
         example_inputs: ExampleInputs | None = None,
@@ -280,6 +290,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._is_guarded = guard
         self._has_average = average
         self._first_lrs: list[float] | None = None
+        self._biases: tuple[Layout, list[tuple[int, int]]] | None = None
         self._swapping = _Swapping()
         self._all_names: dict[str, list[str]] = {}
         if model is not None:
@@ -374,7 +385,7 @@ class LearnedTeleportOptimizer(Optimizer):
             closure: Evaluates the model again and returns the loss; not needed.
 
         Raises:
-            RuntimeError: for sparse or complex gradients, parameters on several devices, or while the average is in the place of
+            RuntimeError: for sparse gradients, parameters on several devices, or while the average is in the place of
                 the parameters; nothing has changed then.
         """
         self._check_mode()
@@ -394,12 +405,14 @@ class LearnedTeleportOptimizer(Optimizer):
         active = [entry for entry in self._entries() if entry[1].grad is not None]
         if not active:
             return None
-        names, targets, groups = map(list, zip(*active))
-        own_grads = [target.grad for target in targets]
+        names, params, groups = map(list, zip(*active))
+        own_grads = [param.grad for param in params]
+        targets = params
         is_native = may_be_native and are_plain(own_grads)
         if not is_native:
-            _check_active(names, targets, own_grads)
-        slots = [self.state[target] or self._new_slots(target) for target in targets]
+            _check_active(names, params, own_grads)
+            targets, own_grads = list(map(as_real, params)), list(map(as_real, own_grads))
+        slots = [self.state[param] or self._new_slots(param) for param in params]
         momenta, counts = ([own[key] for own in slots] for key in ("exp_avg", "step"))
         offsets, prints = ([own[key] for own in slots if self._has_average] for key in (OFFSET, FINGERPRINT))
         is_native = (
@@ -412,8 +425,8 @@ class LearnedTeleportOptimizer(Optimizer):
         if not is_native or any(group["maximize"] for group in self.param_groups):
             grads = [_gradient(grad, group["maximize"]) for grad, group in zip(grads, groups)]
         norms = (all_norms if is_native else _all_norms)(grads)
-        if not all(norm <= _MAX_NORM for norm in norms):
-            self._skip([(name, own) for name, own, norm in zip(names, slots, norms) if not norm <= _MAX_NORM])
+        if not all(map(math.isfinite, norms)):
+            self._skip([(name, own) for name, own, norm in zip(names, slots, norms) if not math.isfinite(norm)])
             return None
         progress, is_safe = self._progress, False
         if self._is_guarded:
@@ -426,20 +439,28 @@ class LearnedTeleportOptimizer(Optimizer):
         if has_gradient or step:  # Others, to load a state, first take a step that is to change nothing.
             self._learn_symmetries()
         layout = self._layout(names, targets)
-        hyper = self._hyper(groups, step, progress.horizon)
+        rates = [float(group["lr"]) for group in groups]
+        still = {name for name, lr in zip(names, rates) if not lr}
+        for number in self._rounding_errors(layout, norms, grads, momenta):
+            rates[number] = 0.0
+        hyper = self._hyper(rates, groups, step, progress.horizon)
         rate, decay = rate_and_decay(step, progress.horizon, layout)
         native = self._native(layout)
         lists = [targets, grads, momenta, *([offsets] if offsets else [])]
         is_native = is_native and native.fits(*lists, numbers=counts + prints)
         point: _Point | None = None
-        if not is_native or is_due(step):
+        may_balance = not progress.is_balanced and has_gradient and len(still) < len(names)
+        if not is_native or is_due(step) or may_balance:
             whole = [all_whole(targets), grads, *map(all_whole, (momenta, offsets))]
             point = _Point(*(dict(zip(names, tensors)) for tensors in whole))
         rows: dict[str, Tensor] = {}
-        sizes = None
-        if point is not None and is_due(step):
-            may_move = has_gradient and not is_safe and len(layout.spec) > 0
-            point, rows, sizes = self._steered(point, slots, step, hyper.horizon.total_steps, layout, may_move)
+        sizes = moved = None
+        if point is not None and (is_due(step) or may_balance):
+            may_move = has_gradient and not is_safe
+            moved = _without(layout, still) if may_move else None
+            point, rows, sizes = self._steered(point, slots, step, progress, layout, moved)
+            progress = progress._replace(is_balanced=progress.is_balanced or may_balance)
+        if rows:
             learned = Controls.from_outputs(rows["outputs"])
         elif self._held is not None and self._held[0] is layout:
             learned = self._held[1]
@@ -448,6 +469,7 @@ class LearnedTeleportOptimizer(Optimizer):
         controls, hyper = _safe(learned, hyper) if is_safe else (learned, hyper)
         pace = self._pace(controls, hyper, layout)
         arguments = take = None
+        new_momenta, masks = dict[str, Tensor](), dict[str, Tensor]()
         if is_native or point is None:
             here = grads if point is None else list(point.grads.values())
             tensors = (targets, here, momenta, offsets, counts, prints)
@@ -455,32 +477,45 @@ class LearnedTeleportOptimizer(Optimizer):
         else:
             factors = pace.factors(rate, decay)
             new_momenta = {name: ema(point.momenta[name], point.grads[name], factors.beta) for name in names}
-            arguments = (new_momenta, factors, layout)
-        return _Plan(arguments, take, point, rows, layout, learned, sizes, targets, slots, progress)
+            masks = {name: active_rows(name, point.grads[name], layout) for name in names}
+            arguments = (_directions(new_momenta, masks), factors, layout)
+        return _Plan(
+            arguments, take, point, new_momenta, masks, rows, layout, learned, moved, sizes, targets, slots, progress
+        )
 
     def _steered(
         self,
         point: _Point,
         slots: list[dict[str, Tensor]],
         step: int,
-        total_steps: int | None,
+        progress: Progress,
         layout: Layout,
-        may_move: bool,
+        moved: Layout | None,
     ) -> tuple[_Point, dict[str, Tensor], Tensor | None]:
-        """Ask the meta-optimizer, and teleport where that may be: the new point, new rows of the state, sizes of the teleport."""
+        """Begin in balance, and when it is due ask the meta-optimizer and teleport.
+
+        Args:
+            moved: A layout with the sites along which the parameters may move; None if they must not.
+
+        Returns:
+            The new point, new rows of the state, and sizes of the teleport.
+        """
         sizes = None
-        if step == 0 and may_move:
-            params, grads, sizes = balanced(point.params, point.grads, layout)
-            point = point._replace(params=dict(params), grads=dict(grads))
+        if moved is not None and not progress.is_balanced:
+            *tensors, sizes = balanced(*point, moved)
+            point = _Point(*map(dict, tensors))
+        if not is_due(step):
+            return point, {}, sizes
+        total_steps = progress.horizon.total_steps
         held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
         state = UpdateState(momenta=point.momenta, average_offsets=point.offsets, **held)
         meta_optimizer = self._meta_optimizer.to(held["hidden"].device)
         state = control(
             meta_optimizer, point.params, point.grads, state, step=step, total_steps=total_steps, layout=layout
         )
-        if may_move:
-            *moved, own_sizes = teleport(*point, Controls.from_outputs(state.outputs), layout)
-            point = _Point(*map(dict, moved))
+        if moved is not None:
+            *tensors, own_sizes = teleport(*point, Controls.from_outputs(state.outputs), moved)
+            point = _Point(*map(dict, tensors))
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         return point, {key: getattr(state, key) for key in ROW_KEYS}, sizes
 
@@ -493,10 +528,10 @@ class LearnedTeleportOptimizer(Optimizer):
         self._progress = plan.progress._replace(num_steps=plan.progress.num_steps + 1)
         self._held = (plan.layout, plan.controls)
         sizes = plan.teleport_sizes
-        if sizes is not None:
-            channels = torch.tensor([float(symmetry.size) for symmetry in plan.layout.spec], device=sizes.device)
+        if sizes is not None and plan.moved is not None:
+            channels = torch.tensor([float(symmetry.size) for symmetry in plan.moved.spec], device=sizes.device)
             self._teleport_size = float((sizes.square() @ channels / channels.sum()).sqrt())
-            self._teleport_sizes = plan.layout.teleport_sizes(sizes)
+            self._teleport_sizes = plan.moved.teleport_sizes(sizes)
 
     def _write(self, plan: _Plan, steps: dict[str, Step]) -> None:
         step, horizon = plan.progress.num_steps, plan.progress.horizon
@@ -527,10 +562,11 @@ class LearnedTeleportOptimizer(Optimizer):
                 begin_again(slots[number], step)
                 starts[number] = step
         elif plan.arguments is not None:
-            momenta, factors, layout = plan.arguments
-            _copy([own["exp_avg"] for own in slots], momenta)
+            _, factors, layout = plan.arguments
+            _copy([own["exp_avg"] for own in slots], plan.momenta)
             offsets = [own[OFFSET] for own in slots] if self._has_average else None
-            _descend_in_place(targets, offsets, [steps[name] for name in layout.names], factors.shrinks, weights)
+            all_steps = [steps[name] for name in layout.names]
+            _descend_in_place(targets, offsets, all_steps, list(plan.masks.values()), factors.shrinks, weights)
             torch._foreach_add_([own["step"] for own in slots], 1.0)
             if self._has_average:
                 self._take_fingerprints(targets, slots)
@@ -561,7 +597,7 @@ class LearnedTeleportOptimizer(Optimizer):
     def _new_slots(self, param: Tensor) -> dict[str, Tensor]:
         slots: dict[str, Tensor] = self.state[param]
         hidden = self._meta_optimizer.initial_hidden(1)[0]
-        slots.update(initial_slots(param, hidden, average=self._has_average, step=self._progress.num_steps))
+        slots.update(initial_slots(as_real(param), hidden, average=self._has_average, step=self._progress.num_steps))
         return slots
 
     def _skip(self, tensors: list[tuple[str, dict[str, Tensor]]]) -> None:
@@ -600,10 +636,9 @@ class LearnedTeleportOptimizer(Optimizer):
         horizon, total_steps = self._progress.horizon, self.param_groups[0]["total_steps"]
         return horizon if horizon.total_steps == total_steps else horizon.changed(total_steps, step)
 
-    def _hyper(self, groups: list[dict[str, Any]], step: int, horizon: Horizon) -> Hyper:
+    def _hyper(self, rates: list[float], groups: list[dict[str, Any]], step: int, horizon: Horizon) -> Hyper:
         if horizon.total_steps is not None:
             self._check_schedule(step, horizon.total_steps)
-        rates = [float(group["lr"]) for group in groups]
         decays = [None if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
         key = (rates, decays, horizon)
         if self._last_hyper is None or self._last_hyper[0] != key:
@@ -631,6 +666,27 @@ class LearnedTeleportOptimizer(Optimizer):
                 once="scheduler",
             )
 
+    def _rounding_errors(
+        self, layout: Layout, norms: list[float], grads: list[Tensor], momenta: list[Tensor]
+    ) -> list[int]:
+        """Numbers of biases whose gradients are nothing but rounding errors, such as those before a normalisation.
+
+        They are less than a few roundings of the gradient of the matrix of the same layer, and do not agree from step to step.
+        Neither changes when the loss or the layer is scaled. Such a bias would otherwise walk at full length in any direction.
+        """
+        if self._biases is None or self._biases[0] is not layout:
+            self._biases = (layout, _biases_of(layout))
+        found = []
+        for bias, matrix in self._biases[1]:
+            grad = grads[bias]
+            eps = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32).eps
+            if 0.0 < norms[bias] < _ROUNDING * eps * norms[matrix]:
+                own = grad.flatten().double() / norms[bias]
+                other = whole(momenta[bias]).flatten().double()
+                if not float(own @ other) > _AGREEMENT * float(other.norm()):
+                    found.append(bias)
+        return found
+
     def _pace(self, controls: Controls, hyper: Hyper, layout: Layout) -> Pace:
         """The pace under these controls, which most steps share with the step before."""
         key = (controls, hyper, layout)
@@ -650,8 +706,23 @@ class LearnedTeleportOptimizer(Optimizer):
         return self._layouts[key]
 
     def _layout_of(self, params: Mapping[str, Tensor], spec: SymmetrySpec | None) -> Layout:
-        is_whole = len(params) == len(self._tensor_names)  # without a model there are no names
-        return Layout.of(params, spec, self._embeddings, is_whole=is_whole, block_rows=self._block_rows)
+        return Layout.of(params, spec, self._embeddings, depth=self._depth(), block_rows=self._block_rows)
+
+    def _depth(self) -> Depth:
+        """The depth of the model, or of all parameters here, whichever of them have a gradient in this step."""
+        if self._tensor_names:
+            params = {name: param for param, name in self._tensor_names.items()}
+        else:
+            params = {name: param for name, param, _ in self._entries()}
+        shapes = {name: as_real(p).shape for name, p in params.items() if not isinstance(p, UninitializedParameter)}
+        depth = Depth.of(shapes, self._embeddings, is_whole=bool(self._tensor_names))
+        if not self._tensor_names and sum(matrix_shape(shape) is not None for shape in shapes.values()) == 1:
+            self._warn(
+                "an optimizer of a single matrix does not know the depth of the network, with which steps get shorter: it takes "
+                "those of a network of one layer. Pass model=, the module that owns the parameters",
+                once="depth",
+            )
+        return depth
 
     def _use(self, spec: SymmetrySpec, model: nn.Module) -> None:
         """Teleport along the scalings of ``spec``, as far as the optimizer manages their tensors."""
@@ -834,7 +905,9 @@ class LearnedTeleportOptimizer(Optimizer):
             for name, param, _ in self._entries():
                 own = self.state.get(param, {})
                 has_other = own and self._has_average and not self._progress.is_eval
-                average = average_of(param, own) if has_other else param.detach().clone()
+                average = param.detach().clone()
+                if has_other:
+                    as_real(average).copy_(average_of(as_real(param), own))
                 averages.update(dict.fromkeys(self._all_names.get(name, [name]), average))
             return averages
 
@@ -856,8 +929,8 @@ class LearnedTeleportOptimizer(Optimizer):
             )
 
     def _with_state(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Every parameter that has had a step, with its slots."""
-        return [(param, self.state[param]) for _, param, _ in self._entries() if self.state.get(param)]
+        """Every parameter that has had a step, as real numbers, with its slots."""
+        return [(as_real(param), self.state[param]) for _, param, _ in self._entries() if self.state.get(param)]
 
     def _averages(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Every parameter that has had a step, with its slots, after its average has been brought up to date."""
@@ -890,11 +963,12 @@ class LearnedTeleportOptimizer(Optimizer):
         if active:
             step = max(progress.num_steps - 1, 0)
             outputs = torch.stack([self.state[param]["outputs"] for _, param, _ in active])
-            hyper = self._hyper([group for _, _, group in active], step, self._horizon(step))
+            groups = [group for _, _, group in active]
+            hyper = self._hyper([float(group["lr"]) for group in groups], groups, step, self._horizon(step))
             is_safe = self._is_guarded and progress.guard.num_safe_steps > 0
             controls = Controls.from_outputs(outputs)
             controls, hyper = _safe(controls, hyper) if is_safe else (controls, hyper)
-            layout = self._layout_of({name: param for name, param, _ in active}, None)
+            layout = self._layout_of({name: as_real(param) for name, param, _ in active}, None)
             factors, known = step_factors(controls, step=step, hyper=hyper, layout=layout), layout.table(controls.rate)
             table = torch.stack(
                 [
@@ -981,7 +1055,8 @@ class LearnedTeleportOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._held = self._held_starts = self._last_pace = self._last_hyper = self._last_native = None
+        self._held = self._held_starts = self._biases = None
+        self._last_pace = self._last_hyper = self._last_native = None
         if "_swapping" not in self.__dict__:  # a copy; loading comes here, too
             self._swapping, self._first_lrs = _Swapping(), None
         self.defaults.pop("differentiable", None)  # an option that torch adds, and of which there is none here
@@ -1019,6 +1094,39 @@ class _Swapping:
             self._thread = before
 
 
+def _biases_of(layout: Layout) -> list[tuple[int, int]]:
+    """Numbers of biases, each with that of the matrix of its layer: by name, or else what comes before it with as many rows."""
+    numbers = {name: number for number, name in enumerate(layout.names)}
+    pairs = []
+    last: str | None = None
+    for name, shape in layout.shapes.items():
+        if name in layout.matrices:
+            last = name
+        elif len(shape) == 1:
+            own = next((n for n in (name.replace("bias", "weight"), last) if n in layout.matrices and n != name), None)
+            if own is not None and layout.matrices[own][0] == shape[0]:
+                pairs.append((numbers[name], numbers[own]))
+    return pairs
+
+
+def _without(layout: Layout, names: set[str]) -> Layout | None:
+    """The layout with the sites on which none of these tensors lie; None if there are none."""
+    sites = [site for site in layout.spec if not any(leg.name in names for leg in site.legs)]
+    if not sites:
+        return None
+    return layout if len(sites) == len(layout.spec) else replace(layout, spec=SymmetrySpec(tuple(sites)))
+
+
+def _directions(momenta: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Momenta of the rows that have a gradient, zeros for the others, in a range in which squares are numbers."""
+    most = torch.stack(torch._foreach_norm(list(momenta.values()), math.inf))
+    scales = torch.where((most > 1e-12) & (most < 1e12) | (most == 0), 1.0, most).unbind()
+    return {
+        name: (value if is_usual else value / scale) * masks[name]
+        for (name, value), scale, is_usual in zip(momenta.items(), scales, (torch.stack(scales) == 1.0).tolist())
+    }
+
+
 def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
     """The prior, at a tenth of the rate that the user set."""
     prior = Controls.prior(controls.rate.shape[-1])
@@ -1036,10 +1144,16 @@ def _copy(targets: list[Tensor], values: Mapping[Any, Tensor]) -> None:
 
 
 def _descend_in_place(
-    targets: list[Tensor], offsets: list[Tensor] | None, steps: list[Step], shrinks: Tensor, weights: list[float]
+    targets: list[Tensor],
+    offsets: list[Tensor] | None,
+    steps: list[Step],
+    masks: list[Tensor],
+    shrinks: Tensor,
+    weights: list[float],
 ) -> None:
-    """Shrink the parameters and take the steps, where they lie; then move their averages, if there are any."""
+    """Shrink the parameters and take the steps, where they lie, but not in rows that are masked; then move their averages."""
     here = all_local(targets)
+    idle = {number for number, mask in enumerate(masks) if not bool(mask.all())}
     if any(part is not target for part, target in zip(here, targets)):
         moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
         steps = list(map(Step, all_parts_like(moves, targets)))
@@ -1051,12 +1165,15 @@ def _descend_in_place(
     local_offsets, all_shrinks = all_local(offsets), shrinks.tolist()
     for group in [small, *large] if small else large:
         own = [here[number] for number in group]
-        old = [here[number].clone() for number in group if offsets]
+        old = {number: here[number].clone() for number in group if offsets or number in idle}
         _take_steps(own, [steps[number] for number in group], [all_shrinks[number] for number in group])
+        for number in idle.intersection(group):
+            mask = local(part_like(masks[number].expand(targets[number].shape), targets[number]))
+            here[number].copy_(torch.where(mask, here[number], old[number]))
         if offsets:
             own_offsets = [local_offsets[number] for number in group]
             own_weights = [weights[number] for number in group]
-            torch._foreach_copy_(own_offsets, list(map(average_offset, own_offsets, old, own, own_weights)))
+            torch._foreach_copy_(own_offsets, list(map(average_offset, own_offsets, old.values(), own, own_weights)))
 
 
 def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: list[float]) -> None:
@@ -1136,7 +1253,7 @@ def _check_parameter(param: Tensor, average: bool) -> None:
             "is a flattened shard of FullyShardedDataParallel, whose layers cannot be seen: use "
             "torch.distributed.fsdp.fully_shard"
         )
-    elif average and not param.is_complex() and not can_be_averaged(param):
+    elif average and not can_be_averaged(param):
         reason = (
             f"is {param.layout}, {param.dtype}: no average of such iterates can be kept. Use average=False, or dense parameters of "
             "16, 32 or 64 bits"
@@ -1152,11 +1269,6 @@ def _check_active(names: list[str], params: list[Tensor], grads: list[Tensor]) -
             raise RuntimeError(
                 f"the gradient of parameter {name} is sparse, which LearnedTeleportOptimizer does not support: make it "
                 "dense (nn.Embedding(..., sparse=False)) or give that parameter to torch.optim.SparseAdam"
-            )
-        if grad.is_complex():
-            raise RuntimeError(
-                f"the gradient of parameter {name} is complex, which LearnedTeleportOptimizer does not support: keep real "
-                "and imaginary parts as two real parameters"
             )
     devices = {param.device for param in params}
     if len(devices) > 1:

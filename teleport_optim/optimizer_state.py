@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teleport_optim.averaging import AVERAGE_SLOTS, END, ITERATE, START, initial_average
 from teleport_optim.guard import Guard
+from teleport_optim.layout import as_real
 from teleport_optim.sharding import local, part_like
 from teleport_optim.update import Horizon, UpdateState, slot_dtype
 
@@ -46,6 +47,7 @@ class Progress(NamedTuple):
         num_guarded_steps: Steps that the guard made safe ones.
         is_eval: Whether the average of the iterates is in the place of the parameters.
         has_shown_average: Whether somebody has asked for the average.
+        is_balanced: Whether the run has begun, in balance.
         guard: The guard's memory.
         horizon: Length of the run, and what is known of its last change. The length itself is an option of every group.
     """
@@ -55,6 +57,7 @@ class Progress(NamedTuple):
     num_guarded_steps: int = 0
     is_eval: bool = False
     has_shown_average: bool = False
+    is_balanced: bool = False
     guard: Guard = Guard()
     horizon: Horizon = Horizon()
 
@@ -67,7 +70,7 @@ class Progress(NamedTuple):
     @classmethod
     def pop_from(cls, group: dict[str, Any], num_steps: int) -> Progress:
         """Take the entries out of a group again; where ``num_steps`` is not among them, it is as given."""
-        known = cls(num_steps=num_steps)
+        known = cls(num_steps=num_steps, is_balanced=num_steps > 0)
         values: dict[str, Any] = {}
         for key, default in known.entries().items():
             value = group.pop(key, default)
@@ -241,6 +244,7 @@ def _has_row(value: Any, row: int) -> bool:
 def _read_slots(
     key: Any, slots: Mapping[str, Any], param: Tensor, hidden: Tensor, average: bool, progress: Progress
 ) -> Slots:
+    param = as_real(param)
     expected = initial_slots(param, hidden, average=average, step=progress.num_steps)
     if not average:
         slots = {name: value for name, value in slots.items() if name not in AVERAGE_SLOTS}

@@ -44,6 +44,7 @@ __all__ = [
     "Hyper",
     "Pace",
     "UpdateState",
+    "active_rows",
     "average_offset",
     "averaging_weight",
     "balanced",
@@ -303,7 +304,7 @@ def update(
     momenta: Mapping[str, Tensor] = state.momenta
     offsets: Mapping[str, Tensor] = state.average_offsets
     if step == 0:
-        params, grads, _ = balanced(params, grads, layout, run_axes=state.outputs.dim() - 2)
+        params, grads, momenta, offsets, _ = balanced(params, grads, momenta, offsets, layout)
     if is_due(step):
         state = control(
             controller, params, grads, state, step=step, total_steps=hyper.horizon.total_steps, layout=layout
@@ -313,15 +314,29 @@ def update(
         params, grads, momenta, offsets, _ = teleport(params, grads, momenta, offsets, controls, layout)
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
     averages = {name: ema(momenta[name], grads[name], factors.beta) for name in params}
-    steps = descend(averages, factors, layout)
+    active = {name: active_rows(name, grad, layout) for name, grad in grads.items()}
+    steps = descend({name: average * active[name] for name, average in averages.items()}, factors, layout)
     weight = averaging_weight(step, hyper.horizon.steps_left(step))
     new_params, new_offsets = {}, {}
     for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
         shrink = shrink.reshape([*shrink.shape, *[1] * len(layout.shapes[name])])
-        new_params[name] = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
+        stepped = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
+        new_params[name] = torch.where(active[name], stepped, param)
         new_offsets[name] = average_offset(offsets[name], param, new_params[name], weight)
     momenta = {name: value.to(momenta[name]) for name, value in averages.items()}
     return new_params, state._replace(momenta=momenta, average_offsets=new_offsets)
+
+
+def active_rows(name: str, grad: Tensor, layout: Layout) -> Tensor:
+    """Which rows of a tensor have a gradient; the others stay where they are, whatever their momentum.
+
+    Returns:
+        Booleans ``[*runs, *row_shape]`` for a gradient ``[*runs, *shape]``, which go with it.
+    """
+    kept = layout.row_shape(name)
+    run_axes = grad.dim() - len(kept)
+    axes = tuple(run_axes + axis for axis, size in enumerate(layout.shapes[name]) if size != kept[axis])
+    return (grad != 0).any(dim=axes, keepdim=True) if axes else grad != 0
 
 
 def is_due(step: int) -> bool:
@@ -382,7 +397,8 @@ def teleport(
         log_scale = 0.25 * (
             balance * log_ratio(norms) - gradient_balance * log_ratio(site_log_norms(symmetry, momenta, run_axes))
         ).clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
-        log_scale = _in_range(log_scale, norms, symmetry, params)
+        # Gradients whose squares are no floats say nothing about balance.
+        log_scale = _in_range(torch.nan_to_num(log_scale), norms, symmetry, params)
         sizes.append(log_scale.square().mean(dim=-1).sqrt())
         scales = symmetry.group.exp(log_scale.double())
         params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
@@ -393,9 +409,13 @@ def teleport(
 
 
 def balanced(
-    params: Mapping[str, Tensor], grads: Mapping[str, Tensor], layout: Layout, run_axes: int = 0
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
-    """The point of the positive-scaling orbit where every run begins, the gradients there, and the way to it.
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    offsets: Mapping[str, Tensor],
+    layout: Layout,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
+    """The point of the positive-scaling orbit where every run begins, what goes with it there, and the way to it.
 
     It is where the norms of what writes into a channel and of what reads from it are equal, for all channels at once: the
     least sum of squared weights on the orbit, so that where on the orbit a network was initialised makes no difference. Found
@@ -403,9 +423,12 @@ def balanced(
     than a power of two.
 
     Returns:
-        Parameters, gradients, and for every site the RMS of ``log s`` in all, ``[*runs, num_sites]``.
+        Parameters, gradients, momenta and offsets of the average (if there are any), and for every site the RMS of ``log s`` in
+        all, ``[*runs, num_sites]``.
     """
-    runs = next(iter(params.values())).shape[:run_axes]
+    name = layout.names[0]
+    runs = params[name].shape[: params[name].dim() - len(layout.shapes[name])]
+    run_axes = len(runs)
     ways: dict[str, Tensor] = {}
     is_moving = torch.ones(runs, dtype=torch.bool)
     for _ in range(_MAX_SWEEPS if len(layout.spec) else 0):
@@ -415,15 +438,21 @@ def balanced(
             log_scale = _in_range(0.25 * log_ratio(norms), norms, symmetry, params)
             log_scale = torch.where(is_moving.to(log_scale.device).unsqueeze(-1), log_scale, 0.0)
             largest = torch.maximum(largest, log_scale.detach().abs().amax(dim=-1).cpu())
+            log_scale = log_scale.double()
             ways[symmetry.id] = ways.get(symmetry.id, 0.0) + log_scale
-            scales = symmetry.group.exp(log_scale.double())
+            scales = symmetry.group.exp(log_scale)
             params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
             grads = move_scaling(symmetry, scales, grads, SlotKind.COVECTOR)
         is_moving = is_moving & (largest >= _BALANCED)
         if not bool(is_moving.any()):
             break
-    sizes = [way.square().mean(dim=-1).sqrt() for way in ways.values()]
-    return params, grads, torch.stack(sizes, dim=-1) if sizes else torch.zeros(*runs, 0)
+    for symmetry in layout.spec:
+        scales = symmetry.group.exp(ways[symmetry.id])
+        momenta = move_scaling(symmetry, scales, momenta, SlotKind.COVECTOR)
+        if offsets:
+            offsets = move_scaling(symmetry, scales, offsets, SlotKind.VECTOR)
+    sizes = [way.square().mean(dim=-1).sqrt().float() for way in ways.values()]
+    return params, grads, momenta, offsets, torch.stack(sizes, dim=-1) if sizes else torch.zeros(*runs, 0)
 
 
 def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: Mapping[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from teleport_optim import LearnedTeleportOptimizer, layout
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
     pytest.mark.filterwarnings("ignore:lr has changed"),
+    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
 ]
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -322,7 +323,6 @@ UNSUPPORTED: dict[str, Any] = {
     "nesterov": True,
     "eps": 1e-8,
     "amsgrad": True,
-    "foreach": True,
     "fused": True,
     "capturable": True,
     "differentiable": True,

@@ -43,6 +43,7 @@ from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, OptimizerSta
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
     pytest.mark.filterwarnings("ignore:lr has changed"),
+    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
 ]
 
 SAMPLE = Path(__file__).parent / "samples" / "optimizer_state_0.1.pt"

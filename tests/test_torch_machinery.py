@@ -42,6 +42,7 @@ from teleport_optim.optimizer_state import OptimizerStateError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
     pytest.mark.filterwarnings("ignore:lr has changed"),
+    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
 ]
 torch.backends.__allow_nonbracketed_mutation_flag = True  # common_utils forbids it to all
 CHECK = TestCase()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from teleport_optim.layout import Layout, embedding_names
+from teleport_optim.layout import Depth, Layout, embedding_names
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 __all__ = ["WORST", "InnerProblem", "Orbit", "Task", "log_relative"]
@@ -149,7 +149,9 @@ class InnerProblem:
         if spec is None:
             inputs, _ = self.sample_batch(torch.Generator().manual_seed(0))
             spec = find_symmetries(self.model, inputs[0], groups=["scaling"])
-        return Layout.of(tensors, spec, embedding_names(self.model), is_whole=True)
+        embeddings = embedding_names(self.model)
+        depth = Depth.of({name: tensor.shape for name, tensor in tensors.items()}, embeddings, is_whole=True)
+        return Layout.of(tensors, spec, embeddings, depth=depth)
 
     def to(self, device: torch.device | str) -> InnerProblem:
         """The same problem on another device; minibatches are drawn on the CPU, so that they are the same everywhere."""
