@@ -66,9 +66,9 @@ from teleport_optim.update import (
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
-_ROUNDING = 8.0
+_ROUNDING = 32.0
 """A bias whose gradient is less than so many roundings of that of its matrix may have none but rounding errors."""
-_AGREEMENT = 0.7
+_AGREEMENT = 0.9
 """Least cosine with the momentum of a gradient that is so small and still no rounding error."""
 _SMALLEST_USUAL_LR = 0.03
 _SAFE_RATE = 0.1
@@ -1134,7 +1134,11 @@ def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
 
 
 def _all_norms(tensors: list[Tensor]) -> list[float]:
-    norms: list[float] = torch.stack(torch._foreach_norm([in_full_precision(tensor) for tensor in tensors])).tolist()
+    tensors = [in_full_precision(tensor.detach()) for tensor in tensors]
+    norms: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
+    for number, norm in enumerate(norms):
+        if not 1e-12 < norm < 1e18:  # Squares of very large or very small numbers are no floats, but they are doubles.
+            norms[number] = float(torch.linalg.vector_norm(tensors[number], dtype=torch.float64))
     return norms
 
 

@@ -376,7 +376,7 @@ def step_on(optimizer: Optimizer, output: Tensor) -> float:
 
 def assert_teleports_alone(model: nn.Module, optimizer: LearnedTeleportOptimizer, inputs: Tensor) -> None:
     """A first step at rate 0 teleports: it moves the parameters of the spec and leaves the function as it is."""
-    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert optimizer.param_groups[0]["lr"] == NO_STEP
     assert not len(optimizer.spec)
     state = copy.deepcopy(model.state_dict())
     outputs = {mode: model.train(mode)(inputs).detach() for mode in (False, True)}

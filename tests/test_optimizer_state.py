@@ -814,7 +814,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "average_end of parameter 0 .* cannot be",
     ),
     "an average that ends before it begins": (
-        changed("state", 0, "average_start", to=torch.tensor(1)),
+        lambda s: s["state"][0].update(average_start=torch.tensor(1), average_end=torch.tensor(0)),
         "average of parameter 0 ends before it begins",
     ),
     "parameters of evaluation mode outside of it": (
