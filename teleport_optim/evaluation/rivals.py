@@ -53,10 +53,15 @@ class Rival:
     Attributes:
         make: A rate to a recipe.
         first_rate: Where the search for its rate begins; None if it has no rate to tune.
+        has_horizon: Whether its horizon speed is measured: it is told the length of the run, and the parameters are the result.
+        open_ended: A rate to a recipe that is not told the length, for an optimizer that can do without and has its result in
+            its evaluation mode then; None if what ``make`` gives is measured at every moment of the run.
     """
 
     make: Callable[[float], Recipe]
     first_rate: float | None = None
+    has_horizon: bool = False
+    open_ended: Callable[[float], Recipe] | None = None
 
 
 class Scheduled:
@@ -229,19 +234,28 @@ def learned(
     return recipe
 
 
+def _learned_rival(checkpoint: str | Path | MetaOptimizer, *, teleport: bool = True) -> Rival:
+    """The learned optimizer: no average is kept where the length is known, since the parameters end where it would be."""
+    return Rival(
+        lambda lr: learned(checkpoint, teleport=teleport, average=False),
+        has_horizon=True,
+        open_ended=lambda lr: learned(checkpoint, teleport=teleport, horizon=False),
+    )
+
+
 def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
     """The optimizers of a comparison by name; the last is :data:`OURS`."""
     return {
         "AdamW default": Rival(lambda lr: adamw(1e-3, is_scheduled=False)),
         "AdamW constant, tuned": Rival(lambda lr: adamw(lr, is_scheduled=False), 2e-3),
-        REFERENCE: Rival(adamw, 4e-3),
+        REFERENCE: Rival(adamw, 4e-3, has_horizon=True),
         "SGD momentum cosine, tuned": Rival(_sgd, 0.1),
-        "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
+        "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3, has_horizon=True),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
         "AdamW averaged, tuned": Rival(_averaged_adamw, 8e-3),
-        "rule, nothing learned": Rival(lambda lr: learned(MetaOptimizer(), teleport=False)),
-        LIGHT: Rival(lambda lr: learned("light")),
-        OURS: Rival(lambda lr: learned(checkpoint)),
+        "rule, nothing learned": _learned_rival(MetaOptimizer(), teleport=False),
+        LIGHT: _learned_rival("light"),
+        OURS: _learned_rival(checkpoint),
     }
 
 
@@ -298,6 +312,9 @@ class _RandomTeleports:
         self._model, self._optimizer = model, optimizer
         self._generator = torch.Generator().manual_seed(0)
         self._count = 0
+
+    def __getattr__(self, name: str) -> Any:  # its evaluation mode
+        return getattr(self._optimizer, name)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
