@@ -48,16 +48,17 @@ run and the parameters are measured as they are. Its runs have T, T/1.5, T/2, T/
 a higher loss (the mean over the last 5 % of a run); between the last two the logarithm of the length is interpolated in that of the
 loss. Where the run of T steps already ends higher, runs of 1.5 T and 2 T follow. A task beyond 4 counts as 4 and one below 1/2 as
 1/2: a mean with such tasks is marked "≥", "≤", or, with both, "≈". Rates are those that were tuned at T. The speed is the median
-over {num_speed_seeds} seeds, then the geometric mean over the tasks; in wall-clock it is divided by the ratio of the times of a
+over {num_horizon_seeds} seeds, then the geometric mean over the tasks; in wall-clock it is divided by the ratio of the times of a
 whole training step. An optimizer with "-" is not told a length; for SGD, which is, no
 other lengths were run.
 
 **Open-ended speed.** How many times sooner is one run where the reference ends, for good? It is read from the losses of one run of
-T steps. Who averages is measured in the average: Schedule-Free and "AdamW averaged", and the rule and what is learned upon it in
-runs that are not told their length. Optimizers with a cosine are on their way to the end that they were told.
+T steps. Who averages is measured in the average: Schedule-Free, "AdamW averaged", the rule, and what is learned upon it (which are
+told the length here, too; before the last 30 % of a run that changes nothing). Optimizers with a cosine are on their way to the end
+that they were told.
 
-Final and held-out losses are of runs of T steps: of the parameters as they are for optimizers with a horizon speed, in their own
-evaluation mode for others. "Ahead" and "behind" are tasks where all {num_seeds} seeds agree. Times are of runs of half the length,
+Final and held-out losses are of runs of T steps: of the parameters as they are for optimizers with a horizon speed, of the average
+for others that average. "Ahead" and "behind" are tasks where all {num_seeds} seeds agree. Times are of runs of half the length,
 whose first step is not counted, with the average kept as it is by default. Set-up is the search for symmetries and the first
 balancing, which wall-clock figures leave out. Where the processor multiplies numbers of 16 bits slowly, Muon's products are made in
 float32 and rounded, so that its times are those of a processor that does not. Settings of `MALLOC_`, if there are any above, have
@@ -121,7 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     results = comparison.results()
     table = score_table(results)
     parts = [
-        _INTRODUCTION.format(command=command, num_seeds=arguments.seeds, num_speed_seeds=comparison.num_speed_seeds),
+        _INTRODUCTION.format(
+            command=command,
+            num_seeds=arguments.seeds,
+            num_horizon_seeds=min(arguments.seeds, comparison.num_horizon_seeds),
+        ),
         f"## All {len(results)} tasks\n\n{table}",
     ]
     usual = [name for name in tasks if name != _NOT_TAKEN_APART]

@@ -188,11 +188,12 @@ def test_the_end_alone_is_that_of_a_whole_run(steps: int) -> None:
     assert end.final_loss != whole.losses[0]
 
 
-def test_a_told_length_is_measured_in_the_parameters_and_an_open_end_in_the_average() -> None:
-    """What is trained is the same bit for bit, whether the average is kept or not."""
+def test_the_length_is_known_and_the_parameters_are_measured_or_their_average() -> None:
+    """What is trained is the same bit for bit, and ends at the same loss; in the middle the average has another."""
     task, x = dataclasses.replace(TASK, make_model=seeded(wide_perceptron)), blobs().inputs
     trained = []
-    for recipe in (rivals()[OURS].make(0.0), learned()):
+    parameters, average = rivals()[OURS].make(0.0), (rivals()[OURS].averaged or rivals()[OURS].make)(0.0)
+    for recipe in (parameters, average):
         model = task.make_model(0)
         optimizer = recipe(model, 30)
         for _ in range(20):
@@ -201,14 +202,15 @@ def test_a_told_length_is_measured_in_the_parameters_and_an_open_end_in_the_aver
             optimizer.step()
         trained.append([param.detach().clone() for param in model.parameters()])
     assert all(map(torch.equal, *trained))
-    told, average = (run_training(task, recipe, steps=60, seed=0) for recipe in (rivals()[OURS].make(0.0), learned()))
-    assert told.losses[30] != average.losses[30]
-    assert told.final_loss == pytest.approx(average.final_loss, rel=0.1)
-    recipe = rivals()[OURS].open_ended
-    assert recipe is not None
-    open_ended = run_training(task, recipe(0.0), steps=60, seed=0)
-    assert open_ended.losses[:40] == average.losses[:40]
-    assert open_ended.losses != average.losses
+    as_they_are, averaged, endless = (
+        run_training(task, recipe, steps=60, seed=0) for recipe in (parameters, average, learned(horizon=False))
+    )
+    assert all(averaged.losses[k] != as_they_are.losses[k] for k in range(10, 40))
+    assert as_they_are.final_loss == pytest.approx(averaged.final_loss, rel=0.1)
+    assert endless.losses[:41] == averaged.losses[:41], (
+        "before the last 30 % it makes no difference that the end is known"
+    )
+    assert endless.losses != averaged.losses
 
 
 def test_an_optimizer_with_an_evaluation_mode_is_measured_in_it() -> None:
@@ -389,7 +391,7 @@ def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert again == result
     make(checkpoint="light").results()
     own = len(calls) - num_calls
-    assert own >= 6, "three of a told length, three of an open end, others for the horizon speed"
+    assert own >= 6, "three of the parameters, three of their average, others for the horizon speed"
     other = make(others={"mine": lambda model, steps: torch.optim.Adagrad(model.parameters(), lr=0.05)})
     assert list(other.results()[0].runs)[-1] == "mine"
     assert len(calls) >= num_calls + own + 3
@@ -411,7 +413,7 @@ def test_horizon_speeds_are_those_of_runs_that_are_told_their_length(
 
     entrants = {
         REFERENCE: Rival(lambda lr: "reference", has_horizon=True),
-        "fast": Rival(lambda lr: "fast", has_horizon=True, open_ended=lambda lr: "open"),
+        "fast": Rival(lambda lr: "fast", has_horizon=True, averaged=lambda lr: "open"),
         "slow": Rival(lambda lr: "slow", has_horizon=True),
         "endless": Rival(lambda lr: "open"),
     }
@@ -420,16 +422,16 @@ def test_horizon_speeds_are_those_of_runs_that_are_told_their_length(
     for name in ("milliseconds_per_step", "peak_megabytes"):
         monkeypatch.setattr(comparison_module, name, lambda *args, **options: dict.fromkeys(entrants, 1.0))
     task = dataclasses.replace(TASK, steps=60)
-    (result,) = Comparison(tmp_path, {"blobs": task}, num_seeds=5, num_speed_seeds=2).results()
+    (result,) = Comparison(tmp_path, {"blobs": task}, num_seeds=5, num_horizon_seeds=2).results()
     assert result.horizon_speeds == {REFERENCE: [1.0, 1.0], "fast": [2.0, 2.0], "slow": [pytest.approx(0.8)] * 2}
     assert [result.horizon_speed(name) for name in entrants] == [1.0, 2.0, pytest.approx(0.8), None]
-    assert {name: len(runs) for name, runs in result.open_ended.items()} == {"fast": 2}
+    assert {name: len(runs) for name, runs in result.averaged.items()} == {"fast": 5}
     assert result.open_ended_speed("fast") == 2.0
     assert sorted({steps for recipe, steps, _ in made if recipe == "fast"}) == [24, 30, 40, 60]
     assert sorted({steps for recipe, steps, _ in made if recipe == "slow"}) == [60, 90]
     assert {steps for recipe, steps, _ in made if recipe == "open"} == {60}
     num_runs = len(made)
-    (again,) = Comparison(tmp_path, {"blobs": task}, num_seeds=5, num_speed_seeds=2).results()
+    (again,) = Comparison(tmp_path, {"blobs": task}, num_seeds=5, num_horizon_seeds=2).results()
     assert (again, len(made)) == (result, num_runs)
 
 

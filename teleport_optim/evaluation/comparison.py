@@ -14,7 +14,7 @@ from typing import Any
 
 from teleport_optim.checkpoints import find_checkpoint
 from teleport_optim.evaluation.problem import EvaluationTask
-from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, learned, rivals, tuned_rate
+from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
 from teleport_optim.evaluation.training import (
     FASTEST,
     SLOWEST,
@@ -29,8 +29,8 @@ from teleport_optim.evaluation.training import (
 
 __all__ = ["Comparison", "Score", "TaskResult"]
 
-_PARAMETERS, _OPEN_ENDED = " (parameters)", " (open-ended)"
-"""Two forms of one optimizer: told the length and measured as it is, or not told and measured in its evaluation mode."""
+_PARAMETERS = " (parameters)"
+"""Follows the name of an optimizer that averages, in the key of a run in which it did not."""
 
 TUNING_SEED = 1000
 """The seed on which rates are tuned; those that are reported are 0, 1, 2, ..."""
@@ -43,7 +43,7 @@ class TaskResult:
     Attributes:
         task: Its name.
         runs: By optimizer, one run for each seed: of the parameters as they are, where the optimizer has a horizon speed.
-        open_ended: The same of optimizers that were not told the length, and were measured in their evaluation mode.
+        averaged: The same of optimizers that average, measured in the average.
         horizon_speeds: By optimizer, one for each of the first seeds; nothing of optimizers for which it is not measured.
         rates: The tuned rates, by optimizer.
         milliseconds: Of a training step, by optimizer, all in one run, of half the length: what is done ever less often counts
@@ -56,7 +56,7 @@ class TaskResult:
     rates: dict[str, float]
     milliseconds: dict[str, float]
     megabytes: dict[str, float]
-    open_ended: dict[str, list[Run]] = field(default_factory=dict)
+    averaged: dict[str, list[Run]] = field(default_factory=dict)
     horizon_speeds: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, optimizer: str, quantity: Callable[[Run], float]) -> float:
@@ -70,7 +70,7 @@ class TaskResult:
 
     def open_ended_speed(self, optimizer: str) -> float:
         """Median over seeds of how many times sooner one run is where the reference ends."""
-        runs = self.open_ended.get(optimizer, self.runs[optimizer])
+        runs = self.averaged.get(optimizer, self.runs[optimizer])
         return statistics.median(map(speed_up, runs, self.runs[REFERENCE]))
 
     def cost(self, optimizer: str) -> float:
@@ -165,7 +165,7 @@ class Comparison:
         tasks: What is trained.
         checkpoint: What the learned optimizer loads.
         num_seeds: Runs of every optimizer on every task.
-        num_speed_seeds: On how many of these seeds runs are made that only speeds need: of other lengths, or not told theirs.
+        num_horizon_seeds: On how many of these seeds runs of other lengths are made, for the horizon speed.
         share: Length of the runs as a share of the usual.
         others: More optimizers, by name.
         report: Told what is being run.
@@ -175,7 +175,7 @@ class Comparison:
     tasks: Mapping[str, EvaluationTask]
     checkpoint: str | Path = "default"
     num_seeds: int = 5
-    num_speed_seeds: int = 3
+    num_horizon_seeds: int = 3
     share: float = 1.0
     others: Mapping[str, Recipe] = field(default_factory=dict)
     report: Callable[[str], None] = lambda message: None
@@ -207,13 +207,14 @@ class Comparison:
     def ablations(self) -> list[TaskResult]:
         """The learned optimizer with one part taken away at a time, beside the reference; no times.
 
-        All are told the length of the run, and measured in their evaluation mode at every moment of it.
+        What is measured at every moment of a run is the average of the iterates, where there is one.
         """
-        recipes = {OURS: learned(self.checkpoint)} | {name: make(self.checkpoint) for name, make in ABLATIONS.items()}
+        recipes = {name: make(self.checkpoint) for name, make in ABLATIONS.items()}
         results = []
         for task in self.tasks.values():
-            runs = {REFERENCE: self._result(task).runs[REFERENCE]}
-            runs |= {name: [self._run(task, name, r, seed, 0.0) for seed in self._seeds] for name, r in recipes.items()}
+            full = self._result(task)
+            runs = {name: [self._run(task, name, r, seed, 0.0) for seed in self._seeds] for name, r in recipes.items()}
+            runs = {REFERENCE: full.runs[REFERENCE], OURS: full.averaged[OURS], **runs}
             ones = dict.fromkeys(runs, 1.0)
             results.append(TaskResult(task.name, runs, rates={}, milliseconds=ones, megabytes=ones))
         return results
@@ -222,13 +223,9 @@ class Comparison:
     def _seeds(self) -> range:
         return range(self.num_seeds)
 
-    @property
-    def _speed_seeds(self) -> range:
-        return self._seeds[: self.num_speed_seeds]
-
     def _result(self, task: EvaluationTask) -> TaskResult:
         runs: dict[str, list[Run]] = {}
-        open_ended: dict[str, list[Run]] = {}
+        averaged: dict[str, list[Run]] = {}
         horizon_speeds: dict[str, list[float]] = {}
         rates: dict[str, float] = {}
         recipes: dict[str, Recipe] = {}
@@ -237,13 +234,11 @@ class Comparison:
             if rival.first_rate is not None:
                 rate = rates[name] = self._tuned(task, name, rival, rival.first_rate)
             recipes[name] = rival.make(rate)
-            form = _PARAMETERS if rival.open_ended else ""
+            form = _PARAMETERS if rival.averaged else ""
             runs[name] = [self._run(task, name, recipes[name], seed, rate, form) for seed in self._seeds]
-            if rival.open_ended:
-                recipes[name] = rival.open_ended(rate)  # what is timed keeps the average, as it does by default
-                open_ended[name] = [
-                    self._run(task, name, recipes[name], seed, rate, _OPEN_ENDED) for seed in self._speed_seeds
-                ]
+            if rival.averaged:
+                recipes[name] = rival.averaged(rate)  # what is timed keeps the average, as it does by default
+                averaged[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
         for name, rival in self.rivals.items():
             if rival.has_horizon:
                 horizon_speeds[name] = self._horizon_speeds(task, name, rival, rates.get(name, 0.0), runs)
@@ -254,7 +249,7 @@ class Comparison:
         megabytes = self._kept(
             f"memory {key}", lambda: {name: peak_megabytes(task, r, steps=steps) for name, r in recipes.items()}
         )
-        return TaskResult(task.name, runs, rates, milliseconds, megabytes, open_ended, horizon_speeds)
+        return TaskResult(task.name, runs, rates, milliseconds, megabytes, averaged, horizon_speeds)
 
     def _steps(self, task: EvaluationTask) -> int:
         return max(20, round(self.share * task.steps))
@@ -275,7 +270,7 @@ class Comparison:
         self, task: EvaluationTask, name: str, rival: Rival, rate: float, runs: Mapping[str, list[Run]]
     ) -> list[float]:
         """The horizon speed on each of the first seeds; of runs of other lengths no more than the final loss is kept."""
-        recipe, form = rival.make(rate), _PARAMETERS if rival.open_ended else ""
+        recipe, form = rival.make(rate), _PARAMETERS if rival.averaged else ""
 
         def final_loss(speed: float, seed: int) -> float:
             if speed == 1.0:
@@ -287,7 +282,7 @@ class Comparison:
 
         return [
             horizon_speed(partial(final_loss, seed=seed), reference.final_loss)
-            for seed, reference in zip(self._speed_seeds, runs[REFERENCE])
+            for seed, reference in zip(self._seeds[: self.num_horizon_seeds], runs[REFERENCE])
         ]
 
     def _key(self, task: EvaluationTask, steps: int, name: str, seed: int, rate: float, form: str) -> str:

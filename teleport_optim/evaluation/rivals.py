@@ -54,14 +54,14 @@ class Rival:
         make: A rate to a recipe.
         first_rate: Where the search for its rate begins; None if it has no rate to tune.
         has_horizon: Whether its horizon speed is measured: it is told the length of the run, and the parameters are the result.
-        open_ended: A rate to a recipe that is not told the length, for an optimizer that can do without and has its result in
-            its evaluation mode then; None if what ``make`` gives is measured at every moment of the run.
+        averaged: A rate to a recipe of the same that has an average of the iterates to look at before the end of the run; None
+            if what ``make`` gives is measured at every moment.
     """
 
     make: Callable[[float], Recipe]
     first_rate: float | None = None
     has_horizon: bool = False
-    open_ended: Callable[[float], Recipe] | None = None
+    averaged: Callable[[float], Recipe] | None = None
 
 
 class Scheduled:
@@ -235,11 +235,11 @@ def learned(
 
 
 def _learned_rival(checkpoint: str | Path | MetaOptimizer, *, teleport: bool = True) -> Rival:
-    """The learned optimizer: no average is kept where the length is known, since the parameters end where it would be."""
+    """The learned optimizer: without an average the parameters are measured, which end where the average is."""
     return Rival(
         lambda lr: learned(checkpoint, teleport=teleport, average=False),
         has_horizon=True,
-        open_ended=lambda lr: learned(checkpoint, teleport=teleport, horizon=False),
+        averaged=lambda lr: learned(checkpoint, teleport=teleport),
     )
 
 
