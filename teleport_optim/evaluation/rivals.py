@@ -250,7 +250,7 @@ def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
         "AdamW constant, tuned": Rival(lambda lr: adamw(lr, is_scheduled=False), 2e-3),
         REFERENCE: Rival(adamw, 4e-3, has_horizon=True),
         "SGD momentum cosine, tuned": Rival(_sgd, 0.1),
-        "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3, has_horizon=True),
+        "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
         "AdamW averaged, tuned": Rival(_averaged_adamw, 8e-3),
         "rule, nothing learned": _learned_rival(MetaOptimizer(), teleport=False),
