@@ -49,8 +49,7 @@ a higher loss (the mean over the last 5 % of a run); between the last two the lo
 loss. Where the run of T steps already ends higher, runs of 1.5 T and 2 T follow. A task beyond 4 counts as 4 and one below 1/2 as
 1/2: a mean with such tasks is marked "≥", "≤", or, with both, "≈". Rates are those that were tuned at T. The speed is the median
 over {num_horizon_seeds} seeds, then the geometric mean over the tasks; in wall-clock it is divided by the ratio of the times of a
-whole training step. An optimizer with "-" is not told a length; Muon and SGD are, but were not run at other
-lengths.
+whole training step. An optimizer with "-" is not told a length; Muon and SGD are, but were not run at other lengths.
 
 **Open-ended speed.** How many times sooner is one run where the reference ends, for good? It is read from the losses of one run of
 T steps. Who averages is measured in the average: Schedule-Free, "AdamW averaged", the rule, and what is learned upon it (which are
@@ -77,8 +76,8 @@ _ABLATIONS = (
 _EXPLANATION = """\
 Horizon speed: how many times shorter a run may be that ends where tuned AdamW ends, when the optimizer is told its length and the
 parameters are measured as they are. Open-ended speed: how many times sooner one run of the usual length is where tuned AdamW ends,
-measured in the average of the iterates for everybody who averages. "-": not measured
-([docs/comparison.md](docs/comparison.md) says how both are measured).
+measured in the average of the iterates for everybody who averages. "≥", "≤", "≈": some task is beyond 4 or below 1/2, and counts as
+that. "-": not measured ([docs/comparison.md](docs/comparison.md) says how).
 """
 
 
