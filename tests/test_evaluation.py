@@ -24,8 +24,15 @@ from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
 from teleport_optim.evaluation.images import image_tasks
 from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
 from teleport_optim.evaluation.report import plot, score_table, task_table
-from teleport_optim.evaluation.rivals import ABLATIONS, REFERENCE, Rival, learned, rivals, tuned_rate
-from teleport_optim.evaluation.training import Run, milliseconds_per_step, peak_megabytes, run_training, speed_up
+from teleport_optim.evaluation.rivals import ABLATIONS, OURS, REFERENCE, Rival, learned, rivals, tuned_rate
+from teleport_optim.evaluation.training import (
+    Run,
+    horizon_speed,
+    milliseconds_per_step,
+    peak_megabytes,
+    run_training,
+    speed_up,
+)
 from teleport_optim.update import TELEPORT_INTERVAL
 
 
@@ -76,6 +83,66 @@ def test_a_lucky_dip_does_not_count() -> None:
     assert speed_up(run_of([5.0, 0.9, 0.8, 0.9, math.inf]), reference) == pytest.approx(1 / 40)
 
 
+LENGTHS = (0.5, 1 / 1.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+def ends(*losses: float) -> Callable[[float], float]:
+    """Final losses of runs of 2 T, 1.5 T, T, T/1.5, ..., T/4 steps."""
+    return dict(zip(LENGTHS, losses, strict=True)).__getitem__
+
+
+@given(st.lists(positive, min_size=5, max_size=5), positive)
+def test_the_reference_is_as_fast_as_itself(shorter: list[float], final: float) -> None:
+    """Where its shorter runs end higher, as they do but for noise; longer ones are not asked for."""
+    losses = (math.nan, math.nan, final, *(final * (1.0 + 1e-6) + loss for loss in shorter))
+    assert horizon_speed(ends(*losses), final) == 1.0
+
+
+@given(st.floats(0.51, 3.99), st.floats(0.1, 3.0), positive)
+def test_powers_of_the_length_are_interpolated_exactly(speed: float, power: float, target: float) -> None:
+    """A loss that is a power of the length is a line in logarithms."""
+    found = horizon_speed(lambda k: target * (k / speed) ** power, target)
+    assert found == pytest.approx(speed, rel=1e-6)
+    off_by_a_percent = horizon_speed(lambda k: target * (k / speed) ** power, 1.01 * target)
+    assert off_by_a_percent > found * (1.0 + 1e-4)
+
+
+def test_between_two_runs_both_scales_are_logarithmic() -> None:
+    found = horizon_speed(ends(9.0, 9.0, 1.0, 1.0, 2.0, 8.0, 9.0, 9.0), 4.0)
+    assert found == pytest.approx(math.sqrt(2.0 * 2.5))
+    linear_in_the_loss = 2.0 * (2.5 / 2.0) ** (1 / 3)
+    assert abs(found - linear_in_the_loss) > 0.05
+
+
+def test_what_is_beyond_either_end_counts_as_the_end() -> None:
+    assert horizon_speed(ends(*8 * [1.0]), 1.0) == 4.0
+    assert horizon_speed(ends(*8 * [1.0]), 0.99) == 0.5
+    assert 3.0 < horizon_speed(ends(*7 * [1.0], 1.1), 1.05) < 4.0
+    assert 0.5 < horizon_speed(ends(0.9, *7 * [1.1]), 1.0) < 1 / 1.5
+    assert horizon_speed(ends(*8 * [math.inf]), 1.0) == 0.5
+    assert horizon_speed(ends(*3 * [0.5], *5 * [math.inf]), 1.0) == 1.0
+
+
+def test_a_short_run_that_is_lucky_does_not_count() -> None:
+    lucky = ends(9.0, 9.0, 1.0, 1.0, 2.0, 0.5, 0.5, 0.5)
+    assert 1.5 <= horizon_speed(lucky, 1.5) < 2.0
+    assert horizon_speed(ends(9.0, 9.0, 1.0, 1.0, 1.5, 0.5, 0.5, 0.5), 1.5) == 4.0
+
+
+def test_no_run_is_made_that_cannot_matter() -> None:
+    asked: set[float] = set()
+
+    def final_loss(speed: float) -> float:
+        asked.add(speed)
+        return speed
+
+    horizon_speed(final_loss, 1.7)
+    assert asked == {1.0, 1.5, 2.0}
+    asked.clear()
+    horizon_speed(final_loss, 0.8)
+    assert asked == {1.0, 1 / 1.5}
+
+
 @given(st.integers(-8, 8), st.floats(0.2, 0.8))
 def test_the_rate_that_is_found_has_worse_neighbours(power: int, offset: float) -> None:
     asked: list[float] = []
@@ -110,6 +177,66 @@ def test_measuring_does_not_disturb_training(monkeypatch: pytest.MonkeyPatch) ->
     assert len(seldom.losses) == 81
     lengths = [run_training(dataclasses.replace(TASK), learned(horizon=False), steps=n, seed=0) for n in (80, 160)]
     assert lengths[0].losses[2::2] == lengths[1].losses[1:41]
+
+
+@pytest.mark.parametrize("steps", [20, 47, 160])
+def test_the_end_alone_is_that_of_a_whole_run(steps: int) -> None:
+    whole, end = (run_training(TASK, learned(), steps=steps, seed=0, only_end=only_end) for only_end in (False, True))
+    assert end.final_loss == whole.final_loss
+    assert end.steps == whole.steps[-len(end.steps) :]
+    assert len(end.steps) <= 0.07 * len(whole.steps) + 1
+    assert end.final_loss != whole.losses[0]
+
+
+def test_the_length_is_known_and_the_parameters_are_measured_or_their_average() -> None:
+    """What is trained is the same bit for bit, and ends at the same loss; in the middle the average has another."""
+    task, x = dataclasses.replace(TASK, make_model=seeded(wide_perceptron)), blobs().inputs
+    trained = []
+    parameters, average = rivals()[OURS].make(0.0), (rivals()[OURS].averaged or rivals()[OURS].make)(0.0)
+    for recipe in (parameters, average):
+        model = task.make_model(0)
+        optimizer = recipe(model, 30)
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), blobs().targets).backward()
+            optimizer.step()
+        trained.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *trained))
+    as_they_are, averaged, endless = (
+        run_training(task, recipe, steps=60, seed=0) for recipe in (parameters, average, learned(horizon=False))
+    )
+    assert all(averaged.losses[k] != as_they_are.losses[k] for k in range(10, 40))
+    assert as_they_are.final_loss == pytest.approx(averaged.final_loss, rel=0.1)
+    assert endless.losses[:41] == averaged.losses[:41], (
+        "before the last 30 % it makes no difference that the end is known"
+    )
+    assert endless.losses != averaged.losses
+
+
+def test_an_optimizer_with_an_evaluation_mode_is_measured_in_it() -> None:
+    class Shifted(torch.optim.SGD):
+        """Evaluates at zero."""
+
+        kept: list[torch.Tensor]
+
+        @torch.no_grad()
+        def eval(self) -> None:
+            params = self.param_groups[0]["params"]
+            self.kept = [param.clone() for param in params]
+            for param in params:
+                param.zero_()
+
+        @torch.no_grad()
+        def train(self) -> None:
+            for param, value in zip(self.param_groups[0]["params"], self.kept):
+                param.copy_(value)
+
+    shifted, plain = (
+        run_training(TASK, lambda model, steps, kind=kind: kind(model.parameters(), lr=0.1), steps=30, seed=0)
+        for kind in (Shifted, torch.optim.SGD)
+    )
+    assert shifted.losses == pytest.approx([math.log(3)] * len(shifted.losses))
+    assert plain.losses[-1] < 0.9 * math.log(3)
 
 
 @pytest.mark.parametrize("name", rivals())
@@ -263,10 +390,49 @@ def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == num_calls
     assert again == result
     make(checkpoint="light").results()
-    assert len(calls) == num_calls + 3
+    own = len(calls) - num_calls
+    assert own >= 6, "three of the parameters, three of their average, others for the horizon speed"
     other = make(others={"mine": lambda model, steps: torch.optim.Adagrad(model.parameters(), lr=0.05)})
     assert list(other.results()[0].runs)[-1] == "mine"
-    assert len(calls) == num_calls + 6
+    assert len(calls) >= num_calls + own + 3
+    num_calls = len(calls)
+    other.results()
+    assert len(calls) == num_calls
+
+
+def test_horizon_speeds_are_those_of_runs_that_are_told_their_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of optimizers whose final loss is a constant over the length; who is not told one has no such speed."""
+    constants = {"reference": 40.0, "fast": 20.0, "slow": 50.0, "open": 8.0}
+    made: list[tuple[str, int, int]] = []
+
+    def made_up(task: EvaluationTask, recipe: Any, *, steps: int, seed: int, only_end: bool = False) -> Run:
+        made.append((recipe, steps, seed))
+        return Run((0, steps // 2, steps), tuple(constants[recipe] / step for step in (1, steps / 2, steps)), 1.0, 0.0)
+
+    entrants = {
+        REFERENCE: Rival(lambda lr: "reference", has_horizon=True),
+        "fast": Rival(lambda lr: "fast", has_horizon=True, averaged=lambda lr: "open"),
+        "slow": Rival(lambda lr: "slow", has_horizon=True),
+        "endless": Rival(lambda lr: "open"),
+    }
+    monkeypatch.setattr(comparison_module, "run_training", made_up)
+    monkeypatch.setattr(comparison_module, "rivals", lambda *_: entrants)
+    for name in ("milliseconds_per_step", "peak_megabytes"):
+        monkeypatch.setattr(comparison_module, name, lambda *args, **options: dict.fromkeys(entrants, 1.0))
+    task = dataclasses.replace(TASK, steps=60)
+    (result,) = Comparison(tmp_path, {"blobs": task}, num_seeds=5, num_horizon_seeds=2).results()
+    assert result.horizon_speeds == {REFERENCE: [1.0, 1.0], "fast": [2.0, 2.0], "slow": [pytest.approx(0.8)] * 2}
+    assert [result.horizon_speed(name) for name in entrants] == [1.0, 2.0, pytest.approx(0.8), None]
+    assert {name: len(runs) for name, runs in result.averaged.items()} == {"fast": 5}
+    assert result.open_ended_speed("fast") == 2.0
+    assert sorted({steps for recipe, steps, _ in made if recipe == "fast"}) == [24, 30, 40, 60]
+    assert sorted({steps for recipe, steps, _ in made if recipe == "slow"}) == [60, 90]
+    assert {steps for recipe, steps, _ in made if recipe == "open"} == {60}
+    num_runs = len(made)
+    (again,) = Comparison(tmp_path, {"blobs": task}, num_seeds=5, num_horizon_seeds=2).results()
+    assert (again, len(made)) == (result, num_runs)
 
 
 def result_of(name: str, losses: dict[str, list[list[float]]]) -> TaskResult:
@@ -283,18 +449,46 @@ def test_scores_are_geometric_means_and_count_what_is_beyond_noise() -> None:
         result_of("fourth", {REFERENCE: reference, "ours": [[5.0, 4.0, 3.0, 2.0, math.inf], *reference[1:]]}),
     ]
     score = Score.of("ours", results[:3])
-    assert score.speed_up == pytest.approx((2.0 * 0.5 * 1.0) ** (1 / 3))
-    assert score.wall_clock == pytest.approx(score.speed_up * len(REFERENCE) / len("ours"))
+    assert score.open_ended_speed == pytest.approx((2.0 * 0.5 * 1.0) ** (1 / 3))
+    assert (score.horizon_speed, score.wall_clock) == (None, None)
     assert (score.wins, score.defeats, score.held_out_defeats, score.diverged) == (1, 1, 1, 0)
-    assert Score.of(REFERENCE, results) == Score(1.0, 1.0, 1.0, 1.0, 0, 0, 0, 0)
+    assert Score.of(REFERENCE, results) == Score(None, None, 1.0, 1.0, 1.0, 0, 0, 0, 0)
     assert Score.of("ours", results).diverged == 1
     table = score_table(results[:3])
-    assert f"| ours | {score.speed_up:.2f} |" in table
+    assert f"| ours | - | - | {score.open_ended_speed:.2f} |" in table
+    assert "horizon speed" not in score_table(results[:3], with_horizon=False)
+    assert f"| ours | {score.open_ended_speed:.2f} |" in score_table(results[:3], with_horizon=False)
     assert "| 0.01 |" in task_table(results[0])
 
 
+@pytest.mark.parametrize(
+    ("speeds", "mark"),
+    [([2.0, 3.0], ""), ([4.0, 3.0], "≥ "), ([0.5, 2.0], "≤ "), ([4.0, 0.5], "≈ ")],
+)
+def test_horizon_speeds_come_first_and_what_is_beyond_is_marked(speeds: list[float], mark: str) -> None:
+    runs = {REFERENCE: [[5.0, 1.0]] * 3, "ours": [[5.0, 0.5]] * 3, "endless": [[5.0, 0.5]] * 3}
+    results = [
+        dataclasses.replace(
+            result_of(str(speed), runs), horizon_speeds={REFERENCE: [1.0] * 3, "ours": [0.1, speed, 9.0]}
+        )
+        for speed in speeds
+    ]
+    score, mean = Score.of("ours", results), math.sqrt(math.prod(speeds))
+    assert score.horizon_speed == pytest.approx(mean)
+    assert score.wall_clock == pytest.approx(mean * len(REFERENCE) / len("ours"))
+    assert (score.beyond, score.below) == (speeds.count(4.0), speeds.count(0.5))
+    table = score_table(results)
+    assert f"| ours | {mark}{score.horizon_speed:.2f} | {mark}{score.wall_clock:.2f} | " in table
+    assert f"| {REFERENCE} | 1.00 | 1.00 | 1.00 |" in table
+    assert "| endless | - | - | " in table
+    own = {4.0: "≥ 4.00", 0.5: "≤ 0.50"}.get(speeds[0], f"{speeds[0]:.2f}")
+    assert f"| {own} | " in task_table(results[0])
+
+
 def test_reports_are_drawn(tmp_path: Path) -> None:
-    results = [result_of(name, {REFERENCE: [[5.0, 1.0]], "learned, untuned": [[5.0, 0.5]]}) for name in ("a", "b")]
+    losses = {REFERENCE: [[5.0, 1.0]], "learned, untuned": [[5.0, 0.5]], "endless": [[5.0, 0.6]]}
+    speeds = {REFERENCE: [1.0], "learned, untuned": [2.0]}
+    results = [dataclasses.replace(result_of(name, losses), horizon_speeds=speeds) for name in ("a", "b")]
     plot(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
@@ -311,14 +505,17 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "test_evaluation:my_optimizer" in report
     assert "linear controller" in report
     scores = json.loads((tmp_path / "results.json").read_text())
-    assert scores["All tasks"][REFERENCE]["speed_up"] == 1.0
+    assert scores["All tasks"][REFERENCE]["horizon_speed"] == 1.0
+    assert scores["All tasks"][REFERENCE]["open_ended_speed"] == 1.0
+    assert scores["All tasks"]["AdamW default"]["horizon_speed"] is None
+    assert scores["All tasks"]["test_evaluation:my_optimizer"]["horizon_speed"] >= 0.5
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "curves.png",
         "report.md",
         "results.json",
         "runs.jsonl",
     ]
-    assert "speed-up in steps" in capsys.readouterr().out
+    assert "horizon speed" in capsys.readouterr().out
 
 
 def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

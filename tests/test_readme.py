@@ -52,7 +52,7 @@ def test_the_table_is_that_of_the_shipped_checkpoints(monkeypatch: pytest.Monkey
         monkeypatch.setattr(comparison, name, lambda *args, **options: pytest.fail("a run is missing"))
     report = (ROOT / "docs" / "comparison.md").read_text()
     tasks = {name: task for name, task in SUITE.items() if f"\n## {name}: " in report}
-    results = Comparison(ROOT / "benchmarks" / "results", tasks, num_seeds=5).results()
+    results = Comparison(ROOT / "benchmarks" / "results", tasks, num_seeds=3).results()
     table = score_table(results)
     assert len(results) > 12
     assert table in report

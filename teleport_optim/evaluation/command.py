@@ -18,7 +18,8 @@ __all__ = ["DESCRIPTION", "add_arguments"]
 
 DESCRIPTION = (
     "Train the networks of the suite with AdamW (as it comes, constant, cosine), SGD, Muon and Schedule-Free, each with its "
-    "rate tuned on a seed of its own, with the update rule without anything learned, and with the learned optimizer untuned. "
+    "rate tuned on a seed of its own, with the update rule without anything learned, and with the learned optimizer untuned: how "
+    "short may a run be that ends where tuned AdamW ends? "
     "Every run is kept in the output folder: interrupt at any moment and start again. Writes report.md, results.json and "
     "curves.png there."
 )
@@ -100,7 +101,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         tables = {"All tasks": results}
         if arguments.ablations:
             tables["One part of the learned optimizer taken away"] = comparison.ablations()
-        parts = [f"# {title}\n\n{score_table(group, with_times=group is results)}" for title, group in tables.items()]
+        parts = [f"# {title}\n\n{score_table(group, with_horizon=group is results)}" for title, group in tables.items()]
         parts += [f"# {result.task}: {suite[result.task].description}\n\n{task_table(result)}" for result in results]
         scores = {
             title: {name: asdict(Score.of(name, group)) for name in group[0].runs} for title, group in tables.items()

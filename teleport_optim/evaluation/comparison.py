@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from teleport_optim.checkpoints import find_checkpoint
 from teleport_optim.evaluation.problem import EvaluationTask
 from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
 from teleport_optim.evaluation.training import (
+    FASTEST,
+    SLOWEST,
     Recipe,
     Run,
+    horizon_speed,
     milliseconds_per_step,
     peak_megabytes,
     run_training,
@@ -24,6 +28,9 @@ from teleport_optim.evaluation.training import (
 )
 
 __all__ = ["Comparison", "Score", "TaskResult"]
+
+_PARAMETERS = " (parameters)"
+"""Follows the name of an optimizer that averages, in the key of a run in which it did not."""
 
 TUNING_SEED = 1000
 """The seed on which rates are tuned; those that are reported are 0, 1, 2, ..."""
@@ -35,7 +42,9 @@ class TaskResult:
 
     Attributes:
         task: Its name.
-        runs: By optimizer, one run for each seed.
+        runs: By optimizer, one run for each seed: of the parameters as they are, where the optimizer has a horizon speed.
+        averaged: The same of optimizers that average, measured in the average.
+        horizon_speeds: By optimizer, one for each of the first seeds; nothing of optimizers for which it is not measured.
         rates: The tuned rates, by optimizer.
         milliseconds: Of a training step, by optimizer, all in one run, of half the length: what is done ever less often counts
             for more than it should.
@@ -47,14 +56,22 @@ class TaskResult:
     rates: dict[str, float]
     milliseconds: dict[str, float]
     megabytes: dict[str, float]
+    averaged: dict[str, list[Run]] = field(default_factory=dict)
+    horizon_speeds: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, optimizer: str, quantity: Callable[[Run], float]) -> float:
         """The median over seeds of a number."""
         return statistics.median(map(quantity, self.runs[optimizer]))
 
-    def speed_up(self, optimizer: str) -> float:
-        """Median over seeds of the speed-up in steps over the reference."""
-        return statistics.median(map(speed_up, self.runs[optimizer], self.runs[REFERENCE]))
+    def horizon_speed(self, optimizer: str) -> float | None:
+        """Median over seeds of how many times shorter a run may be that ends where the reference does."""
+        speeds = self.horizon_speeds.get(optimizer)
+        return statistics.median(speeds) if speeds else None
+
+    def open_ended_speed(self, optimizer: str) -> float:
+        """Median over seeds of how many times sooner one run is where the reference ends."""
+        runs = self.averaged.get(optimizer, self.runs[optimizer])
+        return statistics.median(map(speed_up, runs, self.runs[REFERENCE]))
 
     def cost(self, optimizer: str) -> float:
         """Time of a training step over that of the reference."""
@@ -75,26 +92,32 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Score:
-    """What one optimizer reached over all tasks; speed-ups and ratios are geometric means over the reference's.
+    """What one optimizer reached over all tasks; speeds and ratios are geometric means over the reference's.
 
     Attributes:
-        speed_up: In steps.
-        wall_clock: In time: speed-up times what a step of the reference costs beside one of this optimizer.
+        horizon_speed: How many times shorter a run may be that ends where the reference does; None where it is not measured.
+        wall_clock: The same in time: times what a step of the reference costs beside one of this optimizer.
+        open_ended_speed: How many times sooner one run is where the reference ends.
         loss_ratio: Final training loss.
         held_out_ratio: Least held-out loss.
         wins, defeats: Tasks on which it is ahead or behind at every seed in final training loss.
         held_out_defeats: Tasks on which it is behind at every seed in held-out loss.
         diverged: Runs that ended with a loss that is not finite.
+        beyond: Tasks on which the horizon speed is 4 or more, which counts as 4.
+        below: Tasks on which it is 1/2 or less, which counts as 1/2.
     """
 
-    speed_up: float
-    wall_clock: float
+    horizon_speed: float | None
+    wall_clock: float | None
+    open_ended_speed: float
     loss_ratio: float
     held_out_ratio: float
     wins: int
     defeats: int
     held_out_defeats: int
     diverged: int
+    beyond: int = 0
+    below: int = 0
 
     @classmethod
     def of(cls, optimizer: str, results: Iterable[TaskResult]) -> Score:
@@ -108,15 +131,20 @@ class Score:
             )
 
         outcomes = [result.outcome(optimizer) for result in results]
+        measured = [(result.horizon_speed(optimizer), result) for result in results]
+        speeds = [(speed, result.cost(optimizer)) for speed, result in measured if speed is not None]
         return cls(
-            _geometric_mean(result.speed_up(optimizer) for result in results),
-            _geometric_mean(result.speed_up(optimizer) / result.cost(optimizer) for result in results),
+            _geometric_mean(speed for speed, _ in speeds) if speeds else None,
+            _geometric_mean(speed / cost for speed, cost in speeds) if speeds else None,
+            _geometric_mean(result.open_ended_speed(optimizer) for result in results),
             ratio(lambda run: run.final_loss),
             ratio(lambda run: run.held_out),
             outcomes.count(1),
             outcomes.count(-1),
             sum(result.is_worse_held_out(optimizer) for result in results),
             sum(not math.isfinite(run.losses[-1]) for result in results for run in result.runs[optimizer]),
+            sum(speed >= FASTEST for speed, _ in speeds),
+            sum(speed <= SLOWEST for speed, _ in speeds),
         )
 
 
@@ -137,6 +165,7 @@ class Comparison:
         tasks: What is trained.
         checkpoint: What the learned optimizer loads.
         num_seeds: Runs of every optimizer on every task.
+        num_horizon_seeds: On how many of these seeds runs of other lengths are made, for the horizon speed.
         share: Length of the runs as a share of the usual.
         others: More optimizers, by name.
         report: Told what is being run.
@@ -146,6 +175,7 @@ class Comparison:
     tasks: Mapping[str, EvaluationTask]
     checkpoint: str | Path = "default"
     num_seeds: int = 5
+    num_horizon_seeds: int = 3
     share: float = 1.0
     others: Mapping[str, Recipe] = field(default_factory=dict)
     report: Callable[[str], None] = lambda message: None
@@ -164,7 +194,10 @@ class Comparison:
     @property
     def rivals(self) -> dict[str, Rival]:
         """The optimizers by name."""
-        extra = {name: Rival(lambda lr, recipe=recipe: recipe) for name, recipe in self.others.items()}  # type: ignore[misc]
+        extra = {
+            name: Rival(lambda lr, recipe=recipe: recipe, has_horizon=True)  # type: ignore[misc]
+            for name, recipe in self.others.items()
+        }
         return rivals(self.checkpoint) | extra
 
     def results(self) -> list[TaskResult]:
@@ -172,14 +205,18 @@ class Comparison:
         return [self._result(task) for task in self.tasks.values()]
 
     def ablations(self) -> list[TaskResult]:
-        """The learned optimizer with one part taken away at a time, beside the reference; no times."""
+        """The learned optimizer with one part taken away at a time, beside the reference; no times.
+
+        What is measured at every moment of a run is the average of the iterates, where there is one.
+        """
         recipes = {name: make(self.checkpoint) for name, make in ABLATIONS.items()}
         results = []
         for task in self.tasks.values():
             full = self._result(task)
             runs = {name: [self._run(task, name, r, seed, 0.0) for seed in self._seeds] for name, r in recipes.items()}
-            runs = {REFERENCE: full.runs[REFERENCE], OURS: full.runs[OURS], **runs}
-            results.append(TaskResult(task.name, runs, {}, *2 * [dict.fromkeys(runs, 1.0)]))
+            runs = {REFERENCE: full.runs[REFERENCE], OURS: full.averaged[OURS], **runs}
+            ones = dict.fromkeys(runs, 1.0)
+            results.append(TaskResult(task.name, runs, rates={}, milliseconds=ones, megabytes=ones))
         return results
 
     @property
@@ -188,6 +225,8 @@ class Comparison:
 
     def _result(self, task: EvaluationTask) -> TaskResult:
         runs: dict[str, list[Run]] = {}
+        averaged: dict[str, list[Run]] = {}
+        horizon_speeds: dict[str, list[float]] = {}
         rates: dict[str, float] = {}
         recipes: dict[str, Recipe] = {}
         for name, rival in self.rivals.items():
@@ -195,7 +234,14 @@ class Comparison:
             if rival.first_rate is not None:
                 rate = rates[name] = self._tuned(task, name, rival, rival.first_rate)
             recipes[name] = rival.make(rate)
-            runs[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
+            form = _PARAMETERS if rival.averaged else ""
+            runs[name] = [self._run(task, name, recipes[name], seed, rate, form) for seed in self._seeds]
+            if rival.averaged:
+                recipes[name] = rival.averaged(rate)  # what is timed keeps the average, as it does by default
+                averaged[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
+        for name, rival in self.rivals.items():
+            if rival.has_horizon:
+                horizon_speeds[name] = self._horizon_speeds(task, name, rival, rates.get(name, 0.0), runs)
         self.report(f"{task.name}: time of a step")
         key = f"{task.name} {self._sha256} {self._light_sha256} {' '.join(sorted(self.others))}"
         steps = self._steps(task)
@@ -203,7 +249,7 @@ class Comparison:
         megabytes = self._kept(
             f"memory {key}", lambda: {name: peak_megabytes(task, r, steps=steps) for name, r in recipes.items()}
         )
-        return TaskResult(task.name, runs, rates, milliseconds, megabytes)
+        return TaskResult(task.name, runs, rates, milliseconds, megabytes, averaged, horizon_speeds)
 
     def _steps(self, task: EvaluationTask) -> int:
         return max(20, round(self.share * task.steps))
@@ -214,14 +260,37 @@ class Comparison:
 
         return tuned_rate(score, first)
 
-    def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, rate: float) -> Run:
+    def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, rate: float, form: str = "") -> Run:
         steps = self._steps(task)
-        known = dict.fromkeys(rivals(), "") | {OURS: self._sha256, LIGHT: self._light_sha256}
-        digest = known.get(name, self._sha256)  # of what the run depends on
-        key = f"{task.name} {steps} | {name} {rate:.4g} {digest} | {seed}"
-        self.report(f"{task.name}: {name}, seed {seed}" + (f", rate {rate:.4g}" if rate else ""))
+        key = self._key(task, steps, name, seed, rate, form)
         marks, losses, *rest = self._kept(key, lambda: run_training(task, recipe, steps=steps, seed=seed))
         return Run(tuple(marks), tuple(losses), *rest)
+
+    def _horizon_speeds(
+        self, task: EvaluationTask, name: str, rival: Rival, rate: float, runs: Mapping[str, list[Run]]
+    ) -> list[float]:
+        """The horizon speed on each of the first seeds; of runs of other lengths no more than the final loss is kept."""
+        recipe, form = rival.make(rate), _PARAMETERS if rival.averaged else ""
+
+        def final_loss(speed: float, seed: int) -> float:
+            if speed == 1.0:
+                return runs[name][seed].final_loss
+            steps = max(1, round(self._steps(task) / speed))
+            key = f"{self._key(task, steps, name, seed, rate, form)} | final loss"
+            run = partial(run_training, task, recipe, steps=steps, seed=seed, only_end=True)
+            return float(self._kept(key, lambda: run().final_loss))
+
+        return [
+            horizon_speed(partial(final_loss, seed=seed), reference.final_loss)
+            for seed, reference in zip(self._seeds[: self.num_horizon_seeds], runs[REFERENCE])
+        ]
+
+    def _key(self, task: EvaluationTask, steps: int, name: str, seed: int, rate: float, form: str) -> str:
+        """What a run is kept under; it is said that it comes next."""
+        known = dict.fromkeys(rivals(), "") | {OURS: self._sha256, LIGHT: self._light_sha256}
+        digest = known.get(name, self._sha256)  # of what the run depends on
+        self.report(f"{task.name}: {name}{form}, {steps} steps, seed {seed}" + (f", rate {rate:.4g}" if rate else ""))
+        return f"{task.name} {steps} | {name}{form} {rate:.4g} {digest} | {seed}"
 
     def _kept(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self._known:

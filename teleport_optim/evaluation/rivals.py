@@ -52,10 +52,15 @@ class Rival:
     Attributes:
         make: A rate to a recipe.
         first_rate: Where the search for its rate begins; None if it has no rate to tune.
+        has_horizon: Whether its horizon speed is measured: it is told the length of the run, and the parameters are the result.
+        averaged: A rate to a recipe of the same that has an average of the iterates to look at before the end of the run; None
+            if what ``make`` gives is measured at every moment.
     """
 
     make: Callable[[float], Recipe]
     first_rate: float | None = None
+    has_horizon: bool = False
+    averaged: Callable[[float], Recipe] | None = None
 
 
 class Scheduled:
@@ -232,19 +237,28 @@ def learned(
     return recipe
 
 
+def _learned_rival(checkpoint: str | Path | MetaOptimizer, *, teleport: bool = True) -> Rival:
+    """The learned optimizer: without an average the parameters are measured, which end where the average is."""
+    return Rival(
+        lambda lr: learned(checkpoint, teleport=teleport, average=False),
+        has_horizon=True,
+        averaged=lambda lr: learned(checkpoint, teleport=teleport),
+    )
+
+
 def rivals(checkpoint: str | Path = "default") -> dict[str, Rival]:
     """The optimizers of a comparison by name; the last is :data:`OURS`."""
     return {
         "AdamW default": Rival(lambda lr: adamw(1e-3, is_scheduled=False)),
         "AdamW constant, tuned": Rival(lambda lr: adamw(lr, is_scheduled=False), 2e-3),
-        REFERENCE: Rival(adamw, 4e-3),
+        REFERENCE: Rival(adamw, 4e-3, has_horizon=True),
         "SGD momentum cosine, tuned": Rival(_sgd, 0.1),
         "Muon + AdamW cosine, tuned": Rival(_muon, 8e-3),
         "Schedule-Free AdamW, tuned": Rival(_schedule_free, 8e-3),
         "AdamW averaged, tuned": Rival(_averaged_adamw, 8e-3),
-        "rule, nothing learned": Rival(lambda lr: learned(MetaOptimizer(), teleport=False)),
-        LIGHT: Rival(lambda lr: learned("light")),
-        OURS: Rival(lambda lr: learned(checkpoint)),
+        "rule, nothing learned": _learned_rival(MetaOptimizer(), teleport=False),
+        LIGHT: _learned_rival("light"),
+        OURS: _learned_rival(checkpoint),
     }
 
 
@@ -301,6 +315,9 @@ class _RandomTeleports:
         self._model, self._optimizer = model, optimizer
         self._generator = torch.Generator().manual_seed(0)
         self._count = 0
+
+    def __getattr__(self, name: str) -> Any:  # its evaluation mode
+        return getattr(self._optimizer, name)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

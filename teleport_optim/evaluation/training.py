@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,9 +18,12 @@ from torch.autograd.profiler import profile
 from teleport_optim.evaluation.problem import Data, EvaluationTask
 
 __all__ = [
+    "FASTEST",
+    "SLOWEST",
     "Recipe",
     "Run",
     "Stepper",
+    "horizon_speed",
     "milliseconds_per_step",
     "minibatch",
     "noisy",
@@ -31,6 +34,16 @@ __all__ = [
 
 _MAX_MEASURED = 512
 """Most examples on which a loss is measured during a run."""
+
+_TAIL = 0.95
+"""Share of a run after which the losses count for its final loss."""
+
+_FASTER = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+_SLOWER = (1.0, 1 / 1.5, 1 / 2)
+"""Length of the usual run over that of the runs from which a horizon speed is read."""
+
+FASTEST, SLOWEST = _FASTER[-1], _SLOWER[-1]
+"""Horizon speeds beyond these are not measured and count as these."""
 
 
 class Stepper(Protocol):
@@ -67,18 +80,22 @@ class Run(NamedTuple):
     @property
     def final_loss(self) -> float:
         """The mean over the last twentieth of the run."""
-        last = [loss for step, loss in zip(self.steps, self.losses) if step >= 0.95 * self.steps[-1]]
+        last = [loss for step, loss in zip(self.steps, self.losses) if step >= _TAIL * self.steps[-1]]
         return statistics.fmean(last)
 
 
-def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int) -> Run:
+def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int, only_end: bool = False) -> Run:
     """Train the network of a task once.
+
+    Losses are of the parameters as they are, or, for an optimizer that has ``eval()`` and ``train()``, of what they are between
+    these two.
 
     Args:
         task: What is trained.
         recipe: The optimizer.
         steps: Length of the run.
         seed: Decides the initial values and the minibatches, which are the same for every optimizer.
+        only_end: Measure nothing but what the final loss needs, which is faster and does not change the training.
     """
     data = task.make_data()
     model = task.make_model(seed)
@@ -88,16 +105,21 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int)
     rows = torch.randperm(len(data.inputs), generator=fixed)[:_MAX_MEASURED]
     measured = (noisy(data.inputs[rows], data.noise, fixed), data.targets[rows])
     every = max(1, steps // 80)
-    seconds = []
-    marks, losses, held_out = [0], [_loss(model, optimizer, data, *measured, training=True)], math.inf
-    for step in range(1, steps + 1):
-        start = time.perf_counter()
-        _step(task, data, model, optimizer, generator)
-        seconds.append(time.perf_counter() - start)
+    seconds: list[float] = []
+    marks: list[int] = []
+    losses: list[float] = []
+    held_out = math.inf
+    for step in range(steps + 1):
+        if step > 0:
+            start = time.perf_counter()
+            _step(task, data, model, optimizer, generator)
+            seconds.append(time.perf_counter() - start)
+        if only_end and step < _TAIL * steps:
+            continue
         if step % every == 0 or step == steps:
             marks.append(step)
             losses.append(_loss(model, optimizer, data, *measured, training=True))
-        if step % max(1, steps // 10) == 0:
+        if step > 0 and step % max(1, steps // 10) == 0:
             held_out = min(held_out, _loss(model, optimizer, data, data.test_inputs, data.test_targets, training=False))
     setup = max(0.0, seconds[0] - statistics.median(seconds))
     return Run(tuple(marks), tuple(losses), held_out, setup)
@@ -148,6 +170,45 @@ def _allocations(profiler: profile) -> list[int]:
     results: Any = profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def horizon_speed(final_loss: Callable[[float], float], target: float) -> float:
+    """How many times shorter than the reference's a run may be that ends where the reference does.
+
+    Runs of 1/1.5, 1/2, 1/2.5, 1/3 and 1/4 of the length are tried, each told its length, as long as they end at the target or
+    below it, so that a short run that is lucky after a longer one that was not does not count. Where the run of full length
+    misses the target, runs of 1.5 and 2 times the length are tried. Between the last run that gets there and its neighbour that
+    does not, the logarithm of the length is interpolated linearly in that of the loss. No run is asked for that cannot matter.
+
+    Args:
+        final_loss: Speed to the final loss of a run whose length is the reference's divided by it.
+        target: Final loss of the reference.
+
+    Returns:
+        The speed; 4 if a quarter of the length is enough, and 1/2 if twice the length is not.
+
+    Example:
+        >>> horizon_speed(lambda speed: speed, 2.25), horizon_speed(lambda speed: speed, 0.6)
+        (2.25, 0.6)
+        >>> horizon_speed(lambda speed: 0.1, 1.0), horizon_speed(lambda speed: 3.0, 1.0)
+        (4.0, 0.5)
+    """
+    if final_loss(1.0) <= target:
+        for reached, missed in pairwise(_FASTER):
+            if not final_loss(missed) <= target:
+                return _between(reached, missed, final_loss, target)
+        return FASTEST
+    for missed, reached in pairwise(_SLOWER):
+        if final_loss(reached) <= target:
+            return _between(reached, missed, final_loss, target)
+    return SLOWEST
+
+
+def _between(reached: float, missed: float, final_loss: Callable[[float], float], target: float) -> float:
+    """The speed between two at which the loss would be the target."""
+    low, middle, high = (math.log(max(loss, 1e-12)) for loss in (final_loss(reached), target, final_loss(missed)))
+    share = (middle - low) / (high - low) if high > low else 0.0
+    return float(reached * (missed / reached) ** share)
 
 
 def speed_up(run: Run, reference: Run) -> float:
