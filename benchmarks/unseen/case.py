@@ -25,10 +25,14 @@ class Case(NamedTuple):
         build: Builds it; the caller seeds the global random state.
         inputs: Inputs by batch and length: a tensor, a tuple or a dictionary of named ones.
         sizes: Batch and length of the example, and other ones that the model takes too.
-        needs: The package that it needs, where that is not the first word of its kind.
     """
 
     kind: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int, int], Any]
     sizes: Sizes
+
+    @property
+    def package(self) -> str:
+        """The package that must be installed, if any."""
+        return "" if self.kind == "hand-built" else self.kind
