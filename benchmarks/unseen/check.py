@@ -14,7 +14,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from types import FrameType
 from typing import Any, NamedTuple
@@ -301,11 +301,13 @@ def _run(model: nn.Module, arrays: Arrays, way: _Way) -> _Run:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Wide(), torch.set_grad_enabled(way.has_grad):  # type: ignore[no-untyped-call]
+        with _Wide(), torch.set_grad_enabled(way.has_grad):
             outputs = list(_tensors_in(model(*args, **kwargs)))
             terms = [_term(output, place) for place, output in enumerate(outputs) if output.requires_grad]
             if terms:
-                gradients = list(torch.autograd.grad(sum(terms), list(parameters.values()), allow_unused=True))
+                gradients = list(
+                    torch.autograd.grad(torch.stack(terms).sum(), list(parameters.values()), allow_unused=True)
+                )
     finally:
         torch.set_default_dtype(default)
     return _Run(
@@ -346,18 +348,14 @@ def _inner(leg: dict[str, Any], array: Array) -> Array:
 
 
 def _drawn(site: _Site, generator: np.random.Generator) -> Array:
-    size = site["size"]
-    match site["group"]:
-        case "permutation":
-            return generator.permutation(size)
-        case "scaling":
-            return np.exp(generator.uniform(-1, 1, size))
-        case "sign":
-            return generator.choice([-1.0, 1.0], size)
-        case "linear":
-            return np.eye(size) + generator.uniform(-0.4, 0.4, (size, size)) / np.sqrt(size)
-        case group:
-            raise ValueError(f"no elements are known for the group {group!r}")
+    size: int = site["size"]
+    drawn: dict[str, Callable[[], Array]] = {
+        "permutation": lambda: generator.permutation(size),
+        "scaling": lambda: np.exp(generator.uniform(-1, 1, size)),
+        "sign": lambda: generator.choice([-1.0, 1.0], size),
+        "linear": lambda: np.eye(size) + generator.uniform(-0.4, 0.4, (size, size)) / np.sqrt(size),
+    }
+    return drawn[site["group"]]()
 
 
 def _move(sites: list[_Site], elements: Arrays, arrays: Arrays, kind: int) -> None:

@@ -77,19 +77,19 @@ def _pooled(x: Tensor) -> Tensor:
 # Kernels that are computed from parameters
 
 
-def _softmax_kernel(m: Any, x: Tensor) -> Tensor:
+def _softmax_kernel(m: Any, x: Tensor) -> Any:
     """Each tap is a probability: the kernel's taps are not interchangeable with channels."""
     kernel = m.taps.flatten(2).softmax(-1).view_as(m.taps) * m.gain.view(-1, 1, 1, 1)
     return m.head(_pooled(F.conv2d(m.stem(x).relu(), kernel, padding=1).relu()))
 
 
-def _separable_kernel(m: Any, x: Tensor) -> Tensor:
+def _separable_kernel(m: Any, x: Tensor) -> Any:
     """An outer product of a column and a row for each pair of channels."""
     kernel = m.column.unsqueeze(-1) * m.row.unsqueeze(-2)
     return m.head(_pooled(F.conv2d(m.stem(x).tanh(), kernel, padding=1).tanh()))
 
 
-def _generated_kernel(m: Any, x: Tensor) -> Tensor:
+def _generated_kernel(m: Any, x: Tensor) -> Any:
     """Kernel of a signal from a small network of the tap's position."""
     positions = torch.linspace(-1, 1, 3, dtype=x.dtype).unsqueeze(1)
     kernel = m.second(m.first(positions).sin()).t().reshape(_CHANNELS, 2, 3)
@@ -99,18 +99,18 @@ def _generated_kernel(m: Any, x: Tensor) -> Tensor:
 # Entries of a parameter that no operation of the example reads
 
 
-def _positions(m: Any, x: Tensor) -> Tensor:
+def _positions(m: Any, x: Tensor) -> Any:
     return m.head((m.embed(x) + m.places[: x.shape[1]]).relu().mean(1))
 
 
-def _relative_bias(m: Any, x: Tensor) -> Tensor:
+def _relative_bias(m: Any, x: Tensor) -> Any:
     length = x.shape[1]
     offsets = (torch.arange(length)[:, None] - torch.arange(length)).clamp(-8, 8) + 8
     scores = (m.query(x) @ m.key(x).transpose(1, 2) + m.bias[offsets]).softmax(-1)
     return m.head(scores @ m.value(x)).mean(1)
 
 
-def _sliced_width(m: Any, x: Tensor) -> Tensor:
+def _sliced_width(m: Any, x: Tensor) -> Any:
     """As many hidden units as the sequence is long."""
     width = x.shape[1]
     return F.linear(F.linear(x.mean(1), m.into[:width]).relu(), m.out[:, :width])
@@ -119,13 +119,13 @@ def _sliced_width(m: Any, x: Tensor) -> Tensor:
 # Causal attention and convolution
 
 
-def _causal_prefix(m: Any, x: Tensor) -> Tensor:
+def _causal_prefix(m: Any, x: Tensor) -> Any:
     tokens = torch.cat([m.prefix.expand(len(x), -1, -1), m.embed(x)], 1)
     mixed = F.scaled_dot_product_attention(m.query(tokens), m.key(tokens), m.value(tokens), is_causal=True)
     return m.head(mixed[:, -1])
 
 
-def _causal_keys(m: Any, x: Tensor) -> Tensor:
+def _causal_keys(m: Any, x: Tensor) -> Any:
     """Queries of the input look at learned memory, in order."""
     queries = m.query(x)
     memory = m.memory.expand(len(x), -1, -1)
@@ -133,7 +133,7 @@ def _causal_keys(m: Any, x: Tensor) -> Tensor:
     return m.head(mixed.mean(1))
 
 
-def _causal_layer(m: Any, x: Tensor) -> Tensor:
+def _causal_layer(m: Any, x: Tensor) -> Any:
     tokens = torch.cat([m.prefix.expand(len(x), -1, -1), m.embed(x)], 1)
     mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=x.dtype)
     return m.head(m.layer(tokens, src_mask=mask, is_causal=True)[:, -1])
@@ -142,17 +142,17 @@ def _causal_layer(m: Any, x: Tensor) -> Tensor:
 # Recurrent layers: learned inputs along the sequence, learned initial states
 
 
-def _recurrent_prompt(m: Any, x: Tensor) -> Tensor:
+def _recurrent_prompt(m: Any, x: Tensor) -> Any:
     sequence = torch.cat([m.prompt.expand(len(x), -1, -1), x], 1)
     return m.head(m.cell(sequence)[0][:, -1])
 
 
-def _recurrent_start(m: Any, x: Tensor) -> Tensor:
+def _recurrent_start(m: Any, x: Tensor) -> Any:
     state = m.start.expand(-1, len(x), -1).contiguous()
     return m.head(m.cell(x, (state, state.tanh()))[0].mean(1))
 
 
-def _recurrent_memory(m: Any, x: Tensor) -> Tensor:
+def _recurrent_memory(m: Any, x: Tensor) -> Any:
     """A learned sequence is read in both directions; the input looks at what comes out."""
     memory = m.cell(m.slots.unsqueeze(0))[0][0]
     return m.head((m.query(x) @ memory.t()).softmax(-1) @ memory)
@@ -161,16 +161,16 @@ def _recurrent_memory(m: Any, x: Tensor) -> Tensor:
 # Casts to integers and bools, and other readings of the same bits
 
 
-def _rounded(m: Any, x: Tensor) -> Tensor:
+def _rounded(m: Any, x: Tensor) -> Any:
     hidden = m.body(x).relu()
     return m.head(hidden + (4 * hidden).to(torch.int64).to(x.dtype))
 
 
-def _gated_by_bool(m: Any, x: Tensor) -> Tensor:
+def _gated_by_bool(m: Any, x: Tensor) -> Any:
     return m.head(m.body(x).relu() * m.gate.bool())
 
 
-def _bits(m: Any, x: Tensor) -> Tensor:
+def _bits(m: Any, x: Tensor) -> Any:
     hidden = m.body(x)
     exponent = (hidden.double().view(torch.int64) >> 52) & 7
     return m.head(hidden * exponent.to(x.dtype))
@@ -179,15 +179,15 @@ def _bits(m: Any, x: Tensor) -> Tensor:
 # Buffers of small integers and bools, masks of floats
 
 
-def _float_mask(m: Any, x: Tensor) -> Tensor:
+def _float_mask(m: Any, x: Tensor) -> Any:
     return m.head(m.body(x).relu() * m.mask)
 
 
-def _bool_mask(m: Any, x: Tensor) -> Tensor:
+def _bool_mask(m: Any, x: Tensor) -> Any:
     return m.head(m.body(x).tanh().masked_fill(m.mask, 0.0))
 
 
-def _quantised(m: Any, x: Tensor) -> Tensor:
+def _quantised(m: Any, x: Tensor) -> Any:
     weight = m.levels.to(x.dtype) * m.scale.unsqueeze(1)
     return m.head(F.linear(m.body(x).relu(), weight).relu())
 
@@ -195,12 +195,12 @@ def _quantised(m: Any, x: Tensor) -> Tensor:
 # Grouped convolutions of views of weights
 
 
-def _grouped_transposed(m: Any, x: Tensor) -> Tensor:
+def _grouped_transposed(m: Any, x: Tensor) -> Any:
     kernel = m.weight.transpose(0, 1)  # [inputs of a group, outputs, ...] as they are stored
     return m.head(_pooled(F.conv2d(m.stem(x).relu(), kernel, padding=1, groups=2).relu()))
 
 
-def _grouped_folded(m: Any, x: Tensor) -> Tensor:
+def _grouped_folded(m: Any, x: Tensor) -> Any:
     """Examples folded into groups, each with the kernel of its own."""
     gates = m.gate(_pooled(x)).sigmoid()
     kernels = (m.weight * gates[:, :, None, None, None]).flatten(0, 1)
@@ -208,7 +208,7 @@ def _grouped_folded(m: Any, x: Tensor) -> Tensor:
     return m.head(_pooled(mixed.view(len(x), _CHANNELS, *x.shape[2:]).relu()))
 
 
-def _grouped_slices(m: Any, x: Tensor) -> Tensor:
+def _grouped_slices(m: Any, x: Tensor) -> Any:
     hidden = m.stem(x).relu()
     kernel = torch.cat([m.weight[::2], m.weight[1::2]])
     return m.head(_pooled(F.conv2d(hidden, kernel, m.bias, padding=1, groups=3).relu()))
@@ -217,17 +217,17 @@ def _grouped_slices(m: Any, x: Tensor) -> Tensor:
 # Assignments to .data in the forward pass
 
 
-def _assigned_norm(m: Any, x: Tensor) -> Tensor:
+def _assigned_norm(m: Any, x: Tensor) -> Any:
     m.body.weight.data = m.body.weight.data / m.body.weight.data.norm()
     return m.head(m.body(x).relu())
 
 
-def _assigned_clamp(m: Any, x: Tensor) -> Tensor:
+def _assigned_clamp(m: Any, x: Tensor) -> Any:
     m.gain.data = m.gain.data.clamp(-0.4, 0.4)
     return m.head(m.body(x).relu() * m.gain)
 
 
-def _assigned_copy(m: Any, x: Tensor) -> Tensor:
+def _assigned_copy(m: Any, x: Tensor) -> Any:
     m.twin.weight.data = m.body.weight.data.flip(0)
     return m.head(m.body(x).relu() + m.twin(x).relu())
 
@@ -235,17 +235,17 @@ def _assigned_copy(m: Any, x: Tensor) -> Tensor:
 # Branches on the grad mode
 
 
-def _other_without_grad(m: Any, x: Tensor) -> Tensor:
+def _other_without_grad(m: Any, x: Tensor) -> Any:
     hidden = m.body(x)
     return m.head(hidden.relu() if torch.is_grad_enabled() else hidden.sigmoid())
 
 
-def _head_without_grad(m: Any, x: Tensor) -> Tensor:
+def _head_without_grad(m: Any, x: Tensor) -> Any:
     hidden = m.body(x).tanh()
     return m.head(hidden) if torch.is_grad_enabled() else m.head(hidden) + m.second(hidden)
 
 
-def _by_requires_grad(m: Any, x: Tensor) -> Tensor:
+def _by_requires_grad(m: Any, x: Tensor) -> Any:
     hidden = m.body(x)
     return m.head(hidden.relu() if hidden.requires_grad else hidden.relu() * m.scale)
 
@@ -253,18 +253,18 @@ def _by_requires_grad(m: Any, x: Tensor) -> Tensor:
 # Choices of Python's and numpy's random numbers
 
 
-def _random_branch(m: Any, x: Tensor) -> Tensor:
+def _random_branch(m: Any, x: Tensor) -> Any:
     hidden = m.body(x)
     return m.head(hidden.relu() if random.random() < 0.5 else F.gelu(hidden))
 
 
-def _random_order(m: Any, x: Tensor) -> Tensor:
+def _random_order(m: Any, x: Tensor) -> Any:
     for place in np.random.permutation(3):  # noqa: NPY002
         x = m.layers[place](x).relu()
     return m.head(x)
 
 
-def _random_channel(m: Any, x: Tensor) -> Tensor:
+def _random_channel(m: Any, x: Tensor) -> Any:
     hidden = m.body(x).relu()
     channel = random.randrange(_CHANNELS)
     return m.head(hidden) + m.extra * hidden[:, channel, None]
@@ -273,18 +273,18 @@ def _random_channel(m: Any, x: Tensor) -> Tensor:
 # Control flow on the size of the batch or of the sequence
 
 
-def _large_batches(m: Any, x: Tensor) -> Tensor:
+def _large_batches(m: Any, x: Tensor) -> Any:
     hidden = m.body(x).relu()
     return m.head(hidden if len(x) < 4 else hidden - m.shift)
 
 
-def _long_sequences(m: Any, x: Tensor) -> Tensor:
+def _long_sequences(m: Any, x: Tensor) -> Any:
     hidden = m.body(x)
     hidden = hidden.relu() if x.shape[1] <= 6 else hidden.cumsum(1).tanh()
     return m.head(hidden).mean(1)
 
 
-def _as_many_layers(m: Any, x: Tensor) -> Tensor:
+def _as_many_layers(m: Any, x: Tensor) -> Any:
     hidden = m.embed(x)
     for layer in list(m.layers)[: x.shape[1] - 3]:
         hidden = layer(hidden).relu()
@@ -318,15 +318,15 @@ class _Clipped(torch.autograd.Function):
         return grads[0].clamp(-0.01, 0.01)
 
 
-def _straight_through(m: Any, x: Tensor) -> Tensor:
-    return m.head(_Straight.apply(m.body(x)))  # type: ignore[no-untyped-call]
+def _straight_through(m: Any, x: Tensor) -> Any:
+    return m.head(_Straight.apply(m.body(x)))
 
 
-def _clipped_gradient(m: Any, x: Tensor) -> Tensor:
-    return m.head(_Clipped.apply(m.body(x).relu()))  # type: ignore[no-untyped-call]
+def _clipped_gradient(m: Any, x: Tensor) -> Any:
+    return m.head(_Clipped.apply(m.body(x).relu()))
 
 
-def _hooked(m: Any, x: Tensor) -> Tensor:
+def _hooked(m: Any, x: Tensor) -> Any:
     hidden = m.body(x).relu()
     if hidden.requires_grad:
         hidden.register_hook(lambda grad: grad.sign() * 0.01)
@@ -336,15 +336,15 @@ def _hooked(m: Any, x: Tensor) -> Tensor:
 # Tensors as attributes
 
 
-def _standardised(m: Any, x: Tensor) -> Tensor:
+def _standardised(m: Any, x: Tensor) -> Any:
     return m.head(m.body((x - m.mean) / m.deviation).relu())
 
 
-def _listed(m: Any, x: Tensor) -> Tensor:
+def _listed(m: Any, x: Tensor) -> Any:
     return m.head(torch.stack([m.body(x * scale) for scale in m.scales]).relu().mean(0))
 
 
-def _channel_constant(m: Any, x: Tensor) -> Tensor:
+def _channel_constant(m: Any, x: Tensor) -> Any:
     """One constant for each hidden channel: they are not interchangeable."""
     return m.head(torch.relu(m.body(x)) * m.constants["gains"])
 
@@ -352,7 +352,7 @@ def _channel_constant(m: Any, x: Tensor) -> Tensor:
 # Several kinds at once
 
 
-def _several(m: Any, x: Tensor) -> Tensor:
+def _several(m: Any, x: Tensor) -> Any:
     tokens = torch.cat([m.prompt.expand(len(x), -1, -1), m.embed(x)], 1) + m.places[: x.shape[1] + 2]
     mixed = F.scaled_dot_product_attention(m.query(tokens), m.key(tokens), m.value(tokens), is_causal=True)
     return m.head(m.cell(mixed, m.start.expand(-1, len(x), -1).contiguous())[0][:, -1] * m.mask)

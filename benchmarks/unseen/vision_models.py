@@ -40,7 +40,7 @@ def _timm_class(module: str, name: str, sizes: Sizes = _RESIZED, **options: Any)
     return f"timm {name}", Case("timm", make, _images, sizes)
 
 
-_STAGES = {"depths": (1, 1, 1, 1)}
+_STAGES: dict[str, Any] = {"depths": (1, 1, 1, 1)}
 
 _TIMM = [
     _timm("test_vit", _TEST_SIZES),
@@ -124,8 +124,8 @@ def _joint(batch: int, length: int) -> dict[str, Any]:
     }
 
 
-_BLOCKS = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
-_CODER = _BLOCKS | {
+_BLOCKS: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
+_CODER: dict[str, Any] = _BLOCKS | {
     "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
     "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
     "latent_channels": 4,

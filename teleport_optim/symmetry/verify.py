@@ -455,8 +455,8 @@ def _run(
 
 def _python_states() -> tuple[Any, ...]:
     """The random states of Python and numpy, as values that can be compared."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), name, keys.tobytes(), *rest
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), state["state"]["pos"], state["state"]["key"].tobytes(), state["gauss"]
 
 
 @contextmanager
