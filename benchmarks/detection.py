@@ -3,6 +3,11 @@
     python -m benchmarks.detection                          # all 80 classifiers: seconds and shares of parameters
     python -m benchmarks.detection --verify                 # and the largest change of the function, in float64
     python -m benchmarks.detection --kind segmentation      # or video, detection
+    python -m benchmarks.detection --kind unseen            # 150 models of other kinds, checked by code of its own
+
+The last reads the list in ``benchmarks/unseen``, which was fixed before the search saw any of its models, and compares outputs,
+gradients and buffers with code that does not share the verifier's. Some of the models need diffusers,
+segmentation-models-pytorch and torch_geometric; those whose package is missing are passed over and named.
 
 Results are appended to a file, one line of JSON for each model, and models that are there already are passed over: a run that
 was interrupted goes on where it was. Weights are random (nothing is downloaded).
@@ -11,6 +16,7 @@ was interrupted goes on where it was. Weights are random (nothing is downloaded)
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -23,9 +29,12 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 
+from benchmarks.unseen import CASES
+from benchmarks.unseen.check import OUTCOMES, check
 from teleport_optim.symmetry import find_symmetries, verify_symmetries
 
 GROUPS = ("permutation", "scaling", "sign", "linear")
+UNSEEN_RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
 LARGEST_VERIFIED = 3.2e8
 """Parameters above which a model is verified with fewer layers or channels, since float64 copies of it do not fit in 16 GB."""
 
@@ -109,24 +118,69 @@ def measure(name: str, *, verify: bool) -> dict[str, Any]:
     return result
 
 
+def check_unseen(names: list[str], output: Path) -> None:
+    """Check the models of ``benchmarks.unseen`` that are not in ``output`` yet, and print a summary of all."""
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise SystemExit(f"there are no models {unknown}; they are listed in benchmarks/unseen")
+    names = names or list(CASES)
+    known = known_results(output)
+    packages = {CASES[name].package for name in names} - {""}
+    missing = {package for package in packages if importlib.util.find_spec(package) is None}
+    for name in names:
+        if name not in known and CASES[name].package not in missing:
+            known[name] = {"model": name} | check(CASES[name])
+            with output.open("a") as file:
+                file.write(json.dumps(known[name]) + "\n")
+            print(f"{name:48} {known[name]['outcome']:8} {known[name].get('cause', '')[:120]}", flush=True)
+    rows = [known[name] for name in names if name in known]
+    for package in sorted(missing):
+        skipped = [name for name in names if CASES[name].package == package and name not in known]
+        print(f"skipped {len(skipped)} models: {package} is not installed")
+    for outcome in ("wrong", "raised", "refused", "none"):
+        for row in rows:
+            if row["outcome"] == outcome:
+                print(f"{outcome}: {row['model']}: {row['cause']}")
+    for kind in dict.fromkeys(CASES[row["model"]].kind for row in rows):
+        own = [row for row in rows if CASES[row["model"]].kind == kind]
+        counts = ", ".join(f"{sum(row['outcome'] == outcome for row in own)} {outcome}" for outcome in OUTCOMES)
+        share = statistics.mean(row["share"] for row in own)
+        print(f"{kind:28} {len(own):3} models: {counts}; mean share of parameters reached {share:.1%}")
+    if rows:
+        seconds = [row["seconds"] for row in rows]
+        counts = ", ".join(f"{sum(row['outcome'] == outcome for row in rows)} {outcome}" for outcome in OUTCOMES)
+        print(f"{len(rows)} models: {counts}; search: median {statistics.median(seconds)} s, worst {max(seconds)} s")
+
+
+def known_results(output: Path) -> dict[str, dict[str, Any]]:
+    """The results that a file holds, by model."""
+    if not output.exists():
+        return {}
+    return {line["model"]: line for line in map(json.loads, output.read_text().splitlines())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kind", choices=("classification", "segmentation", "video", "detection"), default="classification"
+        "--kind", choices=("classification", "segmentation", "video", "detection", "unseen"), default="classification"
     )
     parser.add_argument("--verify", action="store_true", help="move every model in float64 and compare outputs")
-    parser.add_argument("--output", type=Path, default=Path("detection.jsonl"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, help="default: detection.jsonl; of unseen models benchmarks/results/detection.jsonl"
+    )
     parser.add_argument("models", nargs="*", help="names of models; all of the kind by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.kind == "unseen":
+        check_unseen(arguments.models, arguments.output or UNSEEN_RESULTS)
+        return
+    output = arguments.output or Path("detection.jsonl")
     names = arguments.models or names_of(arguments.kind)
-    known = {}
-    if arguments.output.exists():
-        known = {line["model"]: line for line in map(json.loads, arguments.output.read_text().splitlines())}
+    known = known_results(output)
     for name in names:
         if name not in known or (arguments.verify and "holds" not in known[name]):
             known[name] = measure(name, verify=arguments.verify)
-            with arguments.output.open("a") as file:
+            with output.open("a") as file:
                 file.write(json.dumps(known[name]) + "\n")
         line = known[name]
         shares = "  ".join(f"{group} {line['shares'][group]:7.2%}" for group in GROUPS)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport_optim.groups import GROUPS
-from teleport_optim.symmetry import Leg, Symmetry, SymmetrySpec, find_symmetries
+from teleport_optim.symmetry import Leg, Refusal, Symmetry, SymmetrySpec, find_symmetries
 from teleport_optim.testing import (
     Sample,
     assert_equivariant_gradient,
@@ -88,10 +88,10 @@ def test_planted_mistakes_are_caught_in_every_one_of_100_models() -> None:
     for seed in range(100):
         model, inputs = convnet(seed)
         spec = find_symmetries(model, inputs)
-        assert_invariant(model, inputs, spec)
+        assert_invariant(model, inputs, spec, other_sizes=False)
         for site, wrong in planted(spec, seed):
             with pytest.raises(AssertionError, match=f"site '{site}' .*changes the function"):
-                assert_invariant(model, inputs, wrong)
+                assert_invariant(model, inputs, wrong, other_sizes=False)
 
 
 # Assertions
@@ -262,6 +262,96 @@ def test_assertions_hold_for_random_models(sample: Sample) -> None:
     assert_equivariant_gradient(sample.model, sample.inputs, spec)
 
 
+# Assertions that would show nothing
+
+
+def frozen(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+def of_another_model(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "num_steps"),
+    [(frozen, 3), (of_another_model, 3), (lambda model: torch.optim.AdamW(model.parameters()), 0)],
+)
+def test_training_that_changes_nothing_fails(
+    make: Callable[[nn.Module], torch.optim.Optimizer], num_steps: int
+) -> None:
+    with pytest.raises(AssertionError, match=f"changed no parameter in {num_steps} steps.*make_optimizer must return"):
+        assert_optimizer_equivariant(make, mlp(nn.Tanh()), INPUTS, num_steps=num_steps)
+
+
+def test_a_model_without_gradients_fails() -> None:
+    frozen_model = mlp(nn.Tanh()).requires_grad_(False)
+    with pytest.raises(AssertionError, match="no parameter has a gradient"):
+        assert_equivariant_gradient(frozen_model, INPUTS, spec_of("permutation"))
+    with pytest.raises(AssertionError, match="changed no parameter"):
+        assert_optimizer_equivariant(adamw, frozen_model, INPUTS, spec_of("permutation"))
+    for loss in (lambda output: 0.0 * output.sum(), lambda output: torch.ones(())):
+        with pytest.raises(AssertionError, match="no parameter has a gradient"):
+            assert_equivariant_gradient(mlp(nn.Tanh()), INPUTS, loss=loss)
+
+
+def test_one_parameter_that_trains_is_enough() -> None:
+    model = mlp(nn.Tanh())
+    model[0].requires_grad_(False)
+    assert_optimizer_equivariant(adamw, model, INPUTS)
+    assert_equivariant_gradient(model, INPUTS)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "invariant": assert_invariant,
+    "gradient": assert_equivariant_gradient,
+    "optimizer": lambda *arguments, **options: assert_optimizer_equivariant(adamw, *arguments, **options),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_min_share_fails_a_model_without_symmetries(name: str) -> None:
+    check = CHECKS[name]
+    model, inputs = nn.Linear(3, 2), INPUTS
+    check(model, inputs)
+    with pytest.raises(
+        AssertionError, match=r"^the sites \(0\) move 0\.0% of the parameters, less than the 10\.0% of min_share"
+    ):
+        check(model, inputs, min_share=0.1)
+    share = spec_of("permutation").share_of(mlp(nn.Tanh()))
+    check(mlp(nn.Tanh()), inputs, spec_of("permutation"), min_share=share)
+    with pytest.raises(AssertionError, match=r"the sites \(1\) move 94.\d% of the parameters.*refused: nothing"):
+        check(mlp(nn.Tanh()), inputs, spec_of("permutation"), min_share=share + 0.01)
+    refusals = tuple(Refusal(f"layer{number}", "it is odd") for number in range(7))
+    with pytest.raises(AssertionError, match=r"refused: layer0: it is odd; .*layer4: it is odd; and 2 more$"):
+        check(model, inputs, SymmetrySpec(refusals=refusals), min_share=0.5)
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="min_share must lie between 0 and 1"):
+            check(model, inputs, min_share=wrong)
+
+
+def test_min_share_counts_the_groups_that_are_tested() -> None:
+    """Scalings alone do not pass a test of permutations."""
+    with pytest.raises(AssertionError, match=r"the sites \(0\) move"):
+        assert_optimizer_equivariant(sgd, mlp(nn.ReLU()), INPUTS, spec_of("scaling"), min_share=0.5)
+
+
+def test_a_message_names_the_sizes_at_which_a_site_fails() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.read = nn.Parameter(torch.randn(20, 3)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(x + self.places[: x.shape[1]])
+
+    unread = SymmetrySpec((Symmetry("rows", GROUPS["permutation"], 16, (Leg("places", 0, 1, offset=4),)),))
+    inputs = torch.randn(2, 4, 3)
+    with pytest.raises(AssertionError, match="more than 1e-10 with 3 examples, 6 instead of 4; its legs: places"):
+        assert_invariant(Positions(), inputs, unread)
+    assert_invariant(Positions(), inputs, unread, other_sizes=False)
+
+
 # Strategies
 
 
@@ -305,6 +395,50 @@ def test_elements_find_a_forgotten_bias_in_one_channel() -> None:
 
     element = find(group_elements(wrong), fails, settings=settings(searching, max_examples=100))
     assert int((element["0:scaling"] != 1).sum()) == 1
+
+
+@given(group_elements(everything()))
+@settings(quick, max_examples=100)
+def test_an_element_prints_as_code_that_makes_it(element: dict[str, Tensor]) -> None:
+    assert_same_element(evaluated(repr(element)), element)
+
+
+@given(group_elements(spec_of("permutation", "scaling", "sign", "linear", size=50)))
+@settings(quick, max_examples=50)
+def test_large_elements_print_what_they_move(element: dict[str, Tensor]) -> None:
+    code = repr(element)
+    assert_same_element(evaluated(code), element)
+    assert len(code) < 20_000
+
+
+def evaluated(code: str) -> dict[str, Tensor]:
+    names: dict[str, dict[str, Tensor]] = {}
+    exec(f"import torch\nelement = {code}", names)
+    return names["element"]
+
+
+def assert_same_element(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for name, part in expected.items():
+        assert actual[name].dtype == part.dtype
+        assert torch.equal(actual[name], part)
+
+
+def test_a_falsifying_example_is_code() -> None:
+    """What hypothesis reports can be pasted, and fails as it did."""
+    model, wrong = mlp(nn.ReLU()), without(spec_of("scaling"), "0:scaling", "0.bias")
+
+    @given(group_elements(wrong))
+    @settings(searching, max_examples=100)
+    def check(element: dict[str, Tensor]) -> None:
+        assert_invariant(model, INPUTS, wrong, element)
+
+    with pytest.raises(AssertionError) as caught:
+        check()
+    (report,) = [note for note in caught.value.__notes__ if "element=" in note]
+    code = report[report.index("element=") + len("element=") : report.rindex("}") + 1]
+    with pytest.raises(AssertionError, match="0:scaling"):
+        assert_invariant(model, INPUTS, wrong, evaluated(code))
 
 
 def test_unknown_groups_have_no_elements() -> None:

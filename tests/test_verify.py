@@ -1,10 +1,12 @@
 """The verifier has power: it passes what holds, and catches every kind of wrong symmetry."""
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,6 +208,14 @@ def test_the_report_prints_as_a_table() -> None:
         "refused  3: it is frozen",
     ]
     assert report.worst == 0.5
+    tried = replace(report, tried={"as given": True, "7 instead of 5": False}, where={"1:scaling": "4 examples"})
+    assert str(tried).splitlines()[2:] == [
+        "1:scaling     5.0e-01  FAILED with 4 examples",
+        "all together  2.5e-01  FAILED",
+        "inputs   as given: taken",
+        "inputs   7 instead of 5: not taken",
+        "refused  3: it is frozen",
+    ]
 
 
 def test_an_empty_spec_holds() -> None:
@@ -282,3 +292,203 @@ def test_a_model_without_tensor_outputs_is_refused() -> None:
 
     with pytest.raises(ValueError, match="returns no tensor"):
         verify_symmetries(Silent(), SymmetrySpec(), VECTORS)
+
+
+# True float64
+
+
+class Casting(nn.Module):
+    """Two layers with something in between that works in a narrower type."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.between, self.second = nn.Linear(3, 6), between, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)).to(x.dtype))
+
+
+def filled(x: Tensor) -> Tensor:
+    """A tensor of the default type, written step by step."""
+    result = torch.zeros(x.shape)
+    for row, value in enumerate(x.tanh()):
+        result[row] = value
+    return result
+
+
+def automatic(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return (x @ torch.eye(6, dtype=x.dtype)).tanh()
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "to": lambda x: x.to(torch.float32).tanh(),
+    "float": lambda x: x.float().tanh(),
+    "half": lambda x: x.half().tanh(),
+    "bfloat16": lambda x: x.bfloat16().tanh(),
+    "type": lambda x: x.type(torch.float32).tanh(),
+    "type_as": lambda x: x.type_as(torch.ones(1)).tanh(),
+    "to another": lambda x: x.to(torch.ones(1)).tanh(),
+    "softmax": lambda x: x * torch.softmax(x, -1, dtype=torch.float32),
+    "sum": lambda x: x / (1 + x.abs().sum(-1, keepdim=True, dtype=torch.float32)),
+    "cumsum": lambda x: x * torch.cumsum(x, 0, dtype=torch.float32).tanh(),
+    "root mean square": lambda x: x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6),
+    "new tensor": filled,
+    "complex": lambda x: torch.view_as_real(torch.polar(x.float().abs(), x.float())).sum(-1),
+    "autocast": automatic,
+    "constant": lambda x: x.tanh() * torch.tensor(0.1, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_casts_to_narrow_types_are_no_errors(name: str) -> None:
+    """Right symmetries hold to the last digits of float64, and wrong ones are caught as ever."""
+    model = Casting(CASTS[name])
+    legs = (Leg("first.weight", 0, 1), Leg("first.bias", 0, 1), Leg("second.weight", 1, -1))
+    right, wrong = (SymmetrySpec((Symmetry("site", GROUPS[group], 6, legs),)) for group in ("permutation", "scaling"))
+    assert verify_symmetries(model, right, VECTORS).worst < 1e-14
+    assert not verify_symmetries(model, wrong, VECTORS).ok
+
+
+def test_bits_are_read_as_the_model_reads_them() -> None:
+    """Four bytes of a float32 model stay four bytes: the exponent of each channel is a number of its own."""
+    model = Casting(lambda x: (x.float().view(torch.int32) >> 23).to(x.dtype) / 100 + x)
+    legs = (Leg("first.weight", 0, 1), Leg("first.bias", 0, 1), Leg("second.weight", 1, -1))
+    right, wrong = (SymmetrySpec((Symmetry("site", GROUPS[group], 6, legs),)) for group in ("permutation", "scaling"))
+    assert verify_symmetries(model, right, VECTORS).ok
+    assert not verify_symmetries(model, wrong, VECTORS).ok
+
+
+def test_tensors_that_are_attributes_are_used_in_float64() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.mix = nn.Linear(3, 6), nn.Linear(6, 2), torch.randn(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x @ self.mix).relu())
+
+    legs = (Leg("first.weight", 0, 1), Leg("first.bias", 0, 1), Leg("second.weight", 1, -1))
+    spec = SymmetrySpec((Symmetry("site", GROUPS["scaling"], 6, legs),))
+    assert verify_symmetries(Shifted(), spec, VECTORS).worst < 1e-14
+
+
+# Inputs of other sizes
+
+
+class Positions(nn.Module):
+    """Learned positions, of which a sequence reads as many as it is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places, self.read = nn.Embedding(9, 4), nn.Parameter(torch.randn(12, 4)), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = self.embed(tokens) + self.places[: tokens.shape[1]]
+        return self.read(hidden if mask is None else hidden * mask.unsqueeze(-1))
+
+
+class Thresholded(nn.Module):
+    """Another activation for many examples or long inputs."""
+
+    def __init__(self, most_examples: int, longest: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.most_examples, self.longest = most_examples, longest
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        is_usual = len(x) <= self.most_examples and x.shape[1] <= self.longest
+        return self.second(hidden.relu() if is_usual else hidden.sigmoid())
+
+
+def rows_that_the_example_leaves_out() -> SymmetrySpec:
+    return SymmetrySpec((Symmetry("rows", GROUPS["permutation"], 7, (Leg("places", 0, 1, offset=5),)),))
+
+
+def test_a_symmetry_must_hold_for_longer_sequences() -> None:
+    tokens = torch.randint(9, (2, 5))
+    model, spec = Positions(), rows_that_the_example_leaves_out()
+    report = verify_symmetries(model, spec, tokens)
+    assert report.failed == ("rows",)
+    assert report.tried == {"as given": True, "3 examples": True, "7 instead of 5": True}
+    assert report.where == {"rows": "3 examples, 7 instead of 5"}
+    assert verify_symmetries(model, spec, tokens, other_sizes=False).ok
+
+
+def test_all_inputs_grow_together() -> None:
+    report = verify_symmetries(
+        Positions(), rows_that_the_example_leaves_out(), {"tokens": torch.randint(9, (2, 5)), "mask": torch.ones(2, 5)}
+    )
+    assert report.tried == {"as given": True, "3 examples": True, "7 instead of 5": True}
+    assert not report.ok
+
+
+@pytest.mark.parametrize(("most_examples", "longest", "is_right"), [(4, 9, False), (9, 5, False), (9, 9, True)])
+def test_a_symmetry_must_hold_on_every_branch(most_examples: int, longest: int, is_right: bool) -> None:
+    model = Thresholded(most_examples, longest)
+    legs = (Leg("first.weight", 0, 1), Leg("first.bias", 0, 1), Leg("second.weight", 1, -1))
+    spec = SymmetrySpec((Symmetry("site", GROUPS["scaling"], 6, legs),))
+    assert verify_symmetries(model, spec, torch.randn(4, 5, 3)).ok == is_right
+
+
+def test_sizes_that_a_model_does_not_take_are_left_out() -> None:
+    """One that fails for longer inputs, and one whose cache they spoil."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+            self.register_buffer("cache", torch.zeros(5))
+            self.longest = 5
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] > self.longest:
+                self.cache = torch.zeros(x.shape[1], dtype=x.dtype)
+                self.longest = x.shape[1]
+            return self.second(self.first(x).relu()) + self.longest + self.cache[: x.shape[1], None]
+
+    model = Fixed()
+    spec = find_symmetries(model, torch.randn(2, 5, 3))
+    report = verify_symmetries(model, spec, torch.randn(2, 5, 3))
+    assert report.ok
+    assert report.tried["3 examples"]
+    assert not any(taken for name, taken in report.tried.items() if "instead of 5" in name)
+    assert model.longest == 5
+
+
+def test_every_path_of_random_choices_is_run() -> None:
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.second(hidden.relu() if random.random() < 0.7 else hidden.sigmoid())
+
+    legs = (Leg("first.weight", 0, 1), Leg("first.bias", 0, 1), Leg("second.weight", 1, -1))
+    right, wrong = (SymmetrySpec((Symmetry("site", GROUPS[group], 6, legs),)) for group in ("permutation", "scaling"))
+    states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert verify_symmetries(Choosing(), right, VECTORS).ok
+    assert not verify_symmetries(Choosing(), wrong, VECTORS).ok
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+
+
+def test_equal_infinities_are_no_difference() -> None:
+    class Masked(nn.Module):
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.first, self.second, self.place = nn.Linear(3, 6), nn.Linear(6, 2), place
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.second(self.first(x).relu())
+            return scores.masked_fill(torch.arange(len(x))[:, None] == self.place, float("-inf"))
+
+    model = Masked(1)
+    spec = find_symmetries(model, VECTORS)
+    assert len(spec) > 0
+    assert verify_symmetries(model, spec, VECTORS).ok
+    assert not verify_symmetries(
+        model, SymmetrySpec((without("first:scaling", "first.bias")(model, VECTORS),)), VECTORS
+    ).ok

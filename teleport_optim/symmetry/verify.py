@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import move
@@ -23,6 +26,11 @@ APPROXIMATE_TOLERANCE = 0.05
 """What a symmetry with ``exact=False`` may change. A wrong symmetry changes the function by about 0.3 and more."""
 
 _SEED = 0
+_NUM_SEEDS = 4
+"""With how many seeds a model is run that draws from Python's or numpy's random numbers."""
+_SHORT = 64
+"""Axes up to this length are made longer by half, others by one entry: large images are expensive."""
+_AS_GIVEN = "as given"
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class VerificationReport:
         approximate: The ids of the sites with ``exact=False``.
         refusals: The places that the spec leaves out.
         tolerance: What an exact symmetry may change. Others may change :data:`APPROXIMATE_TOLERANCE`.
+        tried: The inputs that were tried, with whether the model took them: those given, and such of other sizes.
+        where: For each site id that failed, the first inputs of those tried with which it did.
     """
 
     errors: Mapping[str, float]
@@ -43,6 +53,8 @@ class VerificationReport:
     approximate: frozenset[str]
     refusals: tuple[Refusal, ...]
     tolerance: float
+    tried: Mapping[str, bool] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -65,9 +77,11 @@ class VerificationReport:
         lines = [f"{'site'.ljust(width)}  error    verdict"]
         for name, error in self.errors.items():
             verdict = "FAILED" if name in self.failed else "approximate" if name in self.approximate else "holds"
+            verdict += "" if self.where.get(name, _AS_GIVEN) == _AS_GIVEN else f" with {self.where[name]}"
             lines.append(f"{name.ljust(width)}  {error:7.1e}  {verdict}")
         verdict = "holds" if self.together <= self.tolerance else "FAILED"
         lines.append(f"{'all together'.ljust(width)}  {self.together:7.1e}  {verdict}")
+        lines += [f"inputs   {name}: {'' if taken else 'not '}taken" for name, taken in self.tried.items()]
         lines += [f"refused  {refusal.name}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
 
@@ -79,6 +93,7 @@ def verify_symmetries(
     *,
     tolerance: float = 1e-10,
     generator: torch.Generator | None = None,
+    other_sizes: bool = True,
 ) -> VerificationReport:
     r"""Check numerically that the symmetries of ``spec`` leave the function of ``model`` unchanged.
 
@@ -87,18 +102,23 @@ def verify_symmetries(
     found that are wrong. The error is the largest
     :math:`\max|f(x; g\theta) - f(x; \theta)| / \max|f(x; \theta)|` over the outputs. It is taken in evaluation and in
     training mode (dropout and RReLU stay off), and there also over the buffers that the forward pass updates, which
-    must move along. A symmetry that holds has an error of about 1e-15.
+    must move along. A symmetry that holds has an error of about 1e-15: what the model casts to a narrower floating point
+    type is float64, too.
+
+    A symmetry must hold for inputs of every size. So one more example is appended to the batch, and the other axes of the
+    first input are made longer, one after the other, as far as the model takes it: more tokens, larger images.
 
     Args:
-        model: The model. Neither it nor the random state changes.
+        model: The model. Neither it nor the random state (of torch, Python and numpy) changes.
         spec: The symmetries to check, found or written by hand.
         example_inputs: The inputs, as :func:`find_symmetries` takes them; floating point ones become float64.
         tolerance: The error up to which an exact symmetry holds.
         generator: A CPU generator for parameters and elements; by default one with a fixed seed.
+        other_sizes: Whether inputs of other sizes are tried, too.
 
     Returns:
-        The errors and the verdict. The cost is four forward passes for each group; where a symmetry is wrong, four times the
-        logarithm of their number for each that is.
+        The errors and the verdict. The cost is two forward passes for each group, three for each size that is tried, and four
+        more; where a symmetry is wrong, four times the logarithm of their number for each that is.
 
     Raises:
         TypeError: if ``example_inputs`` is nothing of that kind.
@@ -111,43 +131,208 @@ def verify_symmetries(
         >>> report = verify_symmetries(model, find_symmetries(model, x), x)
         >>> report.ok, sorted(report.errors)
         (True, ['0:permutation', '0:sign'])
+        >>> report.tried
+        {'as given': True, '6 examples': True, '4 instead of 3': False}
     """
     inputs: Inputs = tree_map_only(
         Tensor, lambda value: value.double() if value.is_floating_point() else value, Inputs.of(example_inputs)
     )
     generator = generator or torch.Generator().manual_seed(_SEED)
     _check_fit(model, spec)
-    with torch.random.fork_rng(_cuda_devices(model)), torch.no_grad():
-        twin = copy.deepcopy(model).double()
-        randomise(twin, generator)
-        start = {name: tensor.clone() for name, tensor in _tensors(twin)}
-        reference = [_run(twin, start, inputs, is_training=is_training) for is_training in (False, True)]
+    with _kept_random_state(_cuda_devices(model)), torch.no_grad():
+        subject = _Subject(model, generator)
+        subject.add(_AS_GIVEN, inputs)
+        if other_sizes:
+            subject.add_other_sizes(inputs)
 
-        def error(part: SymmetrySpec) -> float:
-            element = part.random_element(generator)
-            moved = move(part, element, start, 1)
-            return max(
-                _change(part, element, before, _run(twin, moved, inputs, is_training=is_training))
-                for is_training, before in zip((False, True), reference)
-            )
+        exact = SymmetrySpec(tuple(symmetry for symmetry in spec if symmetry.exact))
+        together = subject.error(exact, exact.random_element(generator), tolerance) if len(exact) else _NO_ERROR
+        # Where all sites together hold at other sizes, each of them does, and a look at the inputs as given is enough.
+        only_given = together.size <= tolerance
 
-        def errors_of(part: SymmetrySpec) -> dict[str, float]:
+        def error(part: SymmetrySpec) -> _Error:
+            return subject.error(part, part.random_element(generator), tolerance, only_given=only_given)
+
+        def errors_of(part: SymmetrySpec) -> dict[str, _Error]:
             """The error of the symmetries moved at once; one by one only where that is too large."""
-            together = error(part) if len(part) else 0.0
-            if len(part) <= 1 or together <= tolerance:
-                return dict.fromkeys((symmetry.id for symmetry in part), together)
+            at_once = error(part) if len(part) else _NO_ERROR
+            if len(part) <= 1 or at_once.size <= tolerance:
+                return dict.fromkeys((symmetry.id for symmetry in part), at_once)
             middle = len(part) // 2
             return errors_of(SymmetrySpec(part.symmetries[:middle])) | errors_of(SymmetrySpec(part.symmetries[middle:]))
 
-        exact = tuple(symmetry for symmetry in spec if symmetry.exact)
-        errors: dict[str, float] = {}
+        errors: dict[str, _Error] = {}
         for group in dict.fromkeys(symmetry.group.name for symmetry in exact):
-            errors |= errors_of(SymmetrySpec(exact).of_group(group))
-        errors |= {symmetry.id: error(SymmetrySpec((symmetry,))) for symmetry in spec if not symmetry.exact}
-        errors = {symmetry.id: errors[symmetry.id] for symmetry in spec}
-        together = error(SymmetrySpec(exact)) if exact else 0.0
+            errors |= errors_of(exact.of_group(group))
+        for symmetry in spec:
+            if not symmetry.exact:
+                part = SymmetrySpec((symmetry,))
+                limit = max(tolerance, APPROXIMATE_TOLERANCE)
+                errors[symmetry.id] = subject.error(part, part.random_element(generator), limit)
+        sizes = {symmetry.id: errors[symmetry.id].size for symmetry in spec}
     approximate = frozenset(symmetry.id for symmetry in spec if not symmetry.exact)
-    return VerificationReport(errors, together, approximate, spec.refusals, tolerance)
+    report = VerificationReport(sizes, together.size, approximate, spec.refusals, tolerance, subject.tried)
+    return replace(report, where={name: errors[name].where for name in report.failed})
+
+
+class _Error(NamedTuple):
+    """A relative error, and the first inputs with which it was too large."""
+
+    size: float
+    where: str
+
+
+_NO_ERROR = _Error(0.0, _AS_GIVEN)
+
+
+class _Run(NamedTuple):
+    """Outputs, buffers after the forward pass, and whether numbers were drawn from Python or numpy."""
+
+    outputs: list[Tensor]
+    buffers: dict[str, Tensor]
+    has_choices: bool
+
+
+class _Way(NamedTuple):
+    """How the model is run, and what comes of it before it is moved."""
+
+    name: str
+    inputs: Inputs
+    is_training: bool
+    seed: int
+    before: _Run
+
+
+class _Subject:
+    """A float64 copy of a model with generic tensors, and all ways in which it is run.
+
+    Args:
+        model: The model, which does not change.
+        generator: Draws the generic tensors.
+    """
+
+    def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
+        self._model = model
+        self._twin = copy.deepcopy(model).double()
+        randomise(self._twin, generator)
+        self._start = {name: tensor.clone() for name, tensor in _tensors(self._twin)}
+        self._ways: list[_Way] = []
+        self.tried: dict[str, bool] = {}
+
+    def add(self, name: str, inputs: Inputs) -> None:
+        """Run the model with ``inputs`` in both modes, now and for every error.
+
+        Raises:
+            ValueError: if the model cannot take them.
+        """
+        ways = []
+        for is_training in (False, True):
+            before = _run(self._twin, self._start, inputs, is_training=is_training)
+            ways.append(_Way(name, inputs, is_training, _SEED, before))
+            # Choices made by Python's random numbers lead along other paths with other seeds.
+            for seed in range(_SEED + 1, _SEED + _NUM_SEEDS) if before.has_choices else ():
+                before = _run(self._twin, self._start, inputs, is_training=is_training, seed=seed)
+                ways.append(_Way(name, inputs, is_training, seed, before))
+        self._ways += ways
+        self.tried[name] = True
+
+    def add_other_sizes(self, inputs: Inputs) -> None:
+        """Add inputs like those given with one more example and longer axes, as far as the model takes them."""
+        taken: list[_Growth] = []
+        for alternatives in _growths(inputs):
+            for growth in alternatives:
+                self.tried[str(growth)] = self._takes(_grown(inputs, [*taken, growth]))
+                if self.tried[str(growth)]:
+                    taken.append(growth)
+                    break
+        if taken:
+            tried = dict(self.tried)
+            self.add(", ".join(map(str, taken)), _grown(inputs, taken))
+            self.tried = tried
+
+    def error(self, part: SymmetrySpec, element: Element, limit: float, *, only_given: bool = False) -> _Error:
+        """The largest error of the runs when the model is moved by ``element``, and the first inputs above ``limit``."""
+        moved = move(part, element, self._start, 1)
+        errors = []
+        for way in self._ways:
+            if only_given and way.name != _AS_GIVEN:
+                continue
+            after = _run(self._twin, moved, way.inputs, is_training=way.is_training, seed=way.seed)
+            errors.append(_Error(_change(part, element, way.before, after), way.name))
+        first = next((error for error in errors if not error.size <= limit), _NO_ERROR)
+        return _Error(max(error.size for error in errors), first.where)
+
+    def _takes(self, inputs: Inputs) -> bool:
+        """Whether the model takes ``inputs`` in both modes and then computes the same as ever from those given."""
+        given = self._ways[0]
+        try:
+            if _cuda_devices(self._model):  # where an index out of range is an error from which no process recovers
+                self._try(copy.deepcopy(self._twin).cpu(), tree_map_only(Tensor, Tensor.cpu, inputs))
+            self._try(self._twin, inputs)
+            again = _run(self._twin, self._start, given.inputs, is_training=given.is_training)
+            if all(map(torch.equal, given.before.outputs, again.outputs)):
+                return True
+        except Exception:  # whatever a model does with inputs that it is not made for
+            pass
+        self._twin = copy.deepcopy(self._model).double()  # a cache may have grown, say
+        return False
+
+    def _try(self, model: nn.Module, inputs: Inputs) -> None:
+        for is_training in (False, True):
+            _run(model, self._start, inputs, is_training=is_training)
+
+
+class _Growth(NamedTuple):
+    """Axes that are made longer: the first one (of examples) or all others of one length."""
+
+    is_batch: bool
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.after} examples" if self.is_batch else f"{self.after} instead of {self.before}"
+
+
+def _first_shape(inputs: Inputs) -> tuple[int, ...]:
+    """The shape of the first input, which says what is an axis of examples; empty where nothing can grow."""
+    tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    first = next((tensor for tensor in tensors if tensor.dim() > 0), None)
+    return () if first is None or first.numel() == 0 or first.layout != torch.strided else tuple(first.shape)
+
+
+def _growths(inputs: Inputs) -> Iterator[list[_Growth]]:
+    """What may be made longer, with the ways in which it is tried."""
+    batch, *lengths = _first_shape(inputs) or (None,)
+    if batch is not None:
+        yield [_Growth(True, batch, batch + 1)]
+    for length in dict.fromkeys(lengths):
+        longer = (length + length // 2, length + 1)
+        if length > 1:
+            yield [
+                _Growth(False, length, after) for after in dict.fromkeys(longer if length <= _SHORT else longer[::-1])
+            ]
+
+
+def _grown(inputs: Inputs, growths: list[_Growth]) -> Inputs:
+    """Inputs of another size: entries are repeated, floating point ones with other numbers, zeros and infinities kept."""
+    generator = torch.Generator().manual_seed(_SEED)
+    lengths = {growth.before: growth.after for growth in growths if not growth.is_batch}
+    num_examples = _first_shape(inputs)[0]
+    first_axis = lengths | {num_examples: num_examples} | {g.before: g.after for g in growths if g.is_batch}
+
+    def grow(tensor: Tensor) -> Tensor:
+        shape = tensor.shape
+        for axis, size in enumerate(shape):
+            after = (first_axis if axis == 0 else lengths).get(size, size)
+            if after != size:
+                tensor = tensor.index_select(axis, torch.arange(after, device=tensor.device) % size)
+        if tensor.shape == shape or not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return tensor * (0.1 * noise).exp().to(tensor.device)
+
+    grown: Inputs = tree_map_only(Tensor, grow, inputs)
+    return grown
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -199,33 +384,68 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             buffer.mul_(noise(buffer).exp())
 
 
-class _NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leave out dropout, wherever it is called: its masks are drawn position by position and do not move along."""
+_WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
+_WIDE[torch.complex64] = torch.complex128
+_OF_BYTES = {4: torch.float32, 2: torch.float16}
+
+
+class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computation in float64 whatever a model casts to, without dropout.
+
+    Models cast to float32 where they were written for narrower types (in norms, softmax, rotary positions), and make tensors
+    of the default type. Rounding errors of float32 would look like a wrong symmetry. Dropout is left out wherever it is
+    called: its masks are drawn position by position and do not move along.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        settings = {argument.name: position for position, argument in enumerate(func._schema.arguments)}
-        off = {"dropout": 0.0, "dropout_p": 0.0} if "dropout" not in func._schema.name else {"train": False, "p": 0.0}
-        off |= {"training": False} if "rrelu" in func._schema.name else {}
+        schema = func._schema
+        if schema.name in ("aten::view", "aten::view_copy") and schema.overload_name == "dtype":
+            return func(_as_many_bytes(*args), args[1])
+        settings = {argument.name: position for position, argument in enumerate(schema.arguments)}
+        off = {"dropout": 0.0, "dropout_p": 0.0} if "dropout" not in schema.name else {"train": False, "p": 0.0}
+        off |= {"training": False} if "rrelu" in schema.name else {}
+        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         arguments = list(args)
-        for name, value in off.items():
-            if name in settings and settings[name] < len(arguments):
-                arguments[settings[name]] = value
-        kwargs = {key: off.get(key, value) for key, value in (kwargs or {}).items()}
-        return func(*arguments, **kwargs)
+        for name, position in settings.items():
+            if position < len(arguments):
+                arguments[position] = off.get(name, arguments[position])
+                if name not in written:
+                    arguments[position] = tree_map(_widened, arguments[position])
+        kwargs = {
+            key: value if key in written else tree_map(_widened, off.get(key, value))
+            for key, value in (kwargs or {}).items()
+        }
+        result = func(*arguments, **kwargs)
+        return result if written else tree_map(_widened, result)
 
 
-_Run = tuple[list[Tensor], dict[str, Tensor]]
+def _widened(value: Any) -> Any:
+    """A tensor or a type in double precision; anything else as it is."""
+    if isinstance(value, Tensor) and value.dtype in _WIDE:
+        return value.to(_WIDE[value.dtype])
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
-def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_training: bool) -> _Run:
+def _as_many_bytes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as the model would have it where it reads the bits: with entries of as many bytes as ``dtype`` has."""
+    is_wide = tensor.dtype == torch.float64 and dtype.itemsize in _OF_BYTES
+    return tensor.to(_OF_BYTES[dtype.itemsize]) if is_wide else tensor
+
+
+def _run(
+    model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_training: bool, seed: int = _SEED
+) -> _Run:
     """The outputs of ``model`` with ``tensors``, and its buffers after the forward pass."""
     for name, tensor in _tensors(model):
         tensor.copy_(tensors[name])
     model.train(is_training)
-    torch.manual_seed(_SEED)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    states = _python_states()
     mode = "training" if is_training else "evaluation"
     try:
-        with torch.inference_mode(), _NoDropout():  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), _Exact():  # type: ignore[no-untyped-call]
             own = inputs.copy()
             output = model(*own.args, **own.kwargs)
     except Exception as error:
@@ -236,21 +456,48 @@ def _run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_
     outputs = [tensor.clone() for tensor in leaves(output)]
     if not outputs:
         raise ValueError(f"the model returns no tensor in {mode} mode, but {type(output).__name__}")
-    return outputs, {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    return _Run(outputs, buffers, _python_states() != states)
+
+
+def _python_states() -> tuple[Any, ...]:
+    """The random states of Python and numpy, as values that can be compared."""
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), state["state"]["pos"], state["state"]["key"].tobytes(), state["gauss"]
+
+
+@contextmanager
+def _kept_random_state(cuda_devices: list[int]) -> Iterator[None]:
+    """Leave the random states of torch, Python and numpy as they were."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(cuda_devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _change(part: SymmetrySpec, element: Element, before: _Run, after: _Run) -> float:
-    outputs, buffers = before
-    expected = move(part, element, buffers, 1, partial=True)
-    pairs = [*zip(outputs, after[0], strict=True), *((expected[name], after[1][name]) for name in expected)]
+    expected = move(part, element, before.buffers, 1, partial=True)
+    pairs = [
+        *zip(before.outputs, after.outputs, strict=True),
+        *((expected[name], after.buffers[name]) for name in expected),
+    ]
     return max(_relative_error(first, second) for first, second in pairs)
 
 
 def _relative_error(expected: Tensor, actual: Tensor) -> float:
-    """``max|actual - expected| / max|expected|``; infinite where anything is not a number."""
+    """``max|actual - expected| / max|expected|`` over finite entries; infinite where anything is not a number.
+
+    Equal infinities (the scores of what a mask leaves out) differ by nothing.
+    """
     if expected.numel() == 0:
         return 0.0
-    difference = (actual.double() - expected.double()).abs().max().item()
-    scale = expected.double().abs().max().item()
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = expected.to(wide), actual.to(wide)
+    same = torch.isinf(expected) & (expected == actual)
+    expected, actual = expected.masked_fill(same, 0.0), actual.masked_fill(same, 0.0)
+    difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
     relative = difference / scale if scale > 0 else difference
     return relative if relative == relative else float("inf")

@@ -29,6 +29,8 @@ from teleport_optim.symmetry.verify import randomise
 __all__ = ["Loss", "assert_equivariant_gradient", "assert_invariant", "assert_optimizer_equivariant"]
 
 _SEED = 0
+_MAX_REFUSALS = 5
+"""How many refusals a message lists."""
 
 Loss = Callable[[Any], Tensor]
 
@@ -40,27 +42,33 @@ def assert_invariant(
     element: Element | None = None,
     *,
     tolerance: float = 1e-10,
+    min_share: float = 0.0,
+    other_sizes: bool = True,
 ) -> None:
     """Assert that symmetries leave the function of ``model`` unchanged.
 
     Each site alone, and all exact ones together, move a float64 copy with generic parameters; its outputs may not
-    change, in evaluation and in training mode with dropout off, nor what the forward pass leaves in buffers. See
+    change, in evaluation and in training mode with dropout off, nor what the forward pass leaves in buffers; also not for
+    one more example and for longer axes, where the model takes them. See
     :func:`~teleport_optim.symmetry.verify_symmetries`, which does the work.
 
     Args:
         model: The model. Neither it nor the random state changes.
         inputs: An input of the model, a tuple of inputs or a dictionary of named ones, with at least two examples.
         spec: The symmetries, by default those that :func:`~teleport_optim.symmetry.find_symmetries` finds. One without
-            any holds: also assert that it has the sites that you expect.
+            any holds, unless ``min_share`` is given.
         element: What to move by, for some or all sites; by default a random element that moves every site.
         tolerance: The largest change, relative to the largest output; ``APPROXIMATE_TOLERANCE`` for sites that are not
             exact.
+        min_share: The share of the parameters, from 0 to 1, that the sites must move at least.
+        other_sizes: Whether inputs of other sizes are tried, too.
 
     Raises:
-        AssertionError: if a site changes the function; the message names the site, its group, the change and its legs.
-        ValueError: if the model cannot take ``inputs``, or spec or element do not fit.
+        AssertionError: if a site changes the function; the message names the site, its group, the change and its legs. Or if
+            the sites move too few parameters; the message says what was refused.
+        ValueError: if the model cannot take ``inputs``, spec or element do not fit, or ``min_share`` is no share.
 
-    Cost: four forward passes for each group, and more where a site is wrong.
+    Cost: two forward passes for each group, about ten more for inputs of other sizes, and more where a site is wrong.
 
     Example:
         >>> from teleport_optim.groups import GROUPS
@@ -74,8 +82,9 @@ def assert_invariant(
         AssertionError: site '0:scaling' (scaling of 8 channels) changes the function by ...
     """
     spec, element = _complete(model, inputs, spec, element)
+    _check_share(model, spec, min_share)
     fixed = SymmetrySpec(tuple(_with_fixed_draw(symmetry, element[symmetry.id]) for symmetry in spec))
-    report = verify_symmetries(model, fixed, inputs, tolerance=tolerance)
+    report = verify_symmetries(model, fixed, inputs, tolerance=tolerance, other_sizes=other_sizes)
     _raise_if_failed(spec, report, "changes the function")
 
 
@@ -87,6 +96,7 @@ def assert_equivariant_gradient(
     *,
     loss: Loss | None = None,
     tolerance: float = 1e-9,
+    min_share: float = 0.0,
 ) -> None:
     """Assert that the gradient at moved parameters is :func:`~teleport_optim.action.act_dual` of the gradient.
 
@@ -100,11 +110,14 @@ def assert_equivariant_gradient(
         element: What to move by, for some or all sites; by default a random element that moves every site.
         loss: A loss of the model's output, by default the squared distance from fixed random targets.
         tolerance: The largest error, relative to the largest entry of the expected gradient.
+        min_share: The share of the parameters, from 0 to 1, that the sites must move at least.
 
     Raises:
-        AssertionError: if the gradient is another one; the message names the site, its group, the error and its legs.
+        AssertionError: if the gradient is another one; the message names the site, its group, the error and its legs. Or if
+            every gradient is zero, which would show nothing, or the sites move too few parameters.
         KeyError: if the spec acts on a tensor that the model does not have.
-        ValueError: if the element does not fit the spec, or the model returns no floating point tensor.
+        ValueError: if the element does not fit the spec, the model returns no floating point tensor, or ``min_share`` is no
+            share.
 
     Cost: a forward and a backward pass for each site.
 
@@ -113,9 +126,15 @@ def assert_equivariant_gradient(
         >>> assert_equivariant_gradient(model, torch.randn(4, 3))
     """
     spec, element = _complete(model, inputs, spec, element)
+    _check_share(model, spec, min_share)
     loss = loss or _squared_distance
     with _generic_twin(model, inputs, spec) as (twin, start, values):
         reference = _gradient(twin, start, values, loss)
+        if not any(bool((gradient != 0).any()) for gradient in reference.values()):
+            raise AssertionError(
+                "no parameter has a gradient, or all are zero, so that the test would show nothing: let the loss depend on "
+                "the parameters, and let some of them require gradients"
+            )
 
         def error(part: SymmetrySpec) -> float:
             own = {symmetry.id: element[symmetry.id] for symmetry in part}
@@ -137,6 +156,7 @@ def assert_optimizer_equivariant(
     groups: Sequence[str] = ("permutation",),
     loss: Loss | None = None,
     tolerance: float = 1e-6,
+    min_share: float = 0.0,
 ) -> None:
     """Assert that training from moved parameters, and moving after training, give the same.
 
@@ -156,11 +176,13 @@ def assert_optimizer_equivariant(
         groups: The names of the groups to test, of ``"permutation"``, ``"scaling"``, ``"sign"`` and ``"linear"``.
         loss: A loss of the model's output, by default the squared distance from fixed random targets.
         tolerance: The largest error of a trained parameter, relative to the largest change that training made.
+        min_share: The share of the parameters, from 0 to 1, that the sites of these groups must move at least.
 
     Raises:
-        AssertionError: if the results differ; the message names the site, its group, the error and its legs.
+        AssertionError: if the results differ; the message names the site, its group, the error and its legs. Or if training
+            changes no parameter, which would show nothing, or the sites move too few parameters.
         KeyError: if the spec acts on a tensor that the model does not have.
-        ValueError: if a group is unknown, or the model returns no floating point tensor.
+        ValueError: if a group is unknown, the model returns no floating point tensor, or ``min_share`` is no share.
 
     Cost: a training run of ``num_steps`` for each site.
 
@@ -169,10 +191,17 @@ def assert_optimizer_equivariant(
         >>> assert_optimizer_equivariant(lambda model: torch.optim.AdamW(model.parameters()), model, torch.randn(4, 3))
     """
     whole, element = _complete(model, inputs, spec, None)
-    spec = SymmetrySpec(tuple(symmetry for name in groups for symmetry in whole.of_group(name)))
+    spec = SymmetrySpec(tuple(symmetry for name in groups for symmetry in whole.of_group(name)), whole.refusals)
+    _check_share(model, spec, min_share)
     loss = loss or _squared_distance
     with _generic_twin(model, inputs, spec) as (twin, start, values):
         reference = _train(make_optimizer, twin, start, values, loss, num_steps)
+        if all(torch.equal(parameter, start[name]) for name, parameter in reference.items()):
+            raise AssertionError(
+                f"training changed no parameter in {num_steps} steps, so that the test would show nothing: make_optimizer must "
+                f"return an optimizer of the parameters of the model that it is given, with a learning rate above 0, for at "
+                f"least one step, and some parameters must require gradients"
+            )
 
         def error(part: SymmetrySpec) -> float:
             own = {symmetry.id: element[symmetry.id] for symmetry in part}
@@ -195,6 +224,21 @@ def _complete(
         return spec, {symmetry.id: _moving_part(symmetry, generator) for symmetry in spec}
     spec.check(element)
     return SymmetrySpec(tuple(symmetry for symmetry in spec if symmetry.id in element)), element
+
+
+def _check_share(model: nn.Module, spec: SymmetrySpec, min_share: float) -> None:
+    """Raise AssertionError where the sites of ``spec`` move too few of the parameters."""
+    if not 0 <= min_share <= 1:
+        raise ValueError(f"min_share must lie between 0 and 1, got {min_share}: it is a share of all parameters")
+    share = spec.share_of(model)
+    if share < min_share:
+        refusals = [f"{refusal.name}: {refusal.reason}" for refusal in spec.refusals[:_MAX_REFUSALS]]
+        rest = len(spec.refusals) - len(refusals)
+        refusals += [f"and {rest} more"] if rest else []
+        raise AssertionError(
+            f"the sites ({len(spec)}) move {share:.1%} of the parameters, less than the {min_share:.1%} of min_share; refused: "
+            f"{'; '.join(refusals) or 'nothing'}"
+        )
 
 
 def _moving_part(symmetry: Symmetry, generator: torch.Generator) -> Tensor:
@@ -259,6 +303,8 @@ def _output(model: nn.Module, inputs: Inputs) -> Any:
 def _gradient(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, loss: Loss) -> dict[str, Tensor]:
     parameters = _load(model, tensors)
     value = loss(_output(model, inputs))
+    if not parameters or not value.requires_grad:
+        return {}
     grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     return {name: grad for name, grad in zip(parameters, grads) if grad is not None}
 
@@ -278,7 +324,8 @@ def _train(
     def closure() -> float:
         optimizer.zero_grad()
         value = loss(_output(model, inputs))
-        value.backward()  # type: ignore[no-untyped-call]
+        if value.requires_grad:
+            value.backward()  # type: ignore[no-untyped-call]
         return value.item()
 
     for _ in range(num_steps):
@@ -324,9 +371,10 @@ def _raise_if_failed(spec: SymmetrySpec, report: VerificationReport, fault: str,
         symmetry = spec[name]
         limit = report.tolerance if symmetry.exact else max(report.tolerance, APPROXIMATE_TOLERANCE)
         legs = " ".join(map(str, symmetry.legs))
+        place = f" with {report.where[name]}" if report.where.get(name, "as given") != "as given" else ""
         lines.append(
             f"site {name!r} ({symmetry.group.name} of {symmetry.size} channels) {fault}{by} {report.errors[name]:.1e}, "
-            f"more than {limit:.0e}; its legs: {legs}"
+            f"more than {limit:.0e}{place}; its legs: {legs}"
         )
     if not report.ok and not lines:
         lines.append(

@@ -15,10 +15,43 @@ from teleport_optim.symmetry import Element, Symmetry, SymmetrySpec
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.testing.sequential import seeds
 
-__all__ = ["example_inputs", "group_elements"]
+__all__ = ["PrintedElement", "example_inputs", "group_elements"]
 
 _MAX_MOVED = 16
 """Of a group element, how many channels (entries of a matrix) are drawn at most."""
+_MAX_PRINTED = 32
+"""Up to how many entries a tensor prints whole; of larger ones those print that are not the identity's."""
+
+
+class PrintedElement(dict[str, Tensor]):
+    """An element that prints as Python code, to the last digit; the code needs ``import torch``.
+
+    Example:
+        >>> PrintedElement({"0:sign": torch.tensor([1.0, -1.0], dtype=torch.float64)})
+        {'0:sign': torch.tensor([1.0, -1.0], dtype=torch.float64)}
+    """
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{name!r}: {_code_of(part)}" for name, part in self.items()) + "}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Print the code in hypothesis' reports, too, which would show the functions that made the element."""
+        printer.text(repr(self))
+
+
+def _code_of(part: Tensor) -> str:
+    dtype = "" if part.dtype == torch.int64 else f", dtype={part.dtype}"
+    if part.numel() <= _MAX_PRINTED:
+        return f"torch.tensor({part.tolist()}{dtype})"
+    size = len(part)
+    kind = "eye" if part.dim() == 2 else "arange" if part.dtype == torch.int64 else "ones"
+    identity: Tensor = getattr(torch, kind)(size, dtype=part.dtype)
+    places = (part != identity).nonzero(as_tuple=True)
+    code = f"torch.{kind}({size}{dtype})"
+    if len(places[0]) == 0:
+        return code
+    indices = ", ".join(f"torch.tensor({axis.tolist()})" for axis in places)
+    return f"{code}.index_put(({indices},), torch.tensor({part[places].tolist()}{dtype}))"
 
 
 def group_elements(spec: SymmetrySpec) -> st.SearchStrategy[Element]:
@@ -26,7 +59,8 @@ def group_elements(spec: SymmetrySpec) -> st.SearchStrategy[Element]:
 
     An element has an entry for each site that it moves, and moves few channels of it: permutations are products of
     transpositions, log-scales lie in [-2, 2], general linear maps are :math:`\exp(A)` for a sparse ``A`` with entries in
-    [-0.5, 0.5], and so have a condition number below ``e ** 4``. All shrink site by site and channel by channel.
+    [-0.5, 0.5], and so have a condition number below ``e ** 4``. All shrink site by site and channel by channel, and print as
+    code that makes them again after ``import torch``.
 
     Args:
         spec: The symmetries.
@@ -47,9 +81,11 @@ def group_elements(spec: SymmetrySpec) -> st.SearchStrategy[Element]:
         {}
         >>> find(group_elements(spec), lambda element: "0:permutation" in element and (
         ...     element["0:permutation"][0] != 0))
-        {'0:permutation': tensor([1, 0, 2, 3])}
+        {'0:permutation': torch.tensor([1, 0, 2, 3])}
     """
-    return st.fixed_dictionaries({}, optional={symmetry.id: _parts_of(symmetry) for symmetry in spec})
+    return st.fixed_dictionaries({}, optional={symmetry.id: _parts_of(symmetry) for symmetry in spec}).map(
+        PrintedElement
+    )
 
 
 def _parts_of(symmetry: Symmetry) -> st.SearchStrategy[Tensor]:
