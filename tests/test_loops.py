@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -401,7 +400,7 @@ def test_the_trainer_loads_the_best_model(make: Make, patience: int, tmp_path: P
 
 
 class Fit(lightning.LightningModule):
-    """Takes batches by the number of the step, since Lightning begins at the first one when it resumes within an epoch.
+    """Batches are taken by the number of the step, since Lightning begins at the first one when it resumes within an epoch.
 
     Measures everything that is held out at once, so that a mean over batches is exact.
     """
@@ -530,9 +529,7 @@ def test_lightning_saves_the_average_between_two_batches(make: Make, is_validate
     for step in (3, 21):
         resumed, path = Fit(make), tmp_path / f"step={step}.ckpt"
         nn.init.zeros_(resumed.network[0].weight)
-        lightning_trainer(AveragedEvaluation()).fit(
-            resumed, training_data(), *data, ckpt_path=path, weights_only=True
-        )
+        lightning_trainer(AveragedEvaluation()).fit(resumed, training_data(), *data, ckpt_path=path, weights_only=True)
         torch.testing.assert_close(weights_of(resumed.network), weights, **exact)
 
 
@@ -610,3 +607,483 @@ def test_lightning_is_interrupted(is_validating: bool, tmp_path: Path) -> None:
     train(plain, optimizer, range(20 if is_validating else 17))
     optimizer.eval()
     assert same(contents(tmp_path / "stopped.ckpt"), weights_of(plain))
+
+
+# The best epoch of a loop as it is.
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_best_epoch_is_no_worse_than_with_adamw(seed: int) -> None:
+    """Noisy labels, validated after every epoch; nothing in the loop is changed but the line of the optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(256, 6, generator=generator)
+    labels = target_of(inputs) + 0.5 * torch.randn(256, 1, generator=generator)
+
+    def best(make: Callable[[nn.Module], Optimizer]) -> float:
+        model, losses = network(seed), []
+        optimizer = make(model)
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(25):
+            for own in torch.randperm(256, generator=order).split(16):
+                optimizer.zero_grad()
+                F.mse_loss(model(inputs[own]), labels[own]).backward()
+                optimizer.step()
+            with looking(optimizer):
+                losses.append(held_out(model))
+        return min(losses)
+
+    control = best(lambda model: AdamW(model.parameters()))
+    told = best(lambda model: LearnedTeleportOptimizer.for_model(model, total_steps=400))
+    open_ended_ = best(LearnedTeleportOptimizer.for_model)
+    print("BEST", seed, control, told, open_ended_)
+    assert told <= control
+    assert open_ended_ <= control
+
+
+# Loops that compute with and without gradients: a trained model computes what one of the same weights does.
+
+
+def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def log_probabilities(model: nn.Module, actions: Tensor) -> Tensor:
+    return torch.distributions.Normal(model(HELD_X), 0.5).log_prob(actions)
+
+
+def policy(model: nn.Module) -> list[Tensor]:
+    """PPO: on the first pass the ratio to the probabilities that were recorded is 1."""
+    actions = normal(64, 1, seed=1)
+    with torch.no_grad():
+        old = log_probabilities(model, actions)
+    ratio = (log_probabilities(model, actions) - old).exp()
+    assert torch.equal(ratio, torch.ones_like(ratio))
+    clipped = torch.minimum(ratio * HELD_Y, ratio.clamp(0.8, 1.2) * HELD_Y)
+    return gradients(-clipped.mean(), model)
+
+
+def contrast(outputs: Tensor) -> Tensor:
+    """A loss over all pairs of a batch."""
+    return (outputs - outputs.T).sub(HELD_Y - HELD_Y.T).square().mean()
+
+
+def cached_gradients(model: nn.Module) -> list[Tensor]:
+    """Two passes: outputs without gradients, then their gradients through one small batch after another."""
+    with torch.inference_mode():
+        outputs = model(HELD_X)
+    outputs = outputs.clone().requires_grad_()
+    contrast(outputs).backward()
+    parts = [gradients((model(own) * grad).sum(), model) for own, grad in zip(HELD_X.split(10), outputs.grad.split(10))]
+    both = [torch.stack(own).sum(dim=0) for own in zip(*parts)]
+    torch.testing.assert_close(both, gradients(contrast(model(HELD_X)), model), rtol=1e-5, atol=1e-5)
+    return both
+
+
+def recomputed(model: nn.Module) -> list[Tensor]:
+    """Re-entrant checkpointing of the whole model, whose first pass is one without gradients."""
+    model.zero_grad()
+    inputs = HELD_X.clone().requires_grad_()
+    contrast(checkpoint(model, inputs, use_reentrant=True)).backward()
+    found = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    torch.testing.assert_close(found, gradients(contrast(model(HELD_X)), model), rtol=1e-5, atol=1e-5)
+    return found
+
+
+def adversarial(model: nn.Module) -> list[Tensor]:
+    """VAT: the direction that changes the outputs most, by power iteration from outputs without gradients."""
+    with torch.no_grad():
+        clean = model(HELD_X)
+    direction = normal(64, 6, seed=2)
+    for _ in range(3):
+        direction = (0.1 * F.normalize(direction)).requires_grad_()
+        (direction,) = torch.autograd.grad(F.mse_loss(model(HELD_X + direction), clean), direction)
+    assert float(direction.norm()) > 0.0
+    return gradients(F.mse_loss(model(HELD_X + F.normalize(direction)), clean), model)
+
+
+def distilled(model: nn.Module) -> list[Tensor]:
+    """A copy of the model, called without gradients, is the teacher."""
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        goal = teacher(HELD_X)
+    return gradients(F.mse_loss(model(HELD_X + 0.1 * normal(64, 6)), goal), model)
+
+
+def discriminated(model: nn.Module) -> list[Tensor]:
+    """GAN: the fakes that the discriminator is shown, made without gradients, are those of the generator's own pass."""
+    with torch.no_grad():
+        fakes = model(HELD_X)
+    assert torch.equal(fakes, model(HELD_X).detach())
+    critic = network(3)
+    return gradients(F.softplus(-critic(model(HELD_X) * HELD_X)).mean(), model)
+
+
+algorithms = pytest.mark.parametrize(
+    "algorithm",
+    [policy, cached_gradients, recomputed, adversarial, distilled, discriminated],
+    ids=lambda own: own.__name__,
+)
+
+
+def assert_as_a_plain_one(model: nn.Module, algorithm: Callable[[nn.Module], list[Tensor]]) -> None:
+    before = weights_of(model)
+    found, expected = algorithm(model), algorithm(copy_of(model))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert same(weights_of(model), before)
+
+
+@everyone
+@teleporting
+@algorithms
+def test_passes_with_and_without_gradients_agree(make: Make, algorithm: Callable[[nn.Module], list[Tensor]]) -> None:
+    model = network()
+    optimizer = make(model, NUM_STEPS)
+    for start, end in pairwise((0, 1, 13, 26, 38)):
+        train(model, optimizer, range(start, end))
+        assert_as_a_plain_one(model, algorithm)
+
+
+@algorithms
+def test_other_weights_in_passes_without_gradients_are_noticed(
+    algorithm: Callable[[nn.Module], list[Tensor]],
+) -> None:
+    model = network()
+
+    def shift(amount: float) -> Callable[..., None]:
+        def hook(module: nn.Sequential, *_: Any) -> None:
+            if not torch.is_grad_enabled():
+                module[-1].bias.data.add_(amount)
+                module[-1].weight.data.mul_(2.0**amount)
+
+        return hook
+
+    model.register_forward_pre_hook(shift(1.0))
+    model.register_forward_hook(shift(-1.0))
+    with pytest.raises(AssertionError):
+        assert_as_a_plain_one(model, algorithm)
+
+
+@everyone
+def test_clipped_policy_updates(make: Make) -> None:
+    """PPO with several passes over what was recorded: the reward rises."""
+    model = network()
+    optimizer = make(model, NUM_STEPS)
+    rewards = []
+    for round_ in range(10):
+        noise = 0.5 * normal(64, 1, seed=round_)
+        with torch.no_grad():
+            actions = model(HELD_X) + noise
+            old = log_probabilities(model, actions)
+        reward = -(actions - HELD_Y).square()
+        rewards.append(reward.mean().item())
+        advantages = (reward - reward.mean()) / reward.std()
+        for number in range(4):
+            ratio = (log_probabilities(model, actions) - old).exp()
+            if number == 0:
+                assert torch.equal(ratio, torch.ones_like(ratio))
+            optimizer.zero_grad()
+            (-torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()).backward()
+            optimizer.step()
+    assert rewards[-1] > rewards[0]
+
+
+@everyone
+def test_a_generator_does_not_collapse(make: Make) -> None:
+    """Points on a circle, from fakes that are made without gradients."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+        critic = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1))
+    both = [
+        AdamW(model.parameters(), lr=3e-3, betas=(0.5, 0.9)) if make is adamw else make(model, 200)
+        for model in (generator, critic)
+    ]
+    angles = torch.rand(200, 64, generator=torch.Generator().manual_seed(0)) * 2 * torch.pi
+    for step, angle in enumerate(angles):
+        noise, real = normal(64, 2, seed=step), torch.stack([angle.cos(), angle.sin()], dim=1)
+        with torch.no_grad():
+            fakes = generator(noise)
+        both[1].zero_grad()
+        (F.softplus(-critic(real)).mean() + F.softplus(critic(fakes)).mean()).backward()
+        both[1].step()
+        both[0].zero_grad()
+        made = generator(noise)
+        assert torch.equal(made.detach(), fakes)
+        F.softplus(-critic(made)).mean().backward()
+        both[0].step()
+    with torch.no_grad(), looking(both[0]):
+        points = generator(normal(256, 2, seed=-1))
+    print("GAN", make.__name__, points.std(dim=0).min())
+    assert float(points.std(dim=0).min()) > 0.2
+
+
+@everyone
+@teleporting
+def test_a_target_that_follows(make: Make) -> None:
+    """BYOL: the target is the moving average of the parameters and of nothing else."""
+    model = network()
+    optimizer = make(model, NUM_STEPS)
+    train(model, optimizer, range(3))
+    target = copy.deepcopy(model).requires_grad_(False)
+    expected = weights_of(model)
+    losses = []
+    for step in range(NUM_STEPS - 3):
+        one, other = (HELD_X + 0.1 * normal(64, 6, seed=2 * step + number) for number in range(2))
+        with torch.no_grad():
+            goal = target(other)
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(one), goal) + F.mse_loss(model(X), Y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for own, online in zip(target.parameters(), model.parameters()):
+                own.lerp_(online, 0.1)
+        expected = {name: value.lerp(weights_of(model)[name], 0.1) for name, value in expected.items()}
+    assert same(weights_of(target), expected)
+    assert losses[-1] < losses[0]
+
+
+# MeZO
+
+
+def perturb(model: nn.Module, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(scale * torch.randn(param.shape, generator=generator))
+
+
+def zeroth_order(model: nn.Module, optimizer: Optimizer, seed: int, is_exact: bool) -> None:
+    """One step of MeZO: the slope along a random direction, from two passes with parameters moved in place."""
+    before, losses = weights_of(model), []
+    for scale in (1e-3, -2e-3):
+        perturb(model, scale, seed)
+        losses.append(held_out(model))
+        assert losses[-1] == held_out(copy_of(model))
+    perturb(model, 1e-3, seed)
+    if is_exact:
+        model.load_state_dict(before)
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.grad = (losses[0] - losses[1]) / 2e-3 * torch.randn(param.shape, generator=generator)
+    optimizer.step()
+
+
+@everyone
+def test_zeroth_order_gradients(make: Make) -> None:
+    model = network()
+    optimizer = make(model, 100)
+    before = held_out(model)
+    for step in range(100):
+        zeroth_order(model, optimizer, step, is_exact=False)
+    print("MeZO", make.__name__, before, held_out(model))
+    assert held_out(model) < before
+
+
+@teleporting
+def test_parameters_that_are_moved_and_put_back() -> None:
+    """Bit for bit: the average has not noticed. Nearly: it begins again, since that is a write as any other."""
+    averages = []
+    for is_exact in (None, True, False):
+        model = network()
+        optimizer = open_ended(model, NUM_STEPS)
+        train(model, optimizer, range(20))
+        before = weights_of(model)
+        if is_exact is not None:
+            perturb(model, 1e-3, 0)
+            perturb(model, -1e-3, 0)
+            assert not same(weights_of(model), before)
+        if is_exact:
+            model.load_state_dict(before)
+        averages.append(optimizer.averaged_parameters())
+    untouched, exact, near = averages
+    assert same(untouched, exact)
+    now, num_changed = weights_of(model), 0
+    for name, average in near.items():
+        is_changed = not torch.equal(now[name], before[name])
+        num_changed += is_changed
+        assert torch.equal(average, now[name] if is_changed else untouched[name])
+        assert not torch.equal(average, now[name]) or is_changed
+    assert num_changed > 0
+
+
+# Threads, several optimizers, interrupts, best weights.
+
+
+@everyone
+@teleporting
+def test_a_thread_that_evaluates_while_another_trains(make: Make) -> None:
+    def run(is_watched: bool) -> Weights:
+        model = network()
+        optimizer = make(model, NUM_STEPS)
+        is_done, losses = threading.Event(), []
+
+        def watch() -> None:
+            while not is_done.is_set():
+                losses.append(held_out(model))
+                losses.append(held_out(copy.deepcopy(model)))
+
+        thread = threading.Thread(target=watch)
+        if is_watched:
+            thread.start()
+        try:
+            for step in range(NUM_STEPS):
+                train(model, optimizer, [step])
+                with torch.no_grad():
+                    model(HELD_X)
+        finally:
+            is_done.set()
+            if is_watched:
+                thread.join()
+        assert all(torch.tensor(losses).isfinite())
+        return weights_of(model)
+
+    assert same(run(is_watched=True), run(is_watched=False))
+
+
+@everyone
+@teleporting
+@pytest.mark.parametrize("second", [ours, open_ended, adamw])
+def test_a_second_optimizer_while_the_first_is_alive(make: Make, second: Make) -> None:
+    def run(is_kept: bool) -> tuple[nn.Module, Optimizer | None]:
+        model = network()
+        first: Optimizer | None = make(model, NUM_STEPS)
+        train(model, first, range(15))
+        first = first if is_kept else None
+        other = second(model, NUM_STEPS)
+        train(model, other, range(20))
+        before = weights_of(model)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                model(HELD_X)
+        for own in (first, other):
+            with looking(own) if own is not None else nullcontext():
+                held_out(model)
+        assert same(weights_of(model), before)
+        train(model, other, range(20, NUM_STEPS))
+        return model, first
+
+    (kept, first), (alone, _) = run(is_kept=True), run(is_kept=False)
+    assert same(weights_of(kept), weights_of(alone))
+    if isinstance(first, LearnedTeleportOptimizer):  # Others have written everything since its last step.
+        assert same(first.averaged_parameters(), weights_of(kept))
+
+
+class Stopped(nn.Module):
+    """Is interrupted, before or after its second layer."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.network, self.place, self.is_stopping = network(), place, False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for number, layer in enumerate(self.network):
+            if number == self.place and self.is_stopping:
+                raise KeyboardInterrupt
+            inputs = layer(inputs)
+        return inputs
+
+
+@everyone
+@in_both_ways
+@teleporting
+@pytest.mark.parametrize("place", [0, 4])
+def test_an_evaluation_is_interrupted(make: Make, is_averaged: bool, place: int) -> None:
+    ends = []
+    for is_interrupted in (False, True):
+        model = Stopped(place)
+        optimizer = make(model, NUM_STEPS)
+        for step in range(NUM_STEPS):
+            train(model, optimizer, [step])
+            if is_interrupted and step % 7 == 0:
+                before = weights_of(model)
+                model.is_stopping = True
+                with pytest.raises(KeyboardInterrupt), looking(optimizer) if is_averaged else nullcontext():
+                    held_out(model)
+                model.is_stopping = False
+                assert same(weights_of(model), before)
+        ends.append(weights_of(model))
+    assert same(*ends)
+
+
+@everyone
+@in_both_ways
+@teleporting
+@pytest.mark.parametrize("where", ["between", "inside"])
+def test_the_best_weights_are_loaded_at_the_end(make: Make, is_averaged: bool, where: str) -> None:
+    """What was recorded, what the model gives, and what a fresh one gives; and training may go on from there."""
+    model = network()
+    optimizer = make(model, 400)
+    best, weights, bad, step = float("inf"), {}, 0, 0
+    while bad < 4 and step < 400:
+        train(model, optimizer, range(step, step + 5))
+        step += 5
+        with looking(optimizer) if is_averaged else nullcontext():
+            loss = held_out(model)
+            bad = 0 if loss < best else bad + 1
+            if loss < best:
+                best, weights = loss, copy.deepcopy(model.state_dict())
+    assert step < 400
+    with looking(optimizer) if where == "inside" else nullcontext():
+        model.load_state_dict(weights)
+    assert held_out(model) == held_out(loaded(weights)) == best
+    with looking(optimizer):
+        assert held_out(model) == best
+    train(model, optimizer, [0])
+    assert not same(weights_of(model), weights)
+
+
+# generate()
+
+
+class Operations(TorchDispatchMode):
+    """Writes down every operation, also those of hooks and of copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@everyone
+def test_generating_costs_what_it_costs_without_the_optimizer(make: Make) -> None:
+    """Counted and not timed: the same operations, no hooks, nothing written into the parameters."""
+
+    def gpt() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = transformers.GPT2Config(
+                vocab_size=17, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
+            )
+            return transformers.GPT2LMHeadModel(config)
+
+    model, tokens = gpt(), torch.arange(12).view(2, 6)
+    optimizer = make(model, NUM_STEPS)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    plain = gpt()
+    plain.load_state_dict(model.state_dict())
+    versions = [param._version for param in model.parameters()]
+    lists, texts = [], []
+    for own in (model, plain):
+        own.eval()
+        with Operations() as operations:
+            texts.append(own.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
+        lists.append(operations.names)
+    assert len(lists[0]) > 100
+    assert lists[0] == lists[1]
+    assert torch.equal(*texts)
+    assert [param._version for param in model.parameters()] == versions
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    assert not any(getattr(module, name) for module in model.modules() for name in hooks)
