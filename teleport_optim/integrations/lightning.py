@@ -7,6 +7,7 @@ from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise ImportError("teleport_optim.integrations.lightning needs PyTorch Lightning: pip install lightning") from error
@@ -56,12 +57,12 @@ class AveragedEvaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Put the average in if weights alone may be saved now."""
-        if any(_saves_weights(callback) and _saves_between_batches(callback) for callback in _checkpoints(trainer)):
+        if any(map(_saves_between_batches, _saving_weights_alone(trainer))):
             self._eval(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in if weights alone may be saved now."""
-        if any(_saves_weights(callback) for callback in _checkpoints(trainer)):
+        if _saving_weights_alone(trainer):
             self._eval(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,6 +73,11 @@ class AveragedEvaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in for good."""
         self._eval(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the average in if weights alone are saved now."""
+        if any(callback.save_on_exception for callback in _saving_weights_alone(trainer)):
+            self._eval(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Replace what has been collected in training mode."""
@@ -105,15 +111,15 @@ def _switchable(trainer: Trainer) -> list[Any]:
     ]
 
 
-def _checkpoints(trainer: Trainer) -> list[Any]:
-    return list(trainer.checkpoint_callbacks)
+def _saving_weights_alone(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.save_weights_only
+    ]
 
 
-def _saves_weights(callback: Any) -> bool:
-    return bool(getattr(callback, "save_weights_only", False))
-
-
-def _saves_between_batches(callback: Any) -> bool:
+def _saves_between_batches(callback: ModelCheckpoint) -> bool:
     """Whether it saves after some batches or minutes; also where Lightning has come to keep these numbers elsewhere."""
-    every_n_steps = getattr(callback, "_every_n_train_steps", 1)
+    every_n_steps: int = getattr(callback, "_every_n_train_steps", 1)
     return every_n_steps > 0 or getattr(callback, "_train_time_interval", None) is not None
