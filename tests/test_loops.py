@@ -6,6 +6,8 @@ torch's AdamW is the control: it passes the same tests wherever they make sense 
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -608,6 +610,13 @@ def test_lightning_is_interrupted(is_validating: bool, save_weights_only: bool, 
     train(plain, optimizer, range(20 if is_validating else 17))
     optimizer.eval()
     assert same(contents(tmp_path / "stopped.ckpt"), weights_of(plain))
+
+
+def test_without_lightning_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, AveragedEvaluation.__module__)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        importlib.import_module(AveragedEvaluation.__module__)
 
 
 # The best epoch of a loop as it is.
