@@ -550,6 +550,25 @@ def test_lightning_saves_the_average_where_weights_are_saved_alone(options: dict
         assert same(contents(tmp_path / f"step={step}.ckpt"), watch.weights[step])
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_lightning_saves_inside_averaged(weights_only: bool, tmp_path: Path) -> None:
+    """A file that a user saves there; the average stays in place until the context is left."""
+
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            iterates = weights_of(pl_module.network)
+            with pl_module.optimizer.averaged():
+                average = weights_of(pl_module.network)
+                trainer.save_checkpoint(tmp_path / "own.ckpt", weights_only)
+                assert same(weights_of(pl_module.network), average)
+            assert same(weights_of(pl_module.network), iterates)
+            assert same(contents(tmp_path / "own.ckpt"), average)
+
+    model = Fit(open_ended)
+    lightning_trainer(AveragedEvaluation(), Save(), max_steps=4).fit(model, training_data())
+    assert model.optimizer.stats().num_steps == 4
+
+
 class Adversaries(lightning.LightningModule):
     """Two networks, one optimizer of ours and one that has no modes."""
 

@@ -81,7 +81,8 @@ class AveragedEvaluation(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Replace what has been collected in training mode."""
-        if self._is_evaluating or trainer.state.fn != TrainerFn.FITTING:
+        is_evaluating = self._is_evaluating or any(map(_is_of_evaluation, checkpoint["optimizer_states"]))
+        if is_evaluating or trainer.state.fn != TrainerFn.FITTING:
             return
         self._eval(trainer)
         try:
@@ -109,6 +110,11 @@ def _switchable(trainer: Trainer) -> list[Any]:
         for optimizer in trainer.optimizers
         if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
     ]
+
+
+def _is_of_evaluation(state: dict[str, Any]) -> bool:
+    """Whether the state of an optimizer of ours was saved inside a user's ``averaged()``, which is to go on."""
+    return any(group.get("is_eval", False) for group in state.get("param_groups", ()))
 
 
 def _saving_weights_alone(trainer: Trainer) -> list[ModelCheckpoint]:
