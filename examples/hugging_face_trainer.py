@@ -53,6 +53,8 @@ def main(epochs: int = 8) -> None:
             # Without a schedule of ours the Trainer adds a linear one, on top of the one that the optimizer has in itself.
             optimizers=(optimizer, get_constant_schedule(optimizer)),
         )
+        # The Trainer calls optimizer.eval() before it evaluates and optimizer.train() before the next training step: it measures,
+        # and then saves, the average of the iterates. At the end of the run the parameters are there, too.
         trainer.train()
     for entry in trainer.state.log_history:
         if "eval_loss" in entry:

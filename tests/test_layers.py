@@ -21,7 +21,7 @@ LAYERS = (
     ("optimizer_state",),
     ("optimizer", "tasks"),
     ("meta_training", "evaluation"),
-    ("demo",),
+    ("demo", "integrations"),
     ("cli",),
     ("__main__",),
 )
