@@ -30,7 +30,8 @@ enum { TILE_ROWS = 8, FEW_COLUMNS = 320, CHUNK = 512, STRIP = 64, AHEAD = 512 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t bfloat16; /* the upper half of a float */
-typedef uint64_t words __attribute__((vector_size(32), aligned(4), may_alias)); /* four times the bits of two floats */
+typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint64_t words __attribute__((vector_size(32), aligned(4), may_alias)); /* their bits, two floats in a word */
 
 static const float ITERATIONS[3][3] = {
     {7.9424f, -22.2873f, 15.8239f}, {3.5875f, -2.5845f, 0.4893f}, {2.6604f, -1.9134f, 0.4194f}};
@@ -331,22 +332,25 @@ INLINE void gram(Workspace *w, const float *values, int rows, int64_t columns) {
 /* A fingerprint tells whether somebody has written into a tensor. It is a sum of the bits of all entries, each with a weight of its
    place: of the row, of the strip in the row, and of the place in the strip. Rows may come in any order. */
 #define NEXT_STRIP UINT64_C(0x9E3779B97F4A7C15) /* any odd number with many ones */
+INLINE void add_words(words *total, words *upper, words next) {
+    *total = (*total << 1) + next;
+    *upper = (*upper << 1) + (next >> 32); /* two changes of signs in upper halves cancel in the total, but not by themselves */
+}
+INLINE uint64_t end_strip(uint64_t print, words total, words upper, uint64_t rest) {
+    total += 5 * upper;
+    return print * NEXT_STRIP + rest + 7 * (total[0] + 11 * total[1] + 101 * total[2] + 1009 * total[3]);
+}
 INLINE uint64_t add_strip(uint64_t print, const float *values, int64_t size) {
-    words total = {0}, upper = {0}; /* Two changes of signs in upper halves cancel in the total, but not by themselves. */
+    words total = {0}, upper = {0};
     uint64_t rest = 0;
     int64_t i = 0;
-    for (; i + 8 <= size; i += 8) {
-        words next = *(const words *)(values + i);
-        total = (total << 1) + next;
-        upper = (upper << 1) + (next >> 32);
-    }
+    for (; i + 8 <= size; i += 8) add_words(&total, &upper, *(const words *)(values + i));
     for (; i < size; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof(bits));
         rest = 3 * rest + bits;
     }
-    total += 5 * upper;
-    return print * NEXT_STRIP + rest + 7 * (total[0] + 11 * total[1] + 101 * total[2] + 1009 * total[3]);
+    return end_strip(print, total, upper, rest);
 }
 /* Weights of rows are spread, since small numbers with signs add up to 0 too easily. */
 INLINE uint64_t of_row(uint64_t print, int64_t at) {
@@ -366,16 +370,31 @@ INLINE void move(float *restrict params, const float *restrict values, int64_t s
 INLINE void move_with_average(float *restrict params, bfloat16 *restrict offsets, const float *restrict values, int64_t size,
                               float shrink, float factor, float keep, int64_t at, uint64_t prints[2]) {
     uint64_t before = 0, after = 0;
-    for (int64_t start = 0; start < size; start += STRIP) {
-        int64_t end = start + STRIP < size ? start + STRIP : size;
+    int64_t start = 0;
+    for (; start + STRIP <= size; start += STRIP) {
+        float change[STRIP];
+        words old_total = {0}, old_upper = {0}, new_total = {0}, new_upper = {0};
         ask_ahead(params + start, offsets + start);
-        before = add_strip(before, params + start, end - start);
-        for (int64_t i = start; i < end; i++) {
+        for (int64_t i = 0; i < STRIP; i += 8) {
+            eight old = *(const eight *)(params + start + i), new = shrink * old - factor * *(const eight *)(values + start + i);
+            *(eight *)(params + start + i) = new;
+            *(eight *)(change + i) = old - new;
+            add_words(&old_total, &old_upper, (words)old);
+            add_words(&new_total, &new_upper, (words)new);
+        }
+        before = end_strip(before, old_total, old_upper, 0);
+        after = end_strip(after, new_total, new_upper, 0);
+        for (int64_t i = 0; i < STRIP; i++)
+            offsets[start + i] = to_half(keep * (from_half(offsets[start + i]) + change[i]));
+    }
+    if (start < size) {
+        before = add_strip(before, params + start, size - start);
+        for (int64_t i = start; i < size; i++) {
             float old = params[i], new = shrink * old - factor * values[i];
             params[i] = new;
             offsets[i] = to_half(keep * (from_half(offsets[i]) + (old - new)));
         }
-        after = add_strip(after, params + start, end - start);
+        after = add_strip(after, params + start, size - start);
     }
     prints[0] += of_row(before, at);
     prints[1] += of_row(after, at);
@@ -560,13 +579,22 @@ static PyObject *norms(PyObject *self, PyObject *args) {
     return result;
 }
 
-/* Count a step of every tensor. */
-static PyObject *count(PyObject *self, PyObject *list) {
-    Py_ssize_t size = PyList_Check(list) ? PyList_GET_SIZE(list) : -1;
-    float **counts = addresses(list, size);
-    if (!counts) return NULL;
-    for (Py_ssize_t i = 0; i < size; i++) *counts[i] += 1.0f;
-    PyMem_Free(counts);
+/* Count a step of every tensor, and of every average. */
+static PyObject *count(PyObject *self, PyObject *args) {
+    PyObject *lists[2];
+    if (!PyArg_ParseTuple(args, "OO", &lists[0], &lists[1])) return NULL;
+    Py_ssize_t sizes[2];
+    void **found[2];
+    for (int i = 0; i < 2; i++) sizes[i] = PyList_Check(lists[i]) ? PyList_GET_SIZE(lists[i]) : -1;
+    found[0] = addresses(lists[0], sizes[0]);
+    found[1] = found[0] ? addresses(lists[1], sizes[1]) : NULL;
+    if (found[1]) {
+        for (Py_ssize_t i = 0; i < sizes[0]; i++) *(float *)found[0][i] += 1.0f;
+        for (Py_ssize_t i = 0; i < sizes[1]; i++) *(int64_t *)found[1][i] += 1;
+    }
+    for (int i = 0; i < 2; i++)
+        if (found[0]) PyMem_Free(found[i]);
+    if (!found[0] || !found[1]) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -631,7 +659,7 @@ static PyObject *fingerprints(PyObject *self, PyObject *args) {
 static PyMethodDef METHODS[] = {
     {"step", step, METH_VARARGS, NULL},
     {"norms", norms, METH_VARARGS, NULL},
-    {"count", count, METH_O, NULL},
+    {"count", count, METH_VARARGS, NULL},
     {"compare", compare, METH_VARARGS, NULL},
     {"fingerprints", fingerprints, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -86,7 +86,7 @@ class NativeStep:
         self._shapes = list(layout.shapes.values())
 
     def fits(self, *lists: list[Tensor], numbers: list[Tensor]) -> bool:
-        """Whether tensors that :func:`are_plain` have the shapes of the layout, list by list, and ``numbers`` have no axes.
+        """Whether plain tensors have the shapes of the layout, list by list, and ``numbers`` have no axes.
 
         What lies at an address is not looked at any more after this.
         """
@@ -104,6 +104,7 @@ class NativeStep:
         offsets: list[Tensor],
         counts: list[Tensor],
         fingerprints: list[Tensor],
+        ends: list[Tensor],
         *,
         pace: Pace,
         rate: float,
@@ -116,7 +117,7 @@ class NativeStep:
         difference to the result.
 
         Args:
-            offsets, fingerprints: Of the averages of the iterates; empty where there are none.
+            offsets, fingerprints, ends: Of the averages of the iterates; empty where there are none.
             weights: :func:`~teleport_optim.update.averaging_weight` of every tensor, if there are averages.
 
         Returns:
@@ -142,7 +143,7 @@ class NativeStep:
             self._most_rows,
         )
         _in_threads(take, self._parts())
-        _native.count(_addresses(counts))
+        _native.count(_addresses(counts), _addresses(ends))
         torch.autograd.graph.increment_version(params)
         return _native.compare(_addresses(fingerprints), prints) if offsets else []
 

@@ -68,6 +68,8 @@ __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "Tensor
 
 _ROUNDING = 32.0
 """A bias whose gradient is less than so many roundings of that of its matrix may have none but rounding errors."""
+_MEMORY = 300
+"""Steps after which a momentum has forgotten a gradient of any size."""
 _AGREEMENT = 0.9
 """Least cosine with the momentum of a gradient that is so small and still no rounding error."""
 _SMALLEST_USUAL_LR = 0.03
@@ -156,7 +158,7 @@ class _Plan:
     momenta: dict[str, Tensor]
     """New momenta; none where ``take`` does it all."""
     masks: dict[str, Tensor]
-    """Which rows have a gradient."""
+    """Which rows have a gradient, of tensors of which some have none."""
     rows: dict[str, Tensor]
     """The rows of the state that the step changes."""
     layout: Layout
@@ -290,6 +292,7 @@ class LearnedTeleportOptimizer(Optimizer):
         self._is_guarded = guard
         self._has_average = average
         self._first_lrs: list[float] | None = None
+        self._unusual_until = 0
         self._biases: tuple[Layout, list[tuple[int, int]]] | None = None
         self._swapping = _Swapping()
         self._all_names: dict[str, list[str]] = {}
@@ -414,12 +417,12 @@ class LearnedTeleportOptimizer(Optimizer):
             targets, own_grads = list(map(as_real, params)), list(map(as_real, own_grads))
         slots = [self.state[param] or self._new_slots(param) for param in params]
         momenta, counts = ([own[key] for own in slots] for key in ("exp_avg", "step"))
-        offsets, prints = ([own[key] for own in slots if self._has_average] for key in (OFFSET, FINGERPRINT))
+        offsets, prints, ends = ([own[key] for own in slots if self._has_average] for key in (OFFSET, FINGERPRINT, END))
         is_native = (
             is_native
             and are_plain(targets + counts)
             and are_plain(momenta + offsets, torch.bfloat16)
-            and are_plain(prints, torch.int64)
+            and are_plain(prints + ends, torch.int64)
         )
         grads = all_whole(own_grads)
         if not is_native or any(group["maximize"] for group in self.param_groups):
@@ -447,7 +450,7 @@ class LearnedTeleportOptimizer(Optimizer):
         rate, decay = rate_and_decay(step, progress.horizon, layout)
         native = self._native(layout)
         lists = [targets, grads, momenta, *([offsets] if offsets else [])]
-        is_native = is_native and native.fits(*lists, numbers=counts + prints)
+        is_native = is_native and native.fits(*lists, numbers=counts + prints + ends)
         point: _Point | None = None
         may_balance = not progress.is_balanced and has_gradient and len(still) < len(names)
         if not is_native or is_due(step) or may_balance:
@@ -472,13 +475,13 @@ class LearnedTeleportOptimizer(Optimizer):
         new_momenta, masks = dict[str, Tensor](), dict[str, Tensor]()
         if is_native or point is None:
             here = grads if point is None else list(point.grads.values())
-            tensors = (targets, here, momenta, offsets, counts, prints)
+            tensors = (targets, here, momenta, offsets, counts, prints, ends)
             take = partial(native.take, *tensors, pace=pace, rate=rate, decay=decay)
         else:
             factors = pace.factors(rate, decay)
             new_momenta = {name: ema(point.momenta[name], point.grads[name], factors.beta) for name in names}
-            masks = {name: active_rows(name, point.grads[name], layout) for name in names}
-            arguments = (_directions(new_momenta, masks), factors, layout)
+            masks = _masks(point.grads, layout)
+            arguments = (self._directions(new_momenta, masks, norms, step), factors, layout)
         return _Plan(
             arguments, take, point, new_momenta, masks, rows, layout, learned, moved, sizes, targets, slots, progress
         )
@@ -560,18 +563,20 @@ class LearnedTeleportOptimizer(Optimizer):
         if plan.take is not None:
             for number in plan.take(weights=weights):  # Their new average has one value so far, the new parameter.
                 begin_again(slots[number], step)
+                slots[number][END].fill_(step + 1)
                 starts[number] = step
         elif plan.arguments is not None:
             _, factors, layout = plan.arguments
             _copy([own["exp_avg"] for own in slots], plan.momenta)
             offsets = [own[OFFSET] for own in slots] if self._has_average else None
             all_steps = [steps[name] for name in layout.names]
-            _descend_in_place(targets, offsets, all_steps, list(plan.masks.values()), factors.shrinks, weights)
+            masks = {layout.names.index(name): mask for name, mask in plan.masks.items()}
+            _descend_in_place(targets, offsets, all_steps, masks, factors.shrinks, weights)
             torch._foreach_add_([own["step"] for own in slots], 1.0)
             if self._has_average:
+                torch._foreach_add_([own[END] for own in slots], 1)
                 self._take_fingerprints(targets, slots)
         if self._has_average:
-            torch._foreach_add_([own[END] for own in slots], 1)
             self._held_starts = (plan.layout, starts)
 
     def _starts(self, plan: _Plan) -> list[int]:
@@ -686,6 +691,20 @@ class LearnedTeleportOptimizer(Optimizer):
                 if not float(own @ other) > _AGREEMENT * float(other.norm()):
                     found.append(bias)
         return found
+
+    def _directions(
+        self, momenta: dict[str, Tensor], masks: Mapping[str, Tensor], norms: list[float], step: int
+    ) -> dict[str, Tensor]:
+        """Momenta of the rows that have a gradient, zeros for the others, in a range in which squares are numbers."""
+        if not all(1e-12 < norm < 1e12 or norm == 0.0 for norm in norms):
+            self._unusual_until = step + _MEMORY
+        if step < self._unusual_until:
+            most = torch.stack(torch._foreach_norm(list(momenta.values()), math.inf)).tolist()
+            scales = [1.0 if 1e-12 < norm < 1e12 or norm == 0.0 else norm for norm in most]
+            momenta = {
+                name: value if scale == 1.0 else value / scale for (name, value), scale in zip(momenta.items(), scales)
+            }
+        return {name: value * masks[name] if name in masks else value for name, value in momenta.items()}
 
     def _pace(self, controls: Controls, hyper: Hyper, layout: Layout) -> Pace:
         """The pace under these controls, which most steps share with the step before."""
@@ -1046,6 +1065,7 @@ class LearnedTeleportOptimizer(Optimizer):
         with self._swapping.lock:
             self.__setstate__({"state": state, "param_groups": groups})
             self._progress, self._first_lrs = progress, None
+            self._unusual_until = progress.num_steps + _MEMORY  # What the momentum remembers is not known.
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -1117,14 +1137,15 @@ def _without(layout: Layout, names: set[str]) -> Layout | None:
     return layout if len(sites) == len(layout.spec) else replace(layout, spec=SymmetrySpec(tuple(sites)))
 
 
-def _directions(momenta: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Momenta of the rows that have a gradient, zeros for the others, in a range in which squares are numbers."""
-    most = torch.stack(torch._foreach_norm(list(momenta.values()), math.inf))
-    scales = torch.where((most > 1e-12) & (most < 1e12) | (most == 0), 1.0, most).unbind()
-    return {
-        name: (value if is_usual else value / scale) * masks[name]
-        for (name, value), scale, is_usual in zip(momenta.items(), scales, (torch.stack(scales) == 1.0).tolist())
-    }
+def _masks(grads: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Which rows have a gradient, for the tensors of which some rows have none."""
+    masks = {}
+    for name, grad in grads.items():
+        if int(torch.count_nonzero(grad)) < grad.numel():  # a quick look, since most gradients have no zeros at all
+            mask = active_rows(name, grad, layout)
+            if not bool(mask.all()):
+                masks[name] = mask
+    return masks
 
 
 def _safe(controls: Controls, hyper: Hyper) -> tuple[Controls, Hyper]:
@@ -1151,13 +1172,12 @@ def _descend_in_place(
     targets: list[Tensor],
     offsets: list[Tensor] | None,
     steps: list[Step],
-    masks: list[Tensor],
+    masks: dict[int, Tensor],
     shrinks: Tensor,
     weights: list[float],
 ) -> None:
     """Shrink the parameters and take the steps, where they lie, but not in rows that are masked; then move their averages."""
     here = all_local(targets)
-    idle = {number for number, mask in enumerate(masks) if not bool(mask.all())}
     if any(part is not target for part, target in zip(here, targets)):
         moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
         steps = list(map(Step, all_parts_like(moves, targets)))
@@ -1169,9 +1189,9 @@ def _descend_in_place(
     local_offsets, all_shrinks = all_local(offsets), shrinks.tolist()
     for group in [small, *large] if small else large:
         own = [here[number] for number in group]
-        old = {number: here[number].clone() for number in group if offsets or number in idle}
+        old = {number: here[number].clone() for number in group if offsets or number in masks}
         _take_steps(own, [steps[number] for number in group], [all_shrinks[number] for number in group])
-        for number in idle.intersection(group):
+        for number in masks.keys() & set(group):
             mask = local(part_like(masks[number].expand(targets[number].shape), targets[number]))
             here[number].copy_(torch.where(mask, here[number], old[number]))
         if offsets:
@@ -1212,6 +1232,7 @@ _OWN_ATTRIBUTES = frozenset(
         "_is_guarded",
         "_has_average",
         "_all_names",
+        "_unusual_until",
         "_teleport_sizes",
         "_teleport_size",
     )

@@ -85,10 +85,11 @@ def by_torch(tensors: Tensors, known: Factors, layout: Layout) -> None:
 def natively(tensors: Tensors, known: Factors, layout: Layout) -> None:
     counts = [torch.tensor(3.0) for _ in tensors.params]
     pace = Pace(known.beta, known.lengths / 0.1, (1.0 - known.shrinks) / 0.1, torch.zeros(len(counts)))
-    prints = [torch.zeros((), dtype=torch.int64) for _ in counts]
+    prints, ends = ([torch.tensor(0) for _ in counts] for _ in range(2))
     weights = [WEIGHT] * len(counts)
-    NativeStep(layout).take(*tensors, counts, prints, pace=pace, rate=0.1, decay=1.0, weights=weights)
+    NativeStep(layout).take(*tensors, counts, prints, ends, pace=pace, rate=0.1, decay=1.0, weights=weights)
     assert counts == [4.0] * len(counts)
+    assert ends == [1] * len(counts)
 
 
 @torch.no_grad()
@@ -332,7 +333,9 @@ def test_bad_arguments_are_refused(arguments: tuple[object, ...]) -> None:
     with pytest.raises(ValueError, match="lists of one length"):
         native._native.step(*arguments)
     with pytest.raises(TypeError):
-        native._native.count(["a"])
+        native._native.count(["a"], [])
+    with pytest.raises(TypeError):
+        native._native.count([], ["a"])
 
 
 def test_it_is_not_needed() -> None:
