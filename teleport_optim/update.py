@@ -442,13 +442,12 @@ def balanced(
             ways[symmetry.id] = ways.get(symmetry.id, 0.0) + log_scale
             scales = symmetry.group.exp(log_scale)
             params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
-            grads = move_scaling(symmetry, scales, grads, SlotKind.COVECTOR)
         is_moving = is_moving & (largest >= _BALANCED)
         if not bool(is_moving.any()):
             break
     for symmetry in layout.spec:
         scales = symmetry.group.exp(ways[symmetry.id])
-        momenta = move_scaling(symmetry, scales, momenta, SlotKind.COVECTOR)
+        grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
         if offsets:
             offsets = move_scaling(symmetry, scales, offsets, SlotKind.VECTOR)
     sizes = [way.square().mean(dim=-1).sqrt().float() for way in ways.values()]
