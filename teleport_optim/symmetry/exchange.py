@@ -33,7 +33,7 @@ class Exchange(Theory):
         self.records: list[tuple[int, Array, Array, Array]] = []
         self.tied: list[Array] = []
         self._recorded: set[tuple[bytes, bytes]] = set()
-        self._is_linear = name == "linear"
+        self._is_linear = self.changes_numbers = name == "linear"
         self.moves_heads = name == "heads"
 
     def lets_through(self, tags: frozenset[str]) -> bool:

@@ -77,7 +77,7 @@ def find_symmetries(
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
     theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
     try:
-        refusals = trace(model, inputs, theories, pinned=_shared_memory(model))
+        refusals = trace(model, inputs, theories, pinned=_hooked(model) | _shared_memory(model))
     except Untraceable as error:
         return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     names: dict[int, list[str]] = {}
@@ -102,6 +102,16 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, under every name that they have."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _hooked(model: nn.Module) -> dict[str, str]:
+    """The parameters whose gradients hooks may change, with the reason why they do not move."""
+    reason = "it has hooks, which may change its gradient: remove them"
+    return {
+        name: reason
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    }
 
 
 def _shared_memory(model: nn.Module) -> dict[str, str]:

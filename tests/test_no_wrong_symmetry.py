@@ -1,0 +1,454 @@
+"""Models in which symmetries are easily seen that are none: all that is found holds, with other inputs too.
+
+Each is moved with ``act`` and called, in float64, on inputs of other batch sizes and lengths than those of the search. The ids
+that must be found show that the rest of a model is not given up.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odd_models import Model, build, certified, conv, param
+from strategies import reasons_of
+from torch import Tensor, nn
+
+from teleport_optim import LearnedTeleportOptimizer, act, act_dual
+from teleport_optim.layout import Layout
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
+
+N = 6
+
+
+def moved(model: nn.Module, spec: SymmetrySpec, seed: int) -> nn.Module:
+    """A copy of a model, moved by a random element."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(act(spec, spec.random_element(torch.Generator().manual_seed(seed)), model.state_dict()))
+    return twin
+
+
+def outputs_of(model: nn.Module, x: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    output = copy.deepcopy(model)(*(x if isinstance(x, tuple) else (x,)))
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def in_double(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(in_double, x))
+    return x.double() if x.is_floating_point() else x
+
+
+def generic(model: nn.Module) -> nn.Module:
+    """A copy in float64 without zero biases, which would hide a wrong symmetry."""
+    twin = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return twin
+
+
+def change(model: nn.Module, spec: SymmetrySpec, inputs: Iterable[Any]) -> float:
+    """The largest relative change of an output in float64 by random elements, in both modes, with and without gradients."""
+    largest = 0.0
+    for is_training in (False, True):
+        twin = generic(model).train(is_training)
+        for seed in range(3):
+            other = moved(twin, spec, seed)
+            for x in map(in_double, inputs):
+                for has_gradients in (False, True):
+                    with torch.set_grad_enabled(has_gradients):
+                        for before, after in zip(outputs_of(twin, x), outputs_of(other, x), strict=True):
+                            difference = (before - after).abs().max() / before.abs().max().clamp_min(1e-3)
+                            largest = max(largest, difference.item())
+    return largest
+
+
+def ids(spec: SymmetrySpec) -> str:
+    return " ".join(symmetry.id for symmetry in spec if symmetry.group.name != "linear")
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], list[Any]], str]
+
+
+def images() -> list[Any]:
+    return [torch.randn(3, 2, 6, 6), torch.randn(2, 2, 7, 5)]
+
+
+def vectors() -> list[Any]:
+    return [torch.randn(4, 3), torch.randn(3, 3), torch.randn(9, 3)]
+
+
+def sequences() -> list[Any]:
+    return [torch.randn(3, 5, 3), torch.randn(2, 3, 3), torch.randn(4, 12, 3)]
+
+
+def between(forward: Callable[..., Any], **parts: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """A model with ``a`` from 3 to N features, ``b`` from N to 2 and more parts."""
+    return lambda: Model(
+        forward, a=nn.Linear(3, N), b=nn.Linear(N, 2), **{name: part() for name, part in parts.items()}
+    )
+
+
+def kernel(weight: Callable[[nn.Module], Tensor], **parts: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """A convolutional network whose middle kernel is computed."""
+    return lambda: Model(
+        lambda m, x: m.c(F.conv2d(m.a(x).relu(), weight(m), padding=1).relu()).mean((2, 3)),
+        a=conv(2),
+        c=conv(N, 2),
+        **{name: part() for name, part in parts.items()},
+    )
+
+
+def standardised(w: Tensor) -> Tensor:
+    return (w - w.mean((1, 2, 3), keepdim=True)) / (w.var((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+
+
+def rounded(w: Tensor) -> Tensor:
+    return w + ((w * 8).round() / 8 - w).detach()
+
+
+def kernel_mask() -> Tensor:
+    mask = torch.ones(1, 1, 3, 3)
+    mask[..., 2, :] = 0
+    return mask
+
+
+KERNELS: dict[str, Case] = {
+    "standardised": (kernel(lambda m: standardised(m.w), w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling"),
+    "scaled by its size": (kernel(lambda m: m.w / 7.3, w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling w:scaling"),
+    "masked": (kernel(lambda m: m.w * m.m, w=lambda: param(N, N, 3, 3), m=kernel_mask), images, "a:permutation w:permutation a:scaling w:scaling"),
+    "rounded": (kernel(lambda m: rounded(m.w), w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling"),
+    "low rank": (
+        kernel(lambda m: (m.u @ m.v).view(N, N, 3, 3), u=lambda: param(N, 4), v=lambda: param(4, N * 9)),
+        images,
+        "",
+    ),
+    "kernel and difference": (
+        kernel(lambda m: m.w + m.d.tanh(), w=lambda: param(N, N, 3, 3), d=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation"
+    ),
+    "positive": (kernel(lambda m: F.softplus(m.w), w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling"),
+    "rows times columns": (
+        kernel(lambda m: m.w * m.r[:, None] * m.s, w=lambda: param(N, N, 1, 1), r=lambda: param(3), s=lambda: param(3)), images, ""
+    ),
+    "as it is, and scaled": (
+        kernel(lambda m: m.w + F.conv2d(m.w, m.v, padding=1) * 0.1, w=lambda: param(N, N, 3, 3), v=lambda: param(N, N, 3, 3)), images, ""
+    ),
+    "used twice": (
+        lambda: Model(
+            lambda m, x: m.c((F.conv1d(m.a(x), m.w * 2, padding=1) + F.conv1d(m.a(x), m.w, padding=1)).relu()).mean(2),
+            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, N, 3),
+        ),
+        lambda: [torch.randn(3, 3, 8), torch.randn(2, 3, 11)],
+        "",
+    ),
+    "transposed": (
+        lambda: Model(
+            lambda m, x: m.c(F.conv_transpose1d(m.a(x).relu(), m.w.tanh()).relu()).mean(2),
+            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 4, 3),
+        ),
+        lambda: [torch.randn(3, 3, 8), torch.randn(2, 3, 11)],
+        "",
+    ),
+}  # fmt: skip
+
+TABLES: dict[str, Case] = {
+    "narrow": (between(lambda m, x: m.b((m.a(x) + m.t.narrow(0, 0, x.shape[1])).relu()), t=lambda: param(16, N)), sequences, ""),
+    "computed, then sliced": (
+        between(lambda m, x: m.b((m.a(x) + (m.t * 0.1).tanh()[: x.shape[1]]).relu()), t=lambda: param(16, N)), sequences, ""
+    ),
+    "along the last axis": (between(lambda m, x: m.b((m.a(x) + m.t[:, : x.shape[1]].t()).relu()), t=lambda: param(N, 16)), sequences, ""),
+    "mean of what was sliced": (
+        between(lambda m, x: m.b((m.a(x) + m.t[: x.shape[1]].mean(0)).relu()), t=lambda: param(16, N)), sequences, ""
+    ),
+    "mean of a full table": (
+        between(lambda m, x: m.b((m.a(x) + m.t[: x.shape[1]].mean(0)).relu()), t=lambda: param(5, N)),
+        lambda: [torch.randn(3, 5, 3), torch.randn(3, 3, 3), torch.randn(2, 4, 3)],
+        "",
+    ),
+    "one row": (between(lambda m, x: m.b((m.a(x) + m.t[2]).relu()), t=lambda: param(4, N)), vectors, ""),
+    "a part that is dropped": (between(lambda m, x: m.b((m.a(x) + m.t.chunk(3)[1]).relu()), t=lambda: param(3 * N)), vectors, ""),
+    "chosen by constants": (
+        between(lambda m, x: m.b((m.a(x) + m.t.exp()[m.i].sum(0)).relu()), t=lambda: param(5, N), i=lambda: torch.tensor([0, 3])), vectors, ""
+    ),
+    "steps of a schedule": (
+        between(lambda m, x: m.b((m.a(x) + sum(m.t[k] for k in range(x.shape[1]))).relu()), t=lambda: param(16, N)), sequences, ""
+    ),
+}  # fmt: skip
+
+
+class Prompted(nn.Module):
+    """Learned tokens in front of what a function of the module does with a sequence."""
+
+    def __init__(self, mix: Callable[[nn.Module, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.prompt, self.e, self.mix, self.o = nn.Parameter(torch.randn(4, 8)), nn.Linear(3, 8), mix, nn.Linear(8, 2)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([self.prompt.expand(len(x), -1, -1), self.e(x)], 1)
+        output: Tensor = self.o(self.mix(self, tokens).mean(1))
+        return output
+
+
+def causal_mask(h: Tensor) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(h.shape[1]).to(h)
+
+
+def dot_product(m: nn.Module, h: Tensor, is_causal: bool) -> Tensor:
+    for _ in range(2):
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in m.qkv(h).chunk(3, -1))
+        h = h + F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2)
+    return h
+
+
+def multihead(m: nn.Module, h: Tensor) -> Tensor:
+    for _ in range(2):
+        h = h + m.att(h, h, h, attn_mask=causal_mask(h), is_causal=True, need_weights=False)[0]
+    return h
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+ORDERED: dict[str, Case] = {
+    "dot products": (lambda: Prompted(lambda m, h: dot_product(m, h, True), qkv=nn.Linear(8, 24)), sequences, ""),
+    "multihead": (lambda: Prompted(multihead, att=nn.MultiheadAttention(8, 2, batch_first=True)), sequences, ""),
+    "encoder": (
+        lambda: Prompted(
+            lambda m, h: m.u(m.t(h, src_mask=causal_mask(h), is_causal=True), src_mask=causal_mask(h)), t=encoder(), u=encoder()
+        ),
+        sequences,
+        "",
+    ),
+    "gru": (lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.GRU(8, 8, batch_first=True)), sequences, ""),
+    "lstm in two directions": (
+        lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True)), sequences, ""
+    ),
+    "rnn, time in front": (
+        lambda: Prompted(lambda m, h: m.r(h.transpose(0, 1))[0].transpose(0, 1), r=nn.RNN(8, 8, nonlinearity="relu")), sequences, ""
+    ),
+    "cell in a loop": (
+        lambda: Prompted(lambda m, h: torch.stack(states(m.r, h), 1), r=nn.GRUCell(8, 8)), sequences, ""
+    ),
+    "factor for each step": (
+        lambda: Model(lambda m, x: m.o(m.r(x * m.s)[0].mean(1)), s=param(5, 1), r=nn.GRU(3, N, batch_first=True), o=nn.Linear(N, 2)),
+        lambda: [torch.randn(3, 5, 3), torch.randn(2, 5, 3)],
+        "",
+    ),
+    "one layer on two gains": (
+        lambda: Model(
+            lambda m, x: m.o((m.r(x * m.s)[0] + m.r(x * m.t)[0]).mean(1)), s=param(), t=param(), r=nn.RNN(3, N, batch_first=True), o=nn.Linear(N, 2)
+        ),
+        sequences,
+        "",
+    ),
+    "learned first state": (
+        lambda: Model(
+            lambda m, x: m.o(m.r(x, m.h.expand(-1, len(x), -1).contiguous())[0][:, -1]),
+            h=param(2, 1, N), r=nn.GRU(3, N, 2, batch_first=True), o=nn.Linear(N, 2),
+        ),
+        sequences,
+        "",
+    ),
+    "learned first states of an lstm": (
+        lambda: Model(
+            lambda m, x: m.o(m.r(x, (m.h.tanh().expand(-1, len(x), -1), m.c.expand(-1, len(x), -1).contiguous()))[0][:, -1]),
+            h=param(1, 1, N), c=param(1, 1, N), r=nn.LSTM(3, N, batch_first=True), o=nn.Linear(N, 2),
+        ),
+        sequences,
+        "",
+    ),
+    "learned first state of a cell": (
+        lambda: Model(
+            lambda m, x: m.o(states(m.r, x, m.h.expand(len(x), -1))[-1]), h=param(N), r=nn.RNNCell(3, N), o=nn.Linear(N, 2)
+        ),
+        sequences,
+        "",
+    ),
+}  # fmt: skip
+
+
+def states(cell: Any, x: Tensor, state: Tensor | None = None) -> list[Tensor]:
+    result = []
+    for step in x.unbind(1):
+        state = cell(step, state)
+        result.append(state)
+    return result
+
+
+def as_bits(h: Tensor) -> Tensor:
+    return h.view(torch.int32 if h.dtype == torch.float32 else torch.int64)
+
+
+NUMBERS: dict[str, Case] = {
+    "long": (between(lambda m, x: m.b((m.a(x) * 5).long().to(x.dtype))), vectors, "a:permutation"),
+    "truth values": (between(lambda m, x: m.b(m.a(x).relu().bool().to(x.dtype) + m.c(x)), c=lambda: nn.Linear(3, N)), vectors, "a:permutation"),
+    "eight bits": (between(lambda m, x: m.b((m.a(x).tanh() * 100).to(torch.int8).type_as(x))), vectors, "a:permutation"),
+    "in the type of another": (between(lambda m, x, k: m.b((4 * m.a(x).relu()).type_as(k) * 0.5)), lambda: [(torch.randn(4, 3), torch.ones(1, dtype=torch.int32))], "a:permutation"),
+    "sum in integers": (between(lambda m, x: m.b(m.a(x).relu()) * (3 * m.a(x)).relu().sum(1, keepdim=True, dtype=torch.int64)), vectors, "a:permutation"),
+    "bits": (between(lambda m, x: m.b((as_bits(m.a(x).relu()) > as_bits(torch.ones_like(x[:, :1]))).to(x.dtype))), vectors, "a:permutation"),
+    "a weight in integers": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), (3 * m.w).int().to(x.dtype))), w=lambda: param(N, N)), vectors, "a:permutation w:permutation a:scaling"),
+    "a parameter as it is in integers": (between(lambda m, x: m.b(m.a(x) * m.w.int()), w=lambda: nn.Parameter(3 * torch.randn(N))), vectors, "a:permutation a:scaling a:sign"),
+    "to another precision": (between(lambda m, x: m.b(m.a(x).relu().double().to(x.dtype))), vectors, "a:permutation a:scaling"),
+    "uint8 buffer": (between(lambda m, x: m.b(m.a(x).relu() * m.m), m=lambda: torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.uint8)), vectors, "a:permutation a:scaling"),
+    "bool buffer": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.m)), w=lambda: param(N, N), m=lambda: torch.rand(N, N) > 0.4), vectors, "a:permutation m:permutation a:scaling"),
+    "int16 buffer": (between(lambda m, x: m.b((m.a(x) * m.m).relu()), m=lambda: torch.arange(1, N + 1, dtype=torch.int16)), vectors, "a:permutation a:scaling"),
+    "integer parameter": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w.to(x.dtype) * m.s)), w=lambda: nn.Parameter(torch.randint(-8, 8, (N, N), dtype=torch.int8), requires_grad=False), s=lambda: param(N, 1)),
+        vectors,
+        "",
+    ),
+    "float mask": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.m)), w=lambda: param(N, N), m=lambda: (torch.rand(N, N) > 0.4) * 1.0), vectors, "a:permutation m:permutation a:scaling"),
+    "constant offset": (between(lambda m, x: m.b((m.a(x) + m.c).relu()), c=lambda: torch.randn(N)), vectors, "a:permutation"),
+    "batch norm": (between(lambda m, x: m.b(m.n(m.a(x)).relu()), n=lambda: nn.BatchNorm1d(N)), vectors, "a:permutation n:scaling a:sign"),
+    "batch norm, variance read again": (
+        between(lambda m, x: m.b(m.n(m.a(x)) * m.n.running_var), n=lambda: nn.BatchNorm1d(N, affine=False)), vectors, "a:permutation a:sign"
+    ),
+    "batch norm with computed statistics": (
+        between(lambda m, x: m.b(F.batch_norm(m.a(x), m.u * 1.0, m.v.exp()).relu()), u=lambda: torch.randn(N), v=lambda: torch.randn(N)), vectors, ""
+    ),
+}  # fmt: skip
+
+
+def grouped(weight: Callable[[nn.Module], Tensor], shape: tuple[int, ...], groups: int, num: int = N) -> Callable[[], nn.Module]:
+    return lambda: Model(
+        lambda m, x: m.c(F.conv1d(m.a(x).relu(), weight(m), groups=groups).relu()).mean(2),
+        a=nn.Conv1d(3, N, 1), c=nn.Conv1d(num, 2, 1), w=param(*shape),
+    )  # fmt: skip
+
+
+def lines() -> list[Any]:
+    return [torch.randn(3, 3, 8), torch.randn(2, 3, 11)]
+
+
+GROUPED: dict[str, Case] = {
+    "transposed": (grouped(lambda m: m.w.transpose(0, 1), (3, N, 2), 2), lines, ""),
+    "permuted": (grouped(lambda m: m.w.permute(2, 0, 1), (3, 1, 4), 2, 4), lines, ""),
+    "square, transposed": (grouped(lambda m: m.w.transpose(0, 1), (3, 3, 2), 1, 3), lines, ""),
+    "depthwise from a matrix": (grouped(lambda m: m.w[:, None], (N, 3), N), lines, ""),
+    "depthwise, kernels in front": (grouped(lambda m: m.w.t()[:, None], (3, N), N), lines, ""),
+    "one kernel for all": (grouped(lambda m: m.w.expand(N, 1, 3), (1, 1, 3), N), lines, ""),
+    "one kernel for all groups": (grouped(lambda m: m.w.expand(4, 3, 2), (1, 3, 2), 2, 4), lines, ""),
+    "transposed convolution, weight transposed": (
+        lambda: Model(
+            lambda m, x: m.c(F.conv_transpose1d(m.a(x).relu(), m.w.transpose(0, 1), groups=2).relu()).mean(2),
+            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(8, 2, 1), w=param(4, N, 3),
+        ),
+        lines,
+        "",
+    ),
+    "depthwise on hidden channels and on inputs": (
+        lambda: Model(
+            lambda m, x: m.c((F.conv1d(m.a(x).relu(), m.w, groups=N) + F.conv1d(x.repeat(1, 2, 1), m.w, groups=N)).relu()).mean(2),
+            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 1, 3),
+        ),
+        lines,
+        "",
+    ),
+    "grouped on inputs, then on hidden channels": (
+        lambda: Model(
+            lambda m, x: m.c((F.conv1d(x.repeat(1, 2, 1), m.w, groups=2) + F.conv1d(m.a(x).relu(), m.w, groups=2)).relu()).mean(2),
+            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 3, 3),
+        ),
+        lines,
+        "",
+    ),
+    "as one weight of all groups, too": (
+        lambda: Model(
+            lambda m, x: m.c(F.conv1d(m.a(x).relu(), m.w, groups=2).relu()).mean(2) + m.d((m.w.flatten(1) @ m.v).t()).sum(),
+            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 3, 3), v=param(9, 2), d=nn.Linear(N, 1),
+        ),
+        lines,
+        "",
+    ),
+}  # fmt: skip
+
+
+def put(target: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
+    function(target)
+    return target
+
+
+def set_data(target: Tensor, value: Tensor) -> None:
+    target.data = value
+
+
+ASSIGNED: dict[str, Case] = {
+    "weights from a network": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), put(m.w, lambda w: set_data(w, m.h(x.mean(0)).view(N, N))))), h=lambda: nn.Linear(3, N * N), w=lambda: param(N, N)),
+        vectors,
+        "a:permutation a:scaling",
+    ),
+    "copied into the data": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), put(m.w, lambda w: w.data.copy_(m.h(x.mean(0)).view(N, N))))), h=lambda: nn.Linear(3, N * N), w=lambda: param(N, N)),
+        vectors,
+        "",
+    ),
+    "set": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), put(torch.empty_like(m.a.weight[:, :1]), lambda w: w.set_(m.w * 2)))), w=lambda: param(N, N)),
+        vectors,
+        "",
+    ),
+    "bias scaled through its data": (
+        between(lambda m, x: m.b((F.linear(x, m.a.weight) + put(m.c.clone(), lambda c: c.data.mul_(2).add_(1))).relu()), c=lambda: param(N)), vectors, ""
+    ),
+    "hidden values exchanged": (
+        between(lambda m, x: m.b(put(m.a(x).relu(), lambda h: set_data(h, m.c(x).relu()))), c=lambda: nn.Linear(3, N)), vectors, ""
+    ),
+    "parameter made of hidden values": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), nn.Parameter(m.h(x.mean(0)).view(N, N)))), h=lambda: nn.Linear(3, N * N)), vectors, ""
+    ),
+}  # fmt: skip
+
+
+PATHS: dict[str, Case] = {
+    "grad mode": (between(lambda m, x: m.b((torch.relu if torch.is_grad_enabled() else F.gelu)(m.a(x)))), vectors, "a:permutation"),
+    "skipped without gradients": (
+        between(lambda m, x: m.b(m.c(h).relu() if (h := m.a(x).relu()).requires_grad else h), c=lambda: nn.Linear(N, N)), vectors, "a:scaling"
+    ),
+    "only in training with gradients": (
+        between(lambda m, x: m.b(m.a(x).sigmoid() if m.training and torch.is_grad_enabled() else m.a(x).relu())), vectors, "a:permutation"
+    ),
+    "even batches": (between(lambda m, x: m.b(m.a(x).relu() if len(x) % 2 == 0 else m.a(x).sigmoid())), vectors, "a:permutation"),
+    "long sequences": (
+        between(lambda m, x: m.b((m.a(x).relu() if x.shape[1] > 6 else m.a(x).tanh()).mean(1))), sequences, "a:permutation"
+    ),
+    "short sequences": (
+        between(lambda m, x: m.b((m.a(x).relu() if x.size(1) >= 4 else m.c(x)).mean(1)), c=lambda: nn.Linear(3, N)), sequences, ""
+    ),
+    "number of entries": (
+        between(lambda m, x: m.b((m.a(x).relu() if x.shape[0] * x.shape[1] < 16 else m.a(x).tanh()).mean(1))), sequences, "a:permutation"
+    ),
+    "looked up by its length": (
+        between(lambda m, x: m.b({5: F.relu}.get(x.shape[1], F.gelu)(m.a(x)).mean(1))), sequences, "a:permutation"
+    ),
+}  # fmt: skip
+
+ALL = {
+    f"{kind}: {name}": case
+    for kind, cases in (
+        ("kernel", KERNELS), ("table", TABLES), ("order", ORDERED), ("numbers", NUMBERS), ("groups", GROUPED), ("data", ASSIGNED), ("path", PATHS),
+    )
+    for name, case in cases.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_that_is_found_holds_with_other_inputs(name: str) -> None:
+    factory, make_inputs, expected = ALL[name]
+    model, inputs = build(factory), build(make_inputs)
+    spec = find_symmetries(model, inputs[0])
+    assert change(model, spec, inputs) < 1e-9, spec
+    assert ids(spec) == expected
