@@ -52,7 +52,7 @@ def generic(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in filter(Tensor.is_floating_point, twin.parameters()):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return twin
 
@@ -124,66 +124,119 @@ def kernel_mask() -> Tensor:
 
 
 KERNELS: dict[str, Case] = {
-    "standardised": (kernel(lambda m: standardised(m.w), w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling"),
-    "scaled by its size": (kernel(lambda m: m.w / 7.3, w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling w:scaling"),
-    "masked": (kernel(lambda m: m.w * m.m, w=lambda: param(N, N, 3, 3), m=kernel_mask), images, "a:permutation w:permutation a:scaling w:scaling"),
-    "rounded": (kernel(lambda m: rounded(m.w), w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling"),
+    "standardised": (
+        kernel(lambda m: standardised(m.w), w=lambda: param(N, N, 3, 3)),
+        images,
+        "a:permutation w:permutation",
+    ),
+    "scaled by its size": (
+        kernel(lambda m: m.w / 7.3, w=lambda: param(N, N, 3, 3)),
+        images,
+        "a:permutation w:permutation a:scaling w:scaling",
+    ),
+    "masked": (
+        kernel(lambda m: m.w * m.m, w=lambda: param(N, N, 3, 3), m=kernel_mask),
+        images,
+        "a:permutation w:permutation a:scaling w:scaling",
+    ),
+    "rounded": (
+        kernel(lambda m: rounded(m.w), w=lambda: param(N, N, 3, 3)),
+        images,
+        "a:permutation w:permutation",
+    ),
     "low rank": (
         kernel(lambda m: (m.u @ m.v).view(N, N, 3, 3), u=lambda: param(N, 4), v=lambda: param(4, N * 9)),
         images,
-        "",
+        "a:permutation u:permutation v:permutation a:scaling u:scaling",
     ),
     "kernel and difference": (
-        kernel(lambda m: m.w + m.d.tanh(), w=lambda: param(N, N, 3, 3), d=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation"
+        kernel(lambda m: m.w + m.d.tanh(), w=lambda: param(N, N, 3, 3), d=lambda: param(N, N, 3, 3)),
+        images,
+        "a:permutation d:permutation",
     ),
-    "positive": (kernel(lambda m: F.softplus(m.w), w=lambda: param(N, N, 3, 3)), images, "a:permutation w:permutation a:scaling"),
+    "positive": (
+        kernel(lambda m: F.softplus(m.w), w=lambda: param(N, N, 3, 3)),
+        images,
+        "a:permutation w:permutation",
+    ),
     "rows times columns": (
-        kernel(lambda m: m.w * m.r[:, None] * m.s, w=lambda: param(N, N, 1, 1), r=lambda: param(3), s=lambda: param(3)), images, ""
-    ),
-    "as it is, and scaled": (
-        kernel(lambda m: m.w + F.conv2d(m.w, m.v, padding=1) * 0.1, w=lambda: param(N, N, 3, 3), v=lambda: param(N, N, 3, 3)), images, ""
+        kernel(lambda m: m.w * m.r[:, None] * m.s, w=lambda: param(N, N, 1, 1), r=lambda: param(3), s=lambda: param(3)),
+        images,
+        "a:permutation w:permutation a:scaling w:scaling",
     ),
     "used twice": (
         lambda: Model(
             lambda m, x: m.c((F.conv1d(m.a(x), m.w * 2, padding=1) + F.conv1d(m.a(x), m.w, padding=1)).relu()).mean(2),
-            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, N, 3),
+            a=nn.Conv1d(3, N, 1),
+            c=nn.Conv1d(N, 2, 1),
+            w=param(N, N, 3),
         ),
         lambda: [torch.randn(3, 3, 8), torch.randn(2, 3, 11)],
-        "",
+        "a:permutation w:permutation a:scaling w:scaling a:sign",
     ),
     "transposed": (
         lambda: Model(
             lambda m, x: m.c(F.conv_transpose1d(m.a(x).relu(), m.w.tanh()).relu()).mean(2),
-            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 4, 3),
+            a=nn.Conv1d(3, N, 1),
+            c=nn.Conv1d(4, 2, 1),
+            w=param(N, 4, 3),
         ),
         lambda: [torch.randn(3, 3, 8), torch.randn(2, 3, 11)],
-        "",
+        "a:permutation w:permutation",
     ),
-}  # fmt: skip
+}
 
 TABLES: dict[str, Case] = {
-    "narrow": (between(lambda m, x: m.b((m.a(x) + m.t.narrow(0, 0, x.shape[1])).relu()), t=lambda: param(16, N)), sequences, ""),
-    "computed, then sliced": (
-        between(lambda m, x: m.b((m.a(x) + (m.t * 0.1).tanh()[: x.shape[1]]).relu()), t=lambda: param(16, N)), sequences, ""
+    "narrow": (
+        between(lambda m, x: m.b((m.a(x) + m.t.narrow(0, 0, x.shape[1])).relu()), t=lambda: param(16, N)),
+        sequences,
+        "a:permutation a:scaling",
     ),
-    "along the last axis": (between(lambda m, x: m.b((m.a(x) + m.t[:, : x.shape[1]].t()).relu()), t=lambda: param(N, 16)), sequences, ""),
+    "computed, then sliced": (
+        between(lambda m, x: m.b((m.a(x) + (m.t * 0.1).tanh()[: x.shape[1]]).relu()), t=lambda: param(16, N)),
+        sequences,
+        "a:permutation",
+    ),
+    "along the last axis": (
+        between(lambda m, x: m.b((m.a(x) + m.t[:, : x.shape[1]].t()).relu()), t=lambda: param(N, 16)),
+        sequences,
+        "a:permutation a:scaling",
+    ),
     "mean of what was sliced": (
-        between(lambda m, x: m.b((m.a(x) + m.t[: x.shape[1]].mean(0)).relu()), t=lambda: param(16, N)), sequences, ""
+        between(lambda m, x: m.b((m.a(x) + m.t[: x.shape[1]].mean(0)).relu()), t=lambda: param(16, N)),
+        sequences,
+        "a:permutation a:scaling",
     ),
     "mean of a full table": (
         between(lambda m, x: m.b((m.a(x) + m.t[: x.shape[1]].mean(0)).relu()), t=lambda: param(5, N)),
         lambda: [torch.randn(3, 5, 3), torch.randn(3, 3, 3), torch.randn(2, 4, 3)],
-        "",
+        "a:permutation a:scaling",
     ),
-    "one row": (between(lambda m, x: m.b((m.a(x) + m.t[2]).relu()), t=lambda: param(4, N)), vectors, ""),
-    "a part that is dropped": (between(lambda m, x: m.b((m.a(x) + m.t.chunk(3)[1]).relu()), t=lambda: param(3 * N)), vectors, ""),
+    "one row": (
+        between(lambda m, x: m.b((m.a(x) + m.t[2]).relu()), t=lambda: param(4, N)),
+        vectors,
+        "a:permutation a:scaling",
+    ),
+    "a part that is dropped": (
+        between(lambda m, x: m.b((m.a(x) + m.t.chunk(3)[1]).relu()), t=lambda: param(3 * N)),
+        vectors,
+        "a:permutation a:scaling",
+    ),
     "chosen by constants": (
-        between(lambda m, x: m.b((m.a(x) + m.t.exp()[m.i].sum(0)).relu()), t=lambda: param(5, N), i=lambda: torch.tensor([0, 3])), vectors, ""
+        between(
+            lambda m, x: m.b((m.a(x) + m.t.exp()[m.i].sum(0)).relu()),
+            t=lambda: param(5, N),
+            i=lambda: torch.tensor([0, 3]),
+        ),
+        vectors,
+        "a:permutation t:permutation",
     ),
     "steps of a schedule": (
-        between(lambda m, x: m.b((m.a(x) + sum(m.t[k] for k in range(x.shape[1]))).relu()), t=lambda: param(16, N)), sequences, ""
+        between(lambda m, x: m.b((m.a(x) + sum(m.t[k] for k in range(x.shape[1]))).relu()), t=lambda: param(16, N)),
+        sequences,
+        "a:permutation a:scaling",
     ),
-}  # fmt: skip
+}
 
 
 class Prompted(nn.Module):
@@ -223,61 +276,100 @@ def encoder() -> nn.Module:
 
 
 ORDERED: dict[str, Case] = {
-    "dot products": (lambda: Prompted(lambda m, h: dot_product(m, h, True), qkv=nn.Linear(8, 24)), sequences, ""),
-    "multihead": (lambda: Prompted(multihead, att=nn.MultiheadAttention(8, 2, batch_first=True)), sequences, ""),
+    "dot products": (
+        lambda: Prompted(lambda m, h: dot_product(m, h, True), qkv=nn.Linear(8, 24)),
+        sequences,
+        "e:permutation[0] e:permutation[1] qkv:permutation[0] qkv:permutation[1] e:heads e:scaling qkv:scaling e:sign qkv:sign",
+    ),
+    "multihead": (
+        lambda: Prompted(multihead, att=nn.MultiheadAttention(8, 2, batch_first=True)),
+        sequences,
+        "e:permutation e:scaling att:scaling[0] att:scaling[1] e:sign att:sign[0] att:sign[1]",
+    ),
     "encoder": (
         lambda: Prompted(
-            lambda m, h: m.u(m.t(h, src_mask=causal_mask(h), is_causal=True), src_mask=causal_mask(h)), t=encoder(), u=encoder()
+            lambda m, h: m.u(m.t(h, src_mask=causal_mask(h), is_causal=True), src_mask=causal_mask(h)),
+            t=encoder(),
+            u=encoder(),
         ),
         sequences,
-        "",
+        "e:permutation t.self_attn:permutation[0] t.self_attn:permutation[1] t.self_attn:permutation[2] t.self_attn:permutation[3] t.linear1:permutation u.linear1:permutation t.self_attn:heads t.self_attn:scaling[0] t.self_attn:scaling[1] t.linear1:scaling u.self_attn:scaling[0] u.self_attn:scaling[1] u.linear1:scaling u.norm2:scaling t.self_attn:sign[0] t.self_attn:sign[1] u.self_attn:sign[0] u.self_attn:sign[1] u.norm2:sign",
     ),
-    "gru": (lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.GRU(8, 8, batch_first=True)), sequences, ""),
+    "gru": (
+        lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.GRU(8, 8, batch_first=True)),
+        sequences,
+        "e:permutation r:permutation e:scaling e:sign r:sign",
+    ),
     "lstm in two directions": (
-        lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True)), sequences, ""
+        lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True)),
+        sequences,
+        "e:permutation r:permutation[0] r:permutation[1] r:permutation[2] r:permutation[3] e:scaling e:sign r:sign[0] r:sign[1] r:sign[2] r:sign[3]",
     ),
     "rnn, time in front": (
-        lambda: Prompted(lambda m, h: m.r(h.transpose(0, 1))[0].transpose(0, 1), r=nn.RNN(8, 8, nonlinearity="relu")), sequences, ""
+        lambda: Prompted(lambda m, h: m.r(h.transpose(0, 1))[0].transpose(0, 1), r=nn.RNN(8, 8, nonlinearity="relu")),
+        sequences,
+        "e:permutation r:permutation e:scaling r:scaling e:sign",
     ),
     "cell in a loop": (
-        lambda: Prompted(lambda m, h: torch.stack(states(m.r, h), 1), r=nn.GRUCell(8, 8)), sequences, ""
+        lambda: Prompted(lambda m, h: torch.stack(states(m.r, h), 1), r=nn.GRUCell(8, 8)),
+        sequences,
+        "e:permutation e:scaling e:sign",
     ),
     "factor for each step": (
-        lambda: Model(lambda m, x: m.o(m.r(x * m.s)[0].mean(1)), s=param(5, 1), r=nn.GRU(3, N, batch_first=True), o=nn.Linear(N, 2)),
+        lambda: Model(
+            lambda m, x: m.o(m.r(x * m.s)[0].mean(1)),
+            s=param(5, 1),
+            r=nn.GRU(3, N, batch_first=True),
+            o=nn.Linear(N, 2),
+        ),
         lambda: [torch.randn(3, 5, 3), torch.randn(2, 5, 3)],
-        "",
+        "r:permutation r:sign",
     ),
     "one layer on two gains": (
         lambda: Model(
-            lambda m, x: m.o((m.r(x * m.s)[0] + m.r(x * m.t)[0]).mean(1)), s=param(), t=param(), r=nn.RNN(3, N, batch_first=True), o=nn.Linear(N, 2)
+            lambda m, x: m.o((m.r(x * m.s)[0] + m.r(x * m.t)[0]).mean(1)),
+            s=param(),
+            t=param(),
+            r=nn.RNN(3, N, batch_first=True),
+            o=nn.Linear(N, 2),
         ),
         sequences,
-        "",
+        "r:permutation r:sign",
     ),
     "learned first state": (
         lambda: Model(
             lambda m, x: m.o(m.r(x, m.h.expand(-1, len(x), -1).contiguous())[0][:, -1]),
-            h=param(2, 1, N), r=nn.GRU(3, N, 2, batch_first=True), o=nn.Linear(N, 2),
+            h=param(2, 1, N),
+            r=nn.GRU(3, N, 2, batch_first=True),
+            o=nn.Linear(N, 2),
         ),
         sequences,
         "",
     ),
     "learned first states of an lstm": (
         lambda: Model(
-            lambda m, x: m.o(m.r(x, (m.h.tanh().expand(-1, len(x), -1), m.c.expand(-1, len(x), -1).contiguous()))[0][:, -1]),
-            h=param(1, 1, N), c=param(1, 1, N), r=nn.LSTM(3, N, batch_first=True), o=nn.Linear(N, 2),
+            lambda m, x: m.o(
+                m.r(x, (m.h.tanh().expand(-1, len(x), -1), m.c.expand(-1, len(x), -1).contiguous()))[0][:, -1]
+            ),
+            h=param(1, 1, N),
+            c=param(1, 1, N),
+            r=nn.LSTM(3, N, batch_first=True),
+            o=nn.Linear(N, 2),
         ),
         sequences,
         "",
     ),
     "learned first state of a cell": (
         lambda: Model(
-            lambda m, x: m.o(states(m.r, x, m.h.expand(len(x), -1))[-1]), h=param(N), r=nn.RNNCell(3, N), o=nn.Linear(N, 2)
+            lambda m, x: m.o(states(m.r, x, m.h.expand(len(x), -1))[-1]),
+            h=param(N),
+            r=nn.RNNCell(3, N),
+            o=nn.Linear(N, 2),
         ),
         sequences,
-        "",
+        "r:permutation",
     ),
-}  # fmt: skip
+}
 
 
 def states(cell: Any, x: Tensor, state: Tensor | None = None) -> list[Tensor]:
@@ -294,39 +386,115 @@ def as_bits(h: Tensor) -> Tensor:
 
 NUMBERS: dict[str, Case] = {
     "long": (between(lambda m, x: m.b((m.a(x) * 5).long().to(x.dtype))), vectors, "a:permutation"),
-    "truth values": (between(lambda m, x: m.b(m.a(x).relu().bool().to(x.dtype) + m.c(x)), c=lambda: nn.Linear(3, N)), vectors, "a:permutation"),
-    "eight bits": (between(lambda m, x: m.b((m.a(x).tanh() * 100).to(torch.int8).type_as(x))), vectors, "a:permutation"),
-    "in the type of another": (between(lambda m, x, k: m.b((4 * m.a(x).relu()).type_as(k) * 0.5)), lambda: [(torch.randn(4, 3), torch.ones(1, dtype=torch.int32))], "a:permutation"),
-    "sum in integers": (between(lambda m, x: m.b(m.a(x).relu()) * (3 * m.a(x)).relu().sum(1, keepdim=True, dtype=torch.int64)), vectors, "a:permutation"),
-    "bits": (between(lambda m, x: m.b((as_bits(m.a(x).relu()) > as_bits(torch.ones_like(x[:, :1]))).to(x.dtype))), vectors, "a:permutation"),
-    "a weight in integers": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), (3 * m.w).int().to(x.dtype))), w=lambda: param(N, N)), vectors, "a:permutation w:permutation a:scaling"),
-    "a parameter as it is in integers": (between(lambda m, x: m.b(m.a(x) * m.w.int()), w=lambda: nn.Parameter(3 * torch.randn(N))), vectors, "a:permutation a:scaling a:sign"),
-    "to another precision": (between(lambda m, x: m.b(m.a(x).relu().double().to(x.dtype))), vectors, "a:permutation a:scaling"),
-    "uint8 buffer": (between(lambda m, x: m.b(m.a(x).relu() * m.m), m=lambda: torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.uint8)), vectors, "a:permutation a:scaling"),
-    "bool buffer": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.m)), w=lambda: param(N, N), m=lambda: torch.rand(N, N) > 0.4), vectors, "a:permutation m:permutation a:scaling"),
-    "int16 buffer": (between(lambda m, x: m.b((m.a(x) * m.m).relu()), m=lambda: torch.arange(1, N + 1, dtype=torch.int16)), vectors, "a:permutation a:scaling"),
+    "truth values": (
+        between(lambda m, x: m.b(m.a(x).relu().bool().to(x.dtype) + m.c(x)), c=lambda: nn.Linear(3, N)),
+        vectors,
+        "a:permutation",
+    ),
+    "eight bits": (
+        between(lambda m, x: m.b((m.a(x).tanh() * 100).to(torch.int8).type_as(x))),
+        vectors,
+        "a:permutation",
+    ),
+    "in the type of another": (
+        between(lambda m, x, k: m.b((4 * m.a(x).relu()).type_as(k).to(x.dtype))),
+        lambda: [(torch.randn(4, 3), torch.ones(1, dtype=torch.int32))],
+        "a:permutation",
+    ),
+    "sum in integers": (
+        between(lambda m, x: m.b(m.a(x).relu()) * (3 * m.a(x)).detach().relu().sum(1, keepdim=True, dtype=torch.int64)),
+        vectors,
+        "a:permutation",
+    ),
+    "bits": (between(lambda m, x: m.b(-as_bits(m.a(x).relu()).to(x.dtype) / 1e9)), vectors, "a:permutation"),
+    "a weight in integers": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), (3 * m.w).int().to(x.dtype))), w=lambda: param(N, N)),
+        vectors,
+        "a:permutation w:permutation",
+    ),
+    "a parameter as it is in integers": (
+        between(lambda m, x: m.b(m.a(x) * m.w.int()), w=lambda: nn.Parameter(3 * torch.randn(N))),
+        vectors,
+        "a:permutation a:scaling a:sign",
+    ),
+    "to another precision": (
+        between(lambda m, x: m.b(m.a(x).relu().double().to(x.dtype))),
+        vectors,
+        "a:permutation a:scaling",
+    ),
+    "uint8 buffer": (
+        between(lambda m, x: m.b(m.a(x).relu() * m.m), m=lambda: torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.uint8)),
+        vectors,
+        "a:permutation a:scaling",
+    ),
+    "bool buffer": (
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.m)),
+            w=lambda: param(N, N),
+            m=lambda: torch.rand(N, N) > 0.4,
+        ),
+        vectors,
+        "a:permutation m:permutation a:scaling w:scaling w:sign",
+    ),
+    "int16 buffer": (
+        between(lambda m, x: m.b((m.a(x) * m.m).relu()), m=lambda: torch.arange(1, N + 1, dtype=torch.int16)),
+        vectors,
+        "a:permutation a:scaling",
+    ),
     "integer parameter": (
-        between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w.to(x.dtype) * m.s)), w=lambda: nn.Parameter(torch.randint(-8, 8, (N, N), dtype=torch.int8), requires_grad=False), s=lambda: param(N, 1)),
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), m.w.to(x.dtype) * m.s)),
+            w=lambda: nn.Parameter(torch.randint(-8, 8, (N, N), dtype=torch.int8), requires_grad=False),
+            s=lambda: param(N, 1),
+        ),
+        vectors,
+        "a:permutation s:permutation s:scaling s:sign",
+    ),
+    "float mask": (
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.m)),
+            w=lambda: param(N, N),
+            m=lambda: (torch.rand(N, N) > 0.4) * 1.0,
+        ),
+        vectors,
+        "a:permutation m:permutation a:scaling w:scaling w:sign",
+    ),
+    "constant offset": (
+        between(lambda m, x: m.b((m.a(x) + m.c).relu()), c=lambda: torch.randn(N)),
+        vectors,
+        "a:permutation",
+    ),
+    "batch norm": (
+        between(lambda m, x: m.b(m.n(m.a(x)).relu()), n=lambda: nn.BatchNorm1d(N)),
+        vectors,
+        "a:permutation n:scaling a:sign",
+    ),
+    "batch norm, variance read again": (
+        between(lambda m, x: m.b(m.n(m.a(x)) * m.n.running_var), n=lambda: nn.BatchNorm1d(N, affine=False)),
+        vectors,
+        "a:permutation a:sign",
+    ),
+    "batch norm with computed statistics": (
+        between(
+            lambda m, x: m.b(F.batch_norm(m.a(x), m.u * 1.0, m.v.exp()).relu()),
+            u=lambda: torch.randn(N),
+            v=lambda: torch.randn(N),
+        ),
         vectors,
         "",
     ),
-    "float mask": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.m)), w=lambda: param(N, N), m=lambda: (torch.rand(N, N) > 0.4) * 1.0), vectors, "a:permutation m:permutation a:scaling"),
-    "constant offset": (between(lambda m, x: m.b((m.a(x) + m.c).relu()), c=lambda: torch.randn(N)), vectors, "a:permutation"),
-    "batch norm": (between(lambda m, x: m.b(m.n(m.a(x)).relu()), n=lambda: nn.BatchNorm1d(N)), vectors, "a:permutation n:scaling a:sign"),
-    "batch norm, variance read again": (
-        between(lambda m, x: m.b(m.n(m.a(x)) * m.n.running_var), n=lambda: nn.BatchNorm1d(N, affine=False)), vectors, "a:permutation a:sign"
-    ),
-    "batch norm with computed statistics": (
-        between(lambda m, x: m.b(F.batch_norm(m.a(x), m.u * 1.0, m.v.exp()).relu()), u=lambda: torch.randn(N), v=lambda: torch.randn(N)), vectors, ""
-    ),
-}  # fmt: skip
+}
 
 
-def grouped(weight: Callable[[nn.Module], Tensor], shape: tuple[int, ...], groups: int, num: int = N) -> Callable[[], nn.Module]:
+def grouped(
+    weight: Callable[[nn.Module], Tensor], shape: tuple[int, ...], groups: int, num: int = N
+) -> Callable[[], nn.Module]:
     return lambda: Model(
         lambda m, x: m.c(F.conv1d(m.a(x).relu(), weight(m), groups=groups).relu()).mean(2),
-        a=nn.Conv1d(3, N, 1), c=nn.Conv1d(num, 2, 1), w=param(*shape),
-    )  # fmt: skip
+        a=nn.Conv1d(3, N, 1),
+        c=nn.Conv1d(num, 2, 1),
+        w=param(*shape),
+    )
 
 
 def lines() -> list[Any]:
@@ -334,46 +502,73 @@ def lines() -> list[Any]:
 
 
 GROUPED: dict[str, Case] = {
-    "transposed": (grouped(lambda m: m.w.transpose(0, 1), (3, N, 2), 2), lines, ""),
-    "permuted": (grouped(lambda m: m.w.permute(2, 0, 1), (3, 1, 4), 2, 4), lines, ""),
-    "square, transposed": (grouped(lambda m: m.w.transpose(0, 1), (3, 3, 2), 1, 3), lines, ""),
-    "depthwise from a matrix": (grouped(lambda m: m.w[:, None], (N, 3), N), lines, ""),
-    "depthwise, kernels in front": (grouped(lambda m: m.w.t()[:, None], (3, N), N), lines, ""),
+    "transposed": (
+        grouped(lambda m: m.w.transpose(0, 1), (3, N, 2), 2),
+        lines,
+        "a:permutation[0] a:permutation[1] w:permutation[0] w:permutation[1] a:scaling[0] a:scaling[1] w:scaling",
+    ),
+    "permuted": (
+        grouped(lambda m: m.w.permute(2, 0, 1), (3, 1, 4), 2, 4),
+        lines,
+        "a:permutation[0] a:permutation[1] w:permutation[0] w:permutation[1] a:scaling[0] a:scaling[1] w:scaling",
+    ),
+    "depthwise from a matrix": (grouped(lambda m: m.w[:, None], (N, 3), N), lines, "a:permutation a:scaling w:scaling"),
+    "depthwise, kernels in front": (
+        grouped(lambda m: m.w.t()[:, None], (3, N), N),
+        lines,
+        "a:permutation a:scaling w:scaling",
+    ),
     "one kernel for all": (grouped(lambda m: m.w.expand(N, 1, 3), (1, 1, 3), N), lines, ""),
     "one kernel for all groups": (grouped(lambda m: m.w.expand(4, 3, 2), (1, 3, 2), 2, 4), lines, ""),
     "transposed convolution, weight transposed": (
         lambda: Model(
             lambda m, x: m.c(F.conv_transpose1d(m.a(x).relu(), m.w.transpose(0, 1), groups=2).relu()).mean(2),
-            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(8, 2, 1), w=param(4, N, 3),
+            a=nn.Conv1d(3, N, 1),
+            c=nn.Conv1d(8, 2, 1),
+            w=param(4, N, 3),
         ),
         lines,
-        "",
+        "a:permutation[0] a:permutation[1] w:permutation[0] w:permutation[1] a:scaling w:scaling[0] w:scaling[1]",
     ),
     "depthwise on hidden channels and on inputs": (
         lambda: Model(
-            lambda m, x: m.c((F.conv1d(m.a(x).relu(), m.w, groups=N) + F.conv1d(x.repeat(1, 2, 1), m.w, groups=N)).relu()).mean(2),
-            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 1, 3),
+            lambda m, x: m.c(
+                (F.conv1d(m.a(x).relu(), m.w, groups=N) + F.conv1d(x.repeat(1, 2, 1), m.w, groups=N)).relu()
+            ).mean(2),
+            a=nn.Conv1d(3, N, 1),
+            c=nn.Conv1d(N, 2, 1),
+            w=param(N, 1, 3),
         ),
         lines,
         "",
     ),
     "grouped on inputs, then on hidden channels": (
         lambda: Model(
-            lambda m, x: m.c((F.conv1d(x.repeat(1, 2, 1), m.w, groups=2) + F.conv1d(m.a(x).relu(), m.w, groups=2)).relu()).mean(2),
-            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 3, 3),
+            lambda m, x: m.c(
+                (F.conv1d(x.repeat(1, 2, 1), m.w, groups=2) + F.conv1d(m.a(x).relu(), m.w, groups=2)).relu()
+            ).mean(2),
+            a=nn.Conv1d(3, N, 1),
+            c=nn.Conv1d(N, 2, 1),
+            w=param(N, 3, 3),
         ),
         lines,
         "",
     ),
     "as one weight of all groups, too": (
         lambda: Model(
-            lambda m, x: m.c(F.conv1d(m.a(x).relu(), m.w, groups=2).relu()).mean(2) + m.d((m.w.flatten(1) @ m.v).t()).sum(),
-            a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1), w=param(N, 3, 3), v=param(9, 2), d=nn.Linear(N, 1),
+            lambda m, x: (
+                m.c(F.conv1d(m.a(x).relu(), m.w, groups=2).relu()).mean(2) + m.d((m.w.flatten(1) @ m.v).t()).sum()
+            ),
+            a=nn.Conv1d(3, N, 1),
+            c=nn.Conv1d(N, 2, 1),
+            w=param(N, 3, 3),
+            v=param(9, 2),
+            d=nn.Linear(N, 1),
         ),
         lines,
-        "",
+        "w:permutation[0] w:permutation[1] v:permutation w:scaling",
     ),
-}  # fmt: skip
+}
 
 
 def put(target: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
@@ -387,62 +582,115 @@ def set_data(target: Tensor, value: Tensor) -> None:
 
 ASSIGNED: dict[str, Case] = {
     "weights from a network": (
-        between(lambda m, x: m.b(F.linear(m.a(x).relu(), put(m.w, lambda w: set_data(w, m.h(x.mean(0)).view(N, N))))), h=lambda: nn.Linear(3, N * N), w=lambda: param(N, N)),
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), put(m.w, lambda w: set_data(w, m.h(x.mean(0)).view(N, N))))),
+            h=lambda: nn.Linear(3, N * N),
+            w=lambda: param(N, N),
+        ),
         vectors,
-        "a:permutation a:scaling",
+        "",
     ),
     "copied into the data": (
-        between(lambda m, x: m.b(F.linear(m.a(x).relu(), put(m.w, lambda w: w.data.copy_(m.h(x.mean(0)).view(N, N))))), h=lambda: nn.Linear(3, N * N), w=lambda: param(N, N)),
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), put(m.w, lambda w: w.data.copy_(m.h(x.mean(0)).view(N, N))))),
+            h=lambda: nn.Linear(3, N * N),
+            w=lambda: param(N, N),
+        ),
         vectors,
         "",
     ),
     "set": (
-        between(lambda m, x: m.b(F.linear(m.a(x).relu(), put(torch.empty_like(m.a.weight[:, :1]), lambda w: w.set_(m.w * 2)))), w=lambda: param(N, N)),
+        between(
+            lambda m, x: m.b(
+                F.linear(m.a(x).relu(), put(torch.empty_like(m.a.weight[:, :1]), lambda w: w.set_(m.w * 2)))
+            ),
+            w=lambda: param(N, N),
+        ),
         vectors,
         "",
     ),
     "bias scaled through its data": (
-        between(lambda m, x: m.b((F.linear(x, m.a.weight) + put(m.c.clone(), lambda c: c.data.mul_(2).add_(1))).relu()), c=lambda: param(N)), vectors, ""
+        between(
+            lambda m, x: m.b((F.linear(x, m.a.weight) + put(m.c.clone(), lambda c: c.data.mul_(2).add_(1))).relu()),
+            c=lambda: param(N),
+        ),
+        vectors,
+        "a:permutation",
     ),
     "hidden values exchanged": (
-        between(lambda m, x: m.b(put(m.a(x).relu(), lambda h: set_data(h, m.c(x).relu()))), c=lambda: nn.Linear(3, N)), vectors, ""
+        between(lambda m, x: m.b(put(m.a(x).relu(), lambda h: set_data(h, m.c(x).relu()))), c=lambda: nn.Linear(3, N)),
+        vectors,
+        "",
     ),
     "parameter made of hidden values": (
-        between(lambda m, x: m.b(F.linear(m.a(x).relu(), nn.Parameter(m.h(x.mean(0)).view(N, N)))), h=lambda: nn.Linear(3, N * N)), vectors, ""
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), nn.Parameter(m.h(x.mean(0)).view(N, N)))),
+            h=lambda: nn.Linear(3, N * N),
+        ),
+        vectors,
+        "a:permutation",
     ),
-}  # fmt: skip
+}
 
 
 PATHS: dict[str, Case] = {
-    "grad mode": (between(lambda m, x: m.b((torch.relu if torch.is_grad_enabled() else F.gelu)(m.a(x)))), vectors, "a:permutation"),
+    "grad mode": (
+        between(lambda m, x: m.b((F.gelu if torch.is_grad_enabled() else torch.relu)(m.a(x)))),
+        vectors,
+        "a:permutation",
+    ),
     "skipped without gradients": (
-        between(lambda m, x: m.b(m.c(h).relu() if (h := m.a(x).relu()).requires_grad else h), c=lambda: nn.Linear(N, N)), vectors, "a:scaling"
+        between(
+            lambda m, x: m.b(m.c(h).relu() if (h := m.a(x).relu()).requires_grad else h), c=lambda: nn.Linear(N, N)
+        ),
+        vectors,
+        "a:permutation a:scaling",
     ),
     "only in training with gradients": (
-        between(lambda m, x: m.b(m.a(x).sigmoid() if m.training and torch.is_grad_enabled() else m.a(x).relu())), vectors, "a:permutation"
+        between(lambda m, x: m.b(m.a(x).sigmoid() if m.training and torch.is_grad_enabled() else m.a(x).relu())),
+        vectors,
+        "a:permutation",
     ),
-    "even batches": (between(lambda m, x: m.b(m.a(x).relu() if len(x) % 2 == 0 else m.a(x).sigmoid())), vectors, "a:permutation"),
+    "even batches": (
+        between(lambda m, x: m.b(m.a(x).relu() if len(x) % 2 == 0 else m.a(x).sigmoid())),
+        vectors,
+        "a:permutation",
+    ),
     "long sequences": (
-        between(lambda m, x: m.b((m.a(x).relu() if x.shape[1] > 6 else m.a(x).tanh()).mean(1))), sequences, "a:permutation"
+        between(lambda m, x: m.b((m.a(x).relu() if x.shape[1] > 6 else m.a(x).tanh()).mean(1))),
+        sequences,
+        "a:permutation",
     ),
     "short sequences": (
-        between(lambda m, x: m.b((m.a(x).relu() if x.size(1) >= 4 else m.c(x)).mean(1)), c=lambda: nn.Linear(3, N)), sequences, ""
+        between(lambda m, x: m.b((m.a(x).relu() if x.size(1) >= 4 else m.c(x)).mean(1)), c=lambda: nn.Linear(3, N)),
+        sequences,
+        "a:permutation a:scaling",
     ),
     "number of entries": (
-        between(lambda m, x: m.b((m.a(x).relu() if x.shape[0] * x.shape[1] < 16 else m.a(x).tanh()).mean(1))), sequences, "a:permutation"
+        between(lambda m, x: m.b((m.a(x).relu() if x.shape[0] * x.shape[1] < 16 else m.a(x).tanh()).mean(1))),
+        sequences,
+        "a:permutation",
     ),
     "looked up by its length": (
-        between(lambda m, x: m.b({5: F.relu}.get(x.shape[1], F.gelu)(m.a(x)).mean(1))), sequences, "a:permutation"
+        between(lambda m, x: m.b({5: F.relu}.get(x.shape[1], F.gelu)(m.a(x)).mean(1))),
+        sequences,
+        "a:permutation",
     ),
-}  # fmt: skip
+}
 
 ALL = {
     f"{kind}: {name}": case
     for kind, cases in (
-        ("kernel", KERNELS), ("table", TABLES), ("order", ORDERED), ("numbers", NUMBERS), ("groups", GROUPED), ("data", ASSIGNED), ("path", PATHS),
+        ("kernel", KERNELS),
+        ("table", TABLES),
+        ("order", ORDERED),
+        ("numbers", NUMBERS),
+        ("groups", GROUPED),
+        ("data", ASSIGNED),
+        ("path", PATHS),
     )
     for name, case in cases.items()
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -10,22 +10,23 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from teleport_optim.symmetry.inputs import Inputs, SilentHook
 from teleport_optim.symmetry.labels import Labels
-from teleport_optim.symmetry.operations import COPIES, CREATIONS, RULES, SELECTIONS, Call, source_view
+from teleport_optim.symmetry.operations import COPIES, CREATIONS, RULES, Call, source_view
+from teleport_optim.symmetry.reading import Readings, Scout
 from teleport_optim.symmetry.spec import Refusal
 from teleport_optim.symmetry.theories import Source, Theory, Value
 from teleport_optim.symmetry.watch import Watch, other_sizes, random_states, sizes_of
@@ -36,7 +37,6 @@ _NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance
 _NAMED_IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "zero_", "fill_"})
 _ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
 """What an assignment to ``.data`` asks; the assignment itself is no operation."""
-_NO_UNITS = np.zeros(0, np.int64)
 _MAX_OUTPUTS = 2**16
 _MAX_DATA = 2**20
 """Most entries of a buffer whose values are looked at as indices."""
@@ -46,37 +46,19 @@ class Untraceable(ValueError):
     """The model cannot be followed; the message says why."""
 
 
-@dataclass
-class _Reading:
-    """Which entries of a tensor that is computed from parameters alone something reads.
-
-    Attributes:
-        value: The tensor.
-        parts: What was taken from it.
-        is_whole: Whether an operation reads all of it.
-    """
-
-    value: Value
-    parts: list[Value] = field(default_factory=list)
-    is_whole: bool = False
-
-
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears of every operation and applies its rule in every theory."""
 
     def __init__(self, theories: Sequence[Theory]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.theories = theories
+        self.readings = Readings(theories)
         self.refusals: list[Refusal] = []
         self.module = ""
         self.used: set[str] = set()
         self._node = 0
-        self.log: list[tuple[str, str]] = []
-        self.choices: set[tuple[Any, ...]] = set()
         self._known: dict[int, tuple[Tensor, Value]] = {}
         self._aliases: dict[int, list[Tensor]] = {}
-        self._read: dict[Any, _Reading] = {}
-        self._chosen: dict[tuple[Any, ...], list[tuple[Value, int]]] = {}
 
     # ---------------------------------------------------------------------------------------------------- tensors
 
@@ -101,15 +83,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def freeze(self, tree: Any) -> bool:
         """Let nothing about the tensors in ``tree`` move; returns whether anything could have."""
         values = [self.value(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-        return any([self._freeze_value(value) for value in values])
+        return sum(map(self._freeze_value, values)) > 0
 
     def _freeze_value(self, value: Value) -> bool:
         if value.is_still:
             return False
         for theory in self.theories:
             theory.freeze(value)
-        if self.theories:
-            self._reading(value).is_whole = True
+        self.readings.note_use(value)
         return True
 
     def pin(self, tree: Any, reason: str) -> None:
@@ -162,7 +143,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.introduce(outputs[0], view)
                 return result
         labels = self._apply(call, list(values.values()), is_known)
-        self.log.append((name, self.module))
         reads_inputs = any(value.reads_inputs for value in values.values())
         results = []
         source = values[id(tensors[0])] if tensors and name in COPIES else None
@@ -181,7 +161,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not any(target is output for output in outputs):
                 nothing = {theory.name: () for theory in self.theories}
                 self._overwrite(target, nothing, None, reads_inputs=reads_inputs)
-        self._note_reading(call, list(values.values()), results)
+        self.readings.note(call, list(values.values()), results)
         return result
 
     def _keep_numbers(self, labels: dict[str, tuple[Labels, ...]]) -> None:
@@ -190,56 +170,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if theory.changes_numbers:
                 theory.fix(labels[theory.name])
                 labels[theory.name] = ()
-
-    # ---------------------------------------------------------------------------------- what is read of a parameter
-
-    def _reading(self, value: Value) -> _Reading:
-        key = value.source.name if value.source is not None else id(value)
-        return self._read.setdefault(key, _Reading(value))
-
-    def _note_reading(self, call: Call, values: Sequence[Value], results: list[Value]) -> None:
-        """Take note of which entries an operation reads of what is computed from parameters alone."""
-        for position, value in enumerate(values):
-            if value.reads_inputs:
-                continue
-            is_selection = position == 0 and call.name in SELECTIONS
-            if is_selection and isinstance(call["dim"], int):
-                arguments = [argument for argument in call.arguments.values() if not isinstance(argument, Value)]
-                key = (call.name, self.module, value.source, value.shape, str(arguments))
-                self.choices.add(key)
-                if self.theories and not value.is_still:
-                    self._chosen.setdefault(key, []).append((value, call["dim"] % len(value.shape)))
-            if self.theories and not value.is_still:
-                reading = self._reading(value)
-                reading.parts += results
-                reading.is_whole = reading.is_whole or not is_selection
-
-    def pin_unread(self) -> None:
-        """Let those entries of parameters not move that nothing reads: inputs of another length may read them."""
-        for reading in [*self._read.values()]:
-            if reading.is_whole or not reading.parts:
-                continue
-            for theory in self.theories:
-                dead = np.setdiff1d(_units(theory.known(reading.value)), self._units_read(theory, reading))
-                theory.units.fix(dead)
-
-    def _units_read(self, theory: Theory, reading: _Reading) -> Any:
-        if reading.is_whole:
-            return _units(theory.known(reading.value))
-        parts = [self._read.get(id(part)) for part in reading.parts]
-        return np.concatenate([_NO_UNITS, *(self._units_read(theory, part) for part in parts if part is not None)])
-
-    def pin_choices(self, keys: Iterable[tuple[Any, ...]]) -> None:
-        """Let nothing move along the axes of parameters from which inputs of other sizes choose other entries."""
-        for key in keys:
-            for value, axis in self._chosen.get(key, []):
-                for theory in self.theories:
-                    theory.fix(one for one in theory.settle(value) if axis in one.axes)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether the model takes some entries of a parameter by their numbers."""
-        return bool(self._chosen)
 
     def _call(
         self, name: str, func: Any, args: Any, kwargs: Any, values: Mapping[int, Value], outputs: Sequence[Tensor]
@@ -373,15 +303,25 @@ def trace(
         _guard_modules(recorder, twin)
         attributes = _attributes(twin)
 
-        def follow(given: Inputs) -> Any:
-            """Call the model; returns its output."""
+        def without_data(given: Inputs) -> tuple[Inputs, list[Tensor]]:
             values: Inputs = tree_map_only(Tensor, lambda leaf: fake.from_tensor(leaf).to(device), given)
-            for leaf in tree_leaves(tuple(values)):
-                if isinstance(leaf, Tensor):
-                    recorder.introduce(leaf, Value(tuple(leaf.shape), reads_inputs=True))
+            return values, [leaf for leaf in tree_leaves(tuple(values)) if isinstance(leaf, Tensor)]
+
+        def follow(given: Inputs) -> Any:
+            """Call the model and tell the theories what it does; returns its output."""
+            values, tensors = without_data(given)
+            for tensor in tensors:
+                recorder.introduce(tensor, Value(tuple(tensor.shape), reads_inputs=True))
             recorder.module = ""
             with recorder:
                 return twin(*values.args, **values.kwargs)
+
+        def scout(given: Inputs) -> Scout:
+            """Call the model and take note of its path."""
+            values, tensors = without_data(given)
+            with Scout(tensors) as path:
+                twin(*values.args, **values.kwargs)
+            return path
 
         for is_training in (False, True):
             twin.train(is_training)
@@ -394,8 +334,8 @@ def trace(
                         watch.with_gradients = True
                         outputs.append(follow(inputs))
                         watch.with_gradients = False
-                    if watch.compares_sizes or (watch.asks_for_sizes and recorder.choices):
-                        outputs += _with_other_sizes(recorder, inputs, follow)
+                    if watch.compares_sizes or (watch.asks_for_sizes and recorder.readings.has_choices):
+                        outputs += _with_other_sizes(recorder, inputs, follow, scout)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise Untraceable(f"its control flow or shapes depend on data in {mode} mode ({error.func})") from error
             except Exception as error:
@@ -413,35 +353,31 @@ def trace(
                     recorder.freeze(leaf)
             for leaf in _attributes(twin) - attributes:
                 recorder.freeze(leaf)
-        recorder.pin_unread()
+        recorder.readings.pin_unread()
         unused = [name for name, _ in model.named_parameters() if name not in recorder.used]
         for name in unused:
             recorder.refuse(name, "the model never uses it")
     return recorder.refusals
 
 
-def _with_other_sizes(recorder: _Recorder, inputs: Inputs, follow: Callable[[Inputs], Any]) -> list[Any]:
+def _with_other_sizes(
+    recorder: _Recorder, inputs: Inputs, follow: Callable[[Inputs], Any], scout: Callable[[Inputs], Scout]
+) -> list[Any]:
     """Follow a model whose path may depend on the sizes of its inputs with others that it takes; returns its outputs.
 
-    Whether the path is another one is looked at first, which costs less than to follow it.
+    Whether it takes another path is looked at first, which costs less than to follow it.
     """
     outputs: list[Any] = []
-    theories, refusals = recorder.theories, list(recorder.refusals)
-    log, choices = recorder.log, recorder.choices
+    first = scout(inputs)
     for candidates in other_sizes(inputs):
         for other in candidates:
-            recorder.theories, recorder.log, recorder.choices = (), [], set()
             try:
-                follow(other)
+                second = scout(other)
             except Exception:  # it does not take such inputs
                 continue
-            finally:
-                recorder.theories = theories
-            recorder.pin_choices(recorder.choices ^ choices)
-            if recorder.log != log:
-                recorder.choices = set()
+            if second.path != first.path:
                 outputs.append(follow(other))
-                recorder.pin_choices(recorder.choices ^ choices)
+            recorder.readings.pin_choices(first.choices ^ second.choices)
             break
     return outputs
 
@@ -580,11 +516,6 @@ def _attributes(model: nn.Module) -> set[Tensor]:
         }
         kept |= {leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor)}
     return kept
-
-
-def _units(labels: Iterable[Labels]) -> Any:
-    """The units in ``labels``, in one row."""
-    return np.concatenate([_NO_UNITS, *(one.units.ravel() for one in labels)])
 
 
 def leaves(output: Any) -> Iterator[Tensor]:

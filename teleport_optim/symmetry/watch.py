@@ -94,6 +94,7 @@ class Watch(TorchFunctionMode):
         if self._sizes.isdisjoint(sizes) or _is_asked_from_inside():
             return result
         self.asks_for_sizes = True
+        self.compares_sizes |= func is Tensor.__len__  # Python makes a plain number of what this returns
         own = [_Size(size) if size in self._sizes else size for size in sizes]
         return own[0] if isinstance(result, int) else torch.Size(own)
 
