@@ -15,15 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from odd_models import Model, build, certified, conv, param
+from odd_models import Model, build, conv, param
 from strategies import reasons_of
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer, act, act_dual
 from teleport_optim.layout import Layout
-from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 N = 6
 
@@ -279,7 +277,10 @@ ORDERED: dict[str, Case] = {
     "dot products": (
         lambda: Prompted(lambda m, h: dot_product(m, h, True), qkv=nn.Linear(8, 24)),
         sequences,
-        "e:permutation[0] e:permutation[1] qkv:permutation[0] qkv:permutation[1] e:heads e:scaling qkv:scaling e:sign qkv:sign",
+        (
+            "e:permutation[0] e:permutation[1] qkv:permutation[0] qkv:permutation[1] e:heads e:scaling qkv:scaling "
+            "e:sign qkv:sign"
+        ),
     ),
     "multihead": (
         lambda: Prompted(multihead, att=nn.MultiheadAttention(8, 2, batch_first=True)),
@@ -293,7 +294,13 @@ ORDERED: dict[str, Case] = {
             u=encoder(),
         ),
         sequences,
-        "e:permutation t.self_attn:permutation[0] t.self_attn:permutation[1] t.self_attn:permutation[2] t.self_attn:permutation[3] t.linear1:permutation u.linear1:permutation t.self_attn:heads t.self_attn:scaling[0] t.self_attn:scaling[1] t.linear1:scaling u.self_attn:scaling[0] u.self_attn:scaling[1] u.linear1:scaling u.norm2:scaling t.self_attn:sign[0] t.self_attn:sign[1] u.self_attn:sign[0] u.self_attn:sign[1] u.norm2:sign",
+        (
+            "e:permutation t.self_attn:permutation[0] t.self_attn:permutation[1] t.self_attn:permutation[2] "
+            "t.self_attn:permutation[3] t.linear1:permutation u.linear1:permutation t.self_attn:heads "
+            "t.self_attn:scaling[0] t.self_attn:scaling[1] t.linear1:scaling u.self_attn:scaling[0] "
+            "u.self_attn:scaling[1] u.linear1:scaling u.norm2:scaling t.self_attn:sign[0] t.self_attn:sign[1] "
+            "u.self_attn:sign[0] u.self_attn:sign[1] u.norm2:sign"
+        ),
     ),
     "gru": (
         lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.GRU(8, 8, batch_first=True)),
@@ -303,7 +310,10 @@ ORDERED: dict[str, Case] = {
     "lstm in two directions": (
         lambda: Prompted(lambda m, h: m.r(h)[0], r=nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True)),
         sequences,
-        "e:permutation r:permutation[0] r:permutation[1] r:permutation[2] r:permutation[3] e:scaling e:sign r:sign[0] r:sign[1] r:sign[2] r:sign[3]",
+        (
+            "e:permutation r:permutation[0] r:permutation[1] r:permutation[2] r:permutation[3] e:scaling e:sign "
+            "r:sign[0] r:sign[1] r:sign[2] r:sign[3]"
+        ),
     ),
     "rnn, time in front": (
         lambda: Prompted(lambda m, h: m.r(h.transpose(0, 1))[0].transpose(0, 1), r=nn.RNN(8, 8, nonlinearity="relu")),
@@ -580,6 +590,20 @@ def set_data(target: Tensor, value: Tensor) -> None:
     target.data = value
 
 
+def blurred(is_kept: bool) -> nn.Module:
+    """A network with a filter for each channel that is not learned."""
+    model = Model(
+        lambda m, x: m.c(F.conv1d(m.a(x).relu(), m.f, groups=N)).mean(2), a=nn.Conv1d(3, N, 1), c=nn.Conv1d(N, 2, 1)
+    )
+    model.register_buffer("f", torch.tensor([1.0, 2.0, 1.0]).repeat(N, 1, 1), persistent=is_kept)
+    return model
+
+
+FILTERS: dict[str, Case] = {
+    "kept": (lambda: blurred(True), lines, "a:permutation a:scaling"),
+    "not kept": (lambda: blurred(False), lines, "a:scaling"),
+}
+
 ASSIGNED: dict[str, Case] = {
     "weights from a network": (
         between(
@@ -686,6 +710,7 @@ ALL = {
         ("order", ORDERED),
         ("numbers", NUMBERS),
         ("groups", GROUPED),
+        ("filter", FILTERS),
         ("data", ASSIGNED),
         ("path", PATHS),
     )
@@ -700,3 +725,310 @@ def test_all_that_is_found_holds_with_other_inputs(name: str) -> None:
     spec = find_symmetries(model, inputs[0])
     assert change(model, spec, inputs) < 1e-9, spec
     assert ids(spec) == expected
+
+
+# ------------------------------------------------------------------------------------- what is read, and what is asked for
+
+
+def test_entries_that_nothing_reads_are_on_no_leg() -> None:
+    for name, entries in (("one row", {2}), ("a part that is dropped", set(range(N, 2 * N)))):
+        factory, make_inputs, _ = TABLES[name]
+        spec = find_symmetries(build(factory), build(make_inputs)[0])
+        for symmetry in spec:
+            for leg in symmetry.legs:
+                if leg.name == "t" and leg.axis == 0:
+                    count = symmetry.size * leg.repeat
+                    assert set(leg.index or range(leg.offset, leg.offset + count)) <= entries
+
+
+def test_tokens_in_front_move_where_the_order_does_not_count() -> None:
+    """The negative control of causal attention: the same model without it."""
+    model = build(lambda: Prompted(lambda m, h: dot_product(m, h, False), qkv=nn.Linear(8, 24)))
+    spec = find_symmetries(model, torch.randn(3, 5, 3))
+    tokens = [s for s in spec if any(leg.name == "prompt" and leg.axis == 0 for leg in s.legs)]
+    assert tokens
+    assert change(model, spec, build(sequences)) < 1e-9
+
+
+class Counted(nn.Module):
+    """A model that counts its calls."""
+
+    calls: list[int]
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(3, N), nn.Linear(N, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.calls.append(1)
+        output: Tensor = self.b(self.function(self.a(x)))
+        return output
+
+
+@pytest.mark.parametrize(
+    ("function", "is_more"),
+    [
+        (lambda h: h.relu().view(h.shape[0], -1), False),
+        (lambda h: h.relu() if h.shape[0] > 5 else torch.relu(h), True),
+        (lambda h: h.relu() if torch.is_grad_enabled() else torch.relu(h), True),
+    ],
+)
+def test_a_model_is_followed_more_than_twice_only_where_it_asks(
+    function: Callable[[Tensor], Tensor], is_more: bool
+) -> None:
+    Counted.calls = []
+    spec = find_symmetries(build(lambda: Counted(function)), torch.randn(4, 3))
+    assert ids(spec) == "a:permutation a:scaling"
+    assert (len(Counted.calls) > 2) is is_more
+
+
+def test_sizes_that_a_model_keeps_are_plain_numbers_afterwards() -> None:
+    kept: list[int] = []
+    model = build(
+        lambda: Counted(lambda h: h.relu() if kept.append(h.shape[0] * 2) is None and kept[-1] != 3 else h)  # type: ignore[func-returns-value]
+    )
+    Counted.calls = []
+    find_symmetries(model, torch.randn(4, 3))
+    assert kept[0] == 8
+    assert kept[0] + 1 == 9
+    assert {8: "found"}[kept[0]] == "found"
+
+
+class Rolling(nn.Module):
+    """A model that leaves out a layer now and then, by a draw of its own."""
+
+    def __init__(self, draw: Callable[[nn.Module], float]) -> None:
+        super().__init__()
+        self.a, self.c, self.b, self.draw = nn.Linear(3, N), nn.Linear(N, N), nn.Linear(N, 2), draw
+        self.own, self.numpy = random.Random(0), np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        if not self.training or self.draw(self) > 0.1:
+            h = self.c(h).relu()
+        output: Tensor = self.b(h)
+        return output
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda m: random.random(),
+        lambda m: random.choice([0.0, 1.0]),
+        lambda m: np.random.rand(),  # noqa: NPY002 - what models draw from
+        lambda m: m.own.random(),
+        lambda m: m.numpy.random(),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_draws_on_the_host_refuse_a_model(draw: Callable[[nn.Module], float], seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    inputs = torch.randn(4, 3)
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()  # type: ignore[union-attr]  # noqa: NPY002
+    spec = find_symmetries(build(lambda: Rolling(draw)), inputs)
+    assert len(spec) == 0
+    assert "random numbers in training mode" in reasons_of(spec)["(root)"]
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == before[:2]  # type: ignore[union-attr]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_a_model_that_draws_nothing_is_not_refused() -> None:
+    spec = find_symmetries(build(lambda: Rolling(lambda m: 1.0)), torch.randn(4, 3))
+    assert ids(spec) == "a:permutation c:permutation a:scaling c:scaling"
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+class Straight(torch.autograd.Function):
+    """A step function whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.sign() * h.abs().amax(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * torch.linspace(0.5, 1.5, gradient.shape[1], dtype=gradient.dtype)
+
+
+class Weighted(torch.autograd.Function):
+    """A product whose second factor gets no gradient beyond .01, with ``setup_context``."""
+
+    @staticmethod
+    def forward(h: Tensor, w: Tensor) -> Tensor:  # type: ignore[override]
+        return h * w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h, w = ctx.saved_tensors
+        return gradient * w, (gradient * h).sum(0).clamp(-0.01, 0.01)
+
+
+applied_elsewhere = Straight.apply
+
+
+def clipped(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-0.01, 0.01)
+
+
+def with_hook(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(clipped)
+    return h
+
+
+def first_rows(gradient: Tensor) -> Tensor:
+    return gradient * (torch.arange(len(gradient)) < 2).to(gradient).view(-1, *[1] * (gradient.dim() - 1))
+
+
+def zero_first(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad[:2] = 0
+
+
+def hooked(attach: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, N), nn.ReLU(), nn.Linear(N, N), nn.ReLU(), nn.Linear(N, 2)).double()
+        attach(model)
+        return model
+
+    return make
+
+
+GRADIENTS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "function": (
+        between(lambda m, x: m.b(m.c(Straight.apply(m.a(x))).relu()), c=lambda: nn.Linear(N, N)),
+        "a.weight",
+        "Straight has a backward pass of its own",
+    ),
+    "function under another name": (
+        between(lambda m, x: m.b(m.c(applied_elsewhere(m.a(x))).relu()), c=lambda: nn.Linear(N, N)),
+        "a.weight",
+        "Straight has a backward pass of its own",
+    ),
+    "function of a parameter": (
+        between(
+            lambda m, x: m.b(m.c(Weighted.apply(m.a(x), m.w)).relu()), c=lambda: nn.Linear(N, N), w=lambda: param(N)
+        ),
+        "w",
+        "Weighted has a backward pass of its own",
+    ),
+    "hook on hidden values": (
+        between(lambda m, x: m.b(m.c(with_hook(m.a(x).relu())).relu()), c=lambda: nn.Linear(N, N)),
+        "a.weight",
+        "a hook in the forward pass",
+    ),
+    "hook on a parameter": (hooked(lambda m: m[0].weight.register_hook(first_rows)), "0.weight", "it has hooks"),
+    "hook after accumulation": (
+        hooked(lambda m: m[0].bias.register_post_accumulate_grad_hook(zero_first)),
+        "0.bias",
+        "it has hooks",
+    ),
+    "hook on a layer": (
+        hooked(lambda m: m[1].register_full_backward_hook(lambda layer, inner, outer: (clipped(inner[0]),))),
+        "0.weight",
+        "it has backward hooks",
+    ),
+    "hook in front of a layer": (
+        hooked(lambda m: m[1].register_full_backward_pre_hook(lambda layer, outer: (clipped(outer[0]),))),
+        "0.weight",
+        "it has backward hooks",
+    ),
+}
+
+
+def gradients_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = model(x)
+    (output * torch.linspace(1, 2, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_move_with_the_parameters_or_not_at_all(name: str) -> None:
+    factory, pinned, reason = GRADIENTS[name]
+    make = lambda: build(factory).double()  # noqa: E731
+    model, x = make(), torch.randn(4, 3, dtype=torch.float64)
+    spec = find_symmetries(model, x)
+    assert any(reason in refusal.reason for refusal in spec.refusals)
+    assert len(spec.of_group("scaling")) == 1, "what lies behind it moves on"
+    assert not any(leg.name == pinned for symmetry in spec for leg in symmetry.legs)
+    gradients = gradients_of(model, x)
+    for seed in range(3):
+        element = spec.random_element(torch.Generator().manual_seed(seed))
+        other = make()
+        other.load_state_dict(act(spec, element, model.state_dict()))
+        expected = act_dual(spec, element, gradients)
+        for key, gradient in gradients_of(other, x).items():
+            torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-9)
+
+
+def test_a_search_leaves_functions_and_torch_as_they_were() -> None:
+    forward, asked, start = Straight.forward, torch.is_grad_enabled, torch.autograd.function.BackwardCFunction.__init__
+    factory, _, _ = GRADIENTS["function"]
+    find_symmetries(build(factory), torch.randn(4, 3))
+    assert Straight.forward is forward
+    assert torch.is_grad_enabled is asked
+    assert torch.autograd.function.BackwardCFunction.__init__ is start
+
+
+def test_rows_whose_gradient_a_hook_takes_away_stay_where_they_are() -> None:
+    model = build(lambda: nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 2)))
+    kept = model[0].weight[2:].detach().clone()
+    model[0].weight.register_hook(first_rows)
+    optimizer = LearnedTeleportOptimizer(model.parameters(), model=model, weight_decay=0.0)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight[2:], kept)
+
+
+# ------------------------------------------------------------------------------------------- scalings of one tensor alone
+
+
+class Directions(nn.Module):
+    """A classifier by angles: rows of its weight are divided by their norms where they are used."""
+
+    def __init__(self, *, has_bias: bool) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(3, N), nn.Parameter(torch.randn(4, N))
+        self.c = nn.Parameter(torch.randn(4)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.w if self.c is None else torch.cat([self.w, self.c[:, None]], 1)
+        h = self.a(x).relu()
+        h = h if self.c is None else torch.cat([h, torch.ones_like(h[:, :1])], 1)
+        return F.linear(h, rows / rows.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_scaling_that_balances_nothing_is_left_to_the_optimizer(has_bias: bool) -> None:
+    model = build(lambda: Directions(has_bias=has_bias))
+    inputs = torch.randn(8, 3)
+    spec = find_symmetries(model, inputs)
+    assert change(model, spec, [inputs]) < 1e-9
+    layout = Layout.of(dict(model.named_parameters()), spec)
+    assert all(symmetry.readers and symmetry.writers for symmetry in layout.spec)
+    optimizer = LearnedTeleportOptimizer(model.parameters(), model=model, total_steps=20)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), torch.arange(8) % 4)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_normalised_weight_has_a_scaling_of_its_own() -> None:
+    spec = find_symmetries(build(lambda: Directions(has_bias=False)), torch.randn(8, 3))
+    assert "w:scaling" in ids(spec)
+    assert [str(leg) for leg in spec["w:scaling"].legs] == ["w[0]^+1"]
+    assert len(Layout.of(dict(build(lambda: Directions(has_bias=False)).named_parameters()), spec).spec) == 0

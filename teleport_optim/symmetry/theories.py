@@ -150,6 +150,10 @@ class Theory(ABC):
         own_axis = value.source.axes[axis]
         return own_axis is not None and self._parameters[value.source.name][own_axis] is None
 
+    def can_move(self, value: Value) -> bool:
+        """Whether anything about a tensor moves, or could be made to."""
+        return any(self.is_free(value, axis) for axis in range(len(value.shape))) or bool(self.known(value))
+
     def bind(self, value: Value, axis: int, labels: Iterable[Labels], *, power: int = 1) -> None:
         """Let an unused axis move as ``labels`` say, which change along one axis at most; a variance has power 2."""
         name, own_axis = self._locate(value, axis)

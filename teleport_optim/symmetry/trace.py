@@ -159,8 +159,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 results.append(value)
         for target in written:
             if not any(target is output for output in outputs):
-                nothing = {theory.name: () for theory in self.theories}
-                self._overwrite(target, nothing, None, reads_inputs=reads_inputs)
+                self._overwrite(target, {theory.name: () for theory in self.theories}, None, reads_inputs=reads_inputs)
         self.readings.note(call, list(values.values()), results)
         return result
 
@@ -319,7 +318,8 @@ def trace(
         def scout(given: Inputs) -> Scout:
             """Call the model and take note of its path."""
             values, tensors = without_data(given)
-            with Scout(tensors) as path:
+            path = Scout(tensors)
+            with path:
                 twin(*values.args, **values.kwargs)
             return path
 
@@ -331,11 +331,11 @@ def trace(
                 with Watch(recorder.pin, sizes) as watch:
                     outputs = [follow(inputs)]
                     if watch.asks_for_gradients:
-                        watch.with_gradients = True
-                        outputs.append(follow(inputs))
-                        watch.with_gradients = False
+                        outputs.append(_with_gradients(watch, lambda: follow(inputs)))
                     if watch.compares_sizes or (watch.asks_for_sizes and recorder.readings.has_choices):
                         outputs += _with_other_sizes(recorder, inputs, follow, scout)
+            except Untraceable:
+                raise
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise Untraceable(f"its control flow or shapes depend on data in {mode} mode ({error.func})") from error
             except Exception as error:
@@ -358,6 +358,19 @@ def trace(
         for name in unused:
             recorder.refuse(name, "the model never uses it")
     return recorder.refusals
+
+
+def _with_gradients(watch: Watch, follow: Callable[[], Any]) -> Any:
+    """Follow a model that asks whether gradients are taken, and tell it that they are; returns its output."""
+    watch.with_gradients = True
+    try:
+        return follow()
+    except Exception as error:
+        raise Untraceable(
+            f"it asks whether gradients are taken, and its way where they are cannot be followed: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        watch.with_gradients = False
 
 
 def _with_other_sizes(

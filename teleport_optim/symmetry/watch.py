@@ -70,11 +70,11 @@ class Watch(TorchFunctionMode):
         for name in ("is_grad_enabled", "is_inference_mode_enabled"):
             self._replace(torch, name, self._grad_mode(getattr(torch, name), answer=name == "is_grad_enabled"))
         self._replace(BackwardCFunction, "__init__", self._wrapping_init())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _Size.watch = None
         while self._restore:
             self._restore.pop()()

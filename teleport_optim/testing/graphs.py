@@ -88,6 +88,8 @@ class _Recurrent(nn.Module):
 class _DerivedKernel(nn.Conv2d):
     """A convolution whose kernel is computed: centred, with factors, masked, or the sum of two."""
 
+    mask: Tensor
+
     def __init__(self, inputs: int, outputs: int, kind: str) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
         self.kind = kind
@@ -138,7 +140,8 @@ class _Prompt(nn.Module):
     def forward(self, x: Tensor) -> Any:
         h = torch.cat([self.tokens.expand(len(x), -1, -1), x], 1)
         for _ in range(2):
-            h = h + F.scaled_dot_product_attention(*self.projections(h).chunk(3, -1), is_causal=self.cell is None)
+            query, key, value = self.projections(h).chunk(3, -1)
+            h = h + F.scaled_dot_product_attention(query, key, value, is_causal=self.cell is None)
             h = h if self.cell is None else self.cell(h)[0]
         return h[:, len(self.tokens) :]
 
@@ -156,6 +159,8 @@ class _Cast(nn.Module):
 
 class _MaskedLinear(nn.Linear):
     """A linear layer whose weight is multiplied by a mask that is no parameter."""
+
+    mask: Tensor
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__(inputs, outputs)
@@ -186,7 +191,7 @@ class _ClippedGradient(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.clamp(-0.01, 0.01)
 
 
@@ -202,7 +207,7 @@ class _OwnBackward(nn.Module):
             return _ClippedGradient.apply(x)
         h = x * 1.0
         if h.requires_grad:
-            h.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            h.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))  # type: ignore[no-untyped-call]
         return h
 
 

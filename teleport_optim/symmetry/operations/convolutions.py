@@ -57,6 +57,12 @@ def _grouped(
     for one in theory.known(value):
         if channel in one.axes and one.axes != (channel,):
             theory.units.fix(one.units)
+    is_filter = fan_in == 1 and not isinstance(theory, Exchange) and not theory.can_move(weight)
+    if is_filter and len(here) == 1:  # of each channel alone, by numbers that are given: its factor passes
+        theory.close(weight)
+        (one,) = here
+        units = np.repeat(np.broadcast_to(one.units.ravel(), groups), fan_out)
+        return (*passing, Labels.along(units, channel, len(value.shape), None, one.sign))
     if weight.source is None or weight.source.axes[0] is None or len(here) > 1:
         theory.freeze(value)
         theory.freeze(weight)
