@@ -184,6 +184,48 @@ KERNELS: dict[str, Case] = {
     ),
 }
 
+ITSELF: dict[str, Case] = {
+    "kernel and its transpose": (kernel(lambda m: m.w + m.w.mT, w=lambda: param(N, N, 3, 3)), images, ""),
+    "sum": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w + m.w).relu()), w=lambda: param(N, N)), vectors, ""),
+    "product": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.w).relu()), w=lambda: param(N, N)),
+        vectors,
+        "",
+    ),
+    "product with its transpose": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.w.t()).relu()), w=lambda: param(N, N)),
+        vectors,
+        "",
+    ),
+    "matrix product": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w @ m.w).relu()), w=lambda: param(N, N)),
+        vectors,
+        "",
+    ),
+    "quotient": (
+        between(
+            lambda m, x: m.b(F.linear(m.a(x).relu(), m.w / (m.w * m.w).sum(1, keepdim=True)).relu()),
+            w=lambda: param(N, N),
+        ),
+        vectors,
+        "",
+    ),
+    "side by side": (
+        between(
+            lambda m, x: m.c(F.linear(m.a(x).relu(), torch.cat([m.w, m.w])).relu()),
+            w=lambda: param(N, N),
+            c=lambda: nn.Linear(2 * N, 2),
+        ),
+        vectors,
+        "",
+    ),
+    "outer product": (
+        between(lambda m, x: m.b((m.a(x) @ torch.outer(m.v, m.v)).relu()), v=lambda: param(N)),
+        vectors,
+        "",
+    ),
+}
+
 TABLES: dict[str, Case] = {
     "narrow": (
         between(lambda m, x: m.b((m.a(x) + m.t.narrow(0, 0, x.shape[1])).relu()), t=lambda: param(16, N)),
@@ -706,6 +748,7 @@ ALL = {
     f"{kind}: {name}": case
     for kind, cases in (
         ("kernel", KERNELS),
+        ("itself", ITSELF),
         ("table", TABLES),
         ("order", ORDERED),
         ("numbers", NUMBERS),

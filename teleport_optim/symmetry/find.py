@@ -34,9 +34,13 @@ def find_symmetries(
 
     The model is followed operation by operation, in evaluation and in training mode, on tensors without data: it is neither
     run nor changed. The search fails closed. What goes into an operation that is not known does not move; neither does
-    anything in a module with forward hooks or a parameter that shares memory with another one. A model whose control flow
-    depends on data is refused as a whole. The spec says where and why in its ``refusals``. Parameters that a loss uses
-    directly, beside the model, cannot be seen: leave such sites out.
+    anything in a module with hooks, a parameter with hooks or one that shares memory with another one, entries of a
+    parameter that nothing reads, and what a custom ``autograd.Function`` takes, whose gradients may not move along. Buffers
+    are data: they are permuted along with what they meet, and never multiplied but for the statistics that a normalisation
+    updates. A model whose control flow depends on data, or on random numbers of Python or numpy, is refused as a whole. One
+    that asks for the size of its inputs or whether gradients are taken is followed with other answers, too. The spec says
+    where and why in its ``refusals``. Parameters that a loss uses directly, beside the model, cannot be seen: leave such
+    sites out.
 
     Args:
         model: The model.
@@ -54,7 +58,8 @@ def find_symmetries(
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
         ValueError: if the model cannot take ``example_inputs``, or there is no group of such a name.
 
-    Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision.
+    Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision. A model that
+    compares sizes, or asks whether gradients are taken, is followed a few times more.
 
     Example:
         >>> from torch import nn

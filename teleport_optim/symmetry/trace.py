@@ -37,6 +37,8 @@ _NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance
 _NAMED_IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "zero_", "fill_"})
 _ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
 """What an assignment to ``.data`` asks; the assignment itself is no operation."""
+_LONG = 3000
+"""Operations from which on a model is followed with smaller inputs only."""
 _MAX_OUTPUTS = 2**16
 _MAX_DATA = 2**20
 """Most entries of a buffer whose values are looked at as indices."""
@@ -382,7 +384,7 @@ def _with_other_sizes(
     """
     outputs: list[Any] = []
     first = scout(inputs)
-    for candidates in other_sizes(inputs):
+    for candidates in other_sizes(inputs, is_long=len(first.path) > _LONG):
         for other in candidates:
             try:
                 second = scout(other)

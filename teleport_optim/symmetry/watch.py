@@ -60,6 +60,7 @@ class Watch(TorchFunctionMode):
         self._wrapped: set[type] = set()
         self._answers: dict[Any, Callable[[Any, Any, Any], Any]] = {
             **dict.fromkeys((Tensor.shape.__get__, Tensor.size, Tensor.__len__), self._size),  # type: ignore[attr-defined]
+            **dict.fromkeys((Tensor.numel, Tensor.nelement, torch.numel), self._count),
             Tensor.requires_grad.__get__: self._requires_grad,  # type: ignore[attr-defined]
             **dict.fromkeys((Tensor.register_hook, Tensor.register_post_accumulate_grad_hook), self._hook),
             Tensor.retain_grad: lambda func, args, kwargs: None,
@@ -97,6 +98,13 @@ class Watch(TorchFunctionMode):
         self.compares_sizes |= func is Tensor.__len__  # Python makes a plain number of what this returns
         own = [_Size(size) if size in self._sizes else size for size in sizes]
         return own[0] if isinstance(result, int) else torch.Size(own)
+
+    def _count(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if not self._sizes or _is_asked_from_inside():
+            return result
+        self.asks_for_sizes = True
+        return _Size(result)
 
     def _requires_grad(self, func: Any, args: Any, kwargs: Any) -> Any:
         if _is_asked_from_inside():
@@ -193,8 +201,23 @@ def _computing(name: str) -> Callable[..., Any]:
     return compute
 
 
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__", "__hash__"):
-    setattr(_Size, _name, _comparing(_name))
+for _name in (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "bool",
+    "hash",
+    "int",
+    "float",
+    "truediv",
+    "rtruediv",
+    "divmod",
+    "pow",
+):
+    setattr(_Size, f"__{_name}__", _comparing(f"__{_name}__"))  # a comparison, or what is no size any more afterwards
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(_Size, f"__{_name}__", _computing(f"__{_name}__"))
     setattr(_Size, f"__r{_name}__", _computing(f"__r{_name}__"))
@@ -211,8 +234,12 @@ def sizes_of(inputs: Inputs) -> tuple[int, int | None] | None:
     return tensors[0].shape[0], next((tensor.shape[1] for tensor in tensors if tensor.dim() in (2, 3)), None)
 
 
-def other_sizes(inputs: Inputs) -> Iterator[list[Inputs]]:
+def other_sizes(inputs: Inputs, *, is_long: bool = False) -> Iterator[list[Inputs]]:
     """Inputs of the same kind with other batches and sequences, some smaller and some larger.
+
+    Args:
+        inputs: The inputs of the model.
+        is_long: Whether to leave out the larger ones.
 
     Yields:
         Inputs, of which the first that the model takes tells what it does with such sizes.
@@ -224,6 +251,8 @@ def other_sizes(inputs: Inputs) -> Iterator[list[Inputs]]:
     for new_batch, new_length in ((batch + 1, _shorter(length)), (2 * batch + 3, 2 * (length or 0) + 1)):
         choices = [] if length is None else [_resized(inputs, batch, new_batch, length, new_length)]
         yield [*choices, _resized(inputs, batch, new_batch, None, 0)]
+        if is_long:
+            return
 
 
 def _shorter(length: int | None) -> int:
