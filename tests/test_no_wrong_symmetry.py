@@ -185,22 +185,30 @@ KERNELS: dict[str, Case] = {
 }
 
 ITSELF: dict[str, Case] = {
-    "kernel and its transpose": (kernel(lambda m: m.w + m.w.mT, w=lambda: param(N, N, 3, 3)), images, ""),
-    "sum": (between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w + m.w).relu()), w=lambda: param(N, N)), vectors, ""),
+    "kernel and its transpose": (
+        kernel(lambda m: m.w + m.w.mT, w=lambda: param(N, N, 3, 3)),
+        images,
+        "a:permutation w:permutation a:scaling w:scaling",
+    ),
+    "sum": (
+        between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w + m.w).relu()), w=lambda: param(N, N)),
+        vectors,
+        "a:permutation w:permutation a:scaling w:scaling",
+    ),
     "product": (
         between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.w).relu()), w=lambda: param(N, N)),
         vectors,
-        "",
+        "a:permutation w:permutation w:scaling",
     ),
     "product with its transpose": (
         between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w * m.w.t()).relu()), w=lambda: param(N, N)),
         vectors,
-        "",
+        "a:permutation a:scaling",
     ),
     "matrix product": (
         between(lambda m, x: m.b(F.linear(m.a(x).relu(), m.w @ m.w).relu()), w=lambda: param(N, N)),
         vectors,
-        "",
+        "a:permutation a:scaling",
     ),
     "quotient": (
         between(
@@ -208,7 +216,7 @@ ITSELF: dict[str, Case] = {
             w=lambda: param(N, N),
         ),
         vectors,
-        "",
+        "a:permutation w:permutation w:scaling",
     ),
     "side by side": (
         between(
@@ -217,12 +225,12 @@ ITSELF: dict[str, Case] = {
             c=lambda: nn.Linear(2 * N, 2),
         ),
         vectors,
-        "",
+        "a:permutation w:permutation a:scaling w:scaling",
     ),
     "outer product": (
         between(lambda m, x: m.b((m.a(x) @ torch.outer(m.v, m.v)).relu()), v=lambda: param(N)),
         vectors,
-        "",
+        "a:permutation a:scaling",
     ),
 }
 
