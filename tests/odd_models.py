@@ -185,7 +185,7 @@ MODELS: dict[str, Entry] = {
             mask=lambda: torch.tensor([1.0, 0, 1, 1, 0, 1])[:, None].expand(N, 3).clone(),
         ),
         x_vector,
-        "mask:permutation w:scaling[0] w:scaling[1] mask:scaling w:sign[0] w:sign[1]",
+        "mask:permutation w:scaling",
     ),
     "sliced weight": (
         mlp(
@@ -194,7 +194,7 @@ MODELS: dict[str, Entry] = {
             v=lambda: param(N + 2),
         ),
         x_vector,
-        "w:permutation[0] w:permutation[1] v:permutation w:scaling[0] w:scaling[1] v:scaling w:sign v:sign w:linear v:linear",
+        "w:permutation w:scaling",
     ),
     "flat parameter": (
         lambda: Model(lambda m, x: (x @ m.w[: 3 * N].view(3, N)).relu() @ m.w[3 * N :].view(N, 2), w=param(5 * N)),

@@ -34,9 +34,13 @@ def find_symmetries(
 
     The model is followed operation by operation, in evaluation and in training mode, on tensors without data: it is neither
     run nor changed. The search fails closed. What goes into an operation that is not known does not move; neither does
-    anything in a module with forward hooks or a parameter that shares memory with another one. A model whose control flow
-    depends on data is refused as a whole. The spec says where and why in its ``refusals``. Parameters that a loss uses
-    directly, beside the model, cannot be seen: leave such sites out.
+    anything in a module with hooks, a parameter with hooks or one that shares memory with another one, entries of a
+    parameter that nothing reads, and what a custom ``autograd.Function`` takes, whose gradients may not move along. Buffers
+    are data: they are permuted along with what they meet, and never multiplied but for the statistics that a normalisation
+    updates. A model whose control flow depends on data, or on random numbers of Python or numpy, is refused as a whole. One
+    that asks for the size of its inputs or whether gradients are taken is followed with other answers, too. The spec says
+    where and why in its ``refusals``. Parameters that a loss uses directly, beside the model, cannot be seen: leave such
+    sites out.
 
     Args:
         model: The model.
@@ -54,7 +58,8 @@ def find_symmetries(
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
         ValueError: if the model cannot take ``example_inputs``, or there is no group of such a name.
 
-    Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision.
+    Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision. A model that
+    compares sizes, or asks whether gradients are taken, is followed a few times more.
 
     Example:
         >>> from torch import nn
@@ -77,7 +82,7 @@ def find_symmetries(
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
     theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
     try:
-        refusals = trace(model, inputs, theories, pinned=_shared_memory(model))
+        refusals = trace(model, inputs, theories, pinned=_hooked(model) | _shared_memory(model))
     except Untraceable as error:
         return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     names: dict[int, list[str]] = {}
@@ -102,6 +107,16 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, under every name that they have."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _hooked(model: nn.Module) -> dict[str, str]:
+    """The parameters whose gradients hooks may change, with the reason why they do not move."""
+    reason = "it has hooks, which may change its gradient: remove them"
+    return {
+        name: reason
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    }
 
 
 def _shared_memory(model: nn.Module) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -19,19 +19,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from teleport_optim.symmetry.inputs import Inputs, SilentHook
 from teleport_optim.symmetry.labels import Labels
 from teleport_optim.symmetry.operations import COPIES, CREATIONS, RULES, Call, source_view
+from teleport_optim.symmetry.reading import Readings, Scout
 from teleport_optim.symmetry.spec import Refusal
 from teleport_optim.symmetry.theories import Source, Theory, Value
+from teleport_optim.symmetry.watch import Watch, other_sizes, random_states, sizes_of
 
 __all__ = ["Untraceable", "leaves", "trace"]
 
 _NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
 _NAMED_IN_PLACE = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "zero_", "fill_"})
+_ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
+"""What an assignment to ``.data`` asks; the assignment itself is no operation."""
+_LONG = 3000
+"""Operations from which on a model is followed with smaller inputs only."""
 _MAX_OUTPUTS = 2**16
 _MAX_DATA = 2**20
 """Most entries of a buffer whose values are looked at as indices."""
@@ -47,6 +54,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, theories: Sequence[Theory]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.theories = theories
+        self.readings = Readings(theories)
         self.refusals: list[Refusal] = []
         self.module = ""
         self.used: set[str] = set()
@@ -64,12 +72,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor."""
         if id(tensor) not in self._known:
-            for relative in self._aliases.get(
-                tensor.untyped_storage()._cdata, []
-            ):  # a view that was made before the trace
-                if self._known[id(relative)][1].source is not None:
-                    self.freeze(relative)
-            self.introduce(tensor, Value(tuple(tensor.shape)))
+            # a view that was made before the trace, or where no operation shows
+            relatives = [self._known[id(one)][1] for one in self._aliases.get(tensor.untyped_storage()._cdata, [])]
+            for relative in relatives:
+                self._freeze_value(relative)
+            self.introduce(tensor, Value(tuple(tensor.shape), reads_inputs=any(one.reads_inputs for one in relatives)))
         value = self._known[id(tensor)][1]
         if value.source is not None:
             self.used.add(value.source.name)
@@ -78,11 +85,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def freeze(self, tree: Any) -> bool:
         """Let nothing about the tensors in ``tree`` move; returns whether anything could have."""
         values = [self.value(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-        moving = [value for value in values if not value.is_still]
-        for value in moving:
-            for theory in self.theories:
-                theory.freeze(value)
-        return bool(moving)
+        return sum(map(self._freeze_value, values)) > 0
+
+    def _freeze_value(self, value: Value) -> bool:
+        if value.is_still:
+            return False
+        for theory in self.theories:
+            theory.freeze(value)
+        self.readings.note_use(value)
+        return True
+
+    def pin(self, tree: Any, reason: str) -> None:
+        """Let nothing about the tensors in ``tree`` move, and note why."""
+        if self.freeze(tree):
+            self.refuse(self.module, reason)
 
     def refuse(self, name: str, reason: str) -> None:
         """Note a place through which nothing passes."""
@@ -101,6 +117,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = name if name.startswith("_") and not name.endswith("_") else name.rstrip("_") or name
         namespace = func.namespace
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if name == _ASSIGNS_DATA:
+            self.pin(tensors, "another tensor is put in the place of a tensor by an assignment to its .data")
+            return func(*args, **kwargs)
         is_known = namespace == "aten" and (name in RULES or name in CREATIONS)
         if (
             not is_known
@@ -126,18 +145,32 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.introduce(outputs[0], view)
                 return result
         labels = self._apply(call, list(values.values()), is_known)
+        reads_inputs = any(value.reads_inputs for value in values.values())
+        results = []
         source = values[id(tensors[0])] if tensors and name in COPIES else None
         fill, data = (source.fill, source.data) if source else (self._fill(call), None)
         for position, output in enumerate(outputs):
             own = {theory.name: each[position] for theory, each in zip(self.theories, labels)}
+            if not (output.is_floating_point() or output.is_complex()):
+                self._keep_numbers(own)
             if any(output is target for target in written):
-                self._overwrite(output, own, fill)
+                self._overwrite(output, own, fill, reads_inputs=reads_inputs)
             else:
-                self.introduce(output, Value(tuple(output.shape), own, fill=fill, data=data))
+                value = Value(tuple(output.shape), own, fill=fill, data=data, reads_inputs=reads_inputs)
+                self.introduce(output, value)
+                results.append(value)
         for target in written:
             if not any(target is output for output in outputs):
-                self._overwrite(target, {theory.name: () for theory in self.theories}, None)
+                self._overwrite(target, {theory.name: () for theory in self.theories}, None, reads_inputs=reads_inputs)
+        self.readings.note(call, list(values.values()), results)
         return result
+
+    def _keep_numbers(self, labels: dict[str, tuple[Labels, ...]]) -> None:
+        """Let no factor pass into integers and truth values, which are not multiplied along."""
+        for theory in self.theories:
+            if theory.changes_numbers:
+                theory.fix(labels[theory.name])
+                labels[theory.name] = ()
 
     def _call(
         self, name: str, func: Any, args: Any, kwargs: Any, values: Mapping[int, Value], outputs: Sequence[Tensor]
@@ -207,7 +240,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
-    def _overwrite(self, tensor: Tensor, labels: dict[str, tuple[Labels, ...]], fill: float | None) -> None:
+    def _overwrite(
+        self, tensor: Tensor, labels: dict[str, tuple[Labels, ...]], fill: float | None, *, reads_inputs: bool
+    ) -> None:
         """Take note that a tensor has been written in place, and what that means for those that share its memory."""
         before = self.value(tensor)
         others = [x for x in self._aliases[tensor.untyped_storage()._cdata] if x is not tensor]
@@ -230,10 +265,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for other in [tensor, *others]:
                     theory.freeze(self.value(other))
         if before.source is None:
-            self._known[id(tensor)] = (tensor, Value(tuple(tensor.shape), labels, fill=fill))
+            value = Value(tuple(tensor.shape), labels, fill=fill, reads_inputs=reads_inputs)
+            self._known[id(tensor)] = (tensor, value)
         for other in others:
             value = self.value(other)
             value.fill, value.data = None, None
+            value.reads_inputs = value.reads_inputs or reads_inputs
 
 
 def trace(
@@ -258,6 +295,7 @@ def trace(
         Untraceable: if the model cannot be followed.
     """
     constants = _constants(model)
+    sizes = frozenset(size for size in sizes_of(inputs) or () if size is not None)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with _untouched_state(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode():
         recorder = _Recorder(theories)
@@ -265,14 +303,41 @@ def trace(
         _introduce_parameters(recorder, twin, model, names, constants, pinned)
         _guard_modules(recorder, twin)
         attributes = _attributes(twin)
+
+        def without_data(given: Inputs) -> tuple[Inputs, list[Tensor]]:
+            values: Inputs = tree_map_only(Tensor, lambda leaf: fake.from_tensor(leaf).to(device), given)
+            return values, [leaf for leaf in tree_leaves(tuple(values)) if isinstance(leaf, Tensor)]
+
+        def follow(given: Inputs) -> Any:
+            """Call the model and tell the theories what it does; returns its output."""
+            values, tensors = without_data(given)
+            for tensor in tensors:
+                recorder.introduce(tensor, Value(tuple(tensor.shape), reads_inputs=True))
+            recorder.module = ""
+            with recorder:
+                return twin(*values.args, **values.kwargs)
+
+        def scout(given: Inputs) -> Scout:
+            """Call the model and take note of its path."""
+            values, tensors = without_data(given)
+            path = Scout(tensors)
+            with path:
+                twin(*values.args, **values.kwargs)
+            return path
+
         for is_training in (False, True):
             twin.train(is_training)
-            values: Inputs = tree_map_only(Tensor, lambda leaf: fake.from_tensor(leaf).to(device), inputs)
-            recorder.module = ""
             mode = "training" if is_training else "evaluation"
+            states = random_states(twin)
             try:
-                with recorder:
-                    output = twin(*values.args, **values.kwargs)
+                with Watch(recorder.pin, sizes) as watch:
+                    outputs = [follow(inputs)]
+                    if watch.asks_for_gradients:
+                        outputs.append(_with_gradients(watch, lambda: follow(inputs)))
+                    if watch.compares_sizes or (watch.asks_for_sizes and recorder.readings.has_choices):
+                        outputs += _with_other_sizes(recorder, inputs, follow, scout)
+            except Untraceable:
+                raise
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise Untraceable(f"its control flow or shapes depend on data in {mode} mode ({error.func})") from error
             except Exception as error:
@@ -280,14 +345,56 @@ def trace(
                     f"the model cannot take example_inputs in {mode} mode: {type(error).__name__}: {error}. Pass them as you "
                     f"would pass them to the model, with at least two examples in the batch."
                 ) from error
-            for leaf in leaves(output):
-                recorder.freeze(leaf)
+            if random_states(twin) != states:
+                raise Untraceable(
+                    f"it draws from Python's or numpy's random numbers in {mode} mode, on which its path may depend: draw with "
+                    f"torch, on tensors"
+                )
+            for output in outputs:
+                for leaf in leaves(output):
+                    recorder.freeze(leaf)
             for leaf in _attributes(twin) - attributes:
                 recorder.freeze(leaf)
+        recorder.readings.pin_unread()
         unused = [name for name, _ in model.named_parameters() if name not in recorder.used]
         for name in unused:
             recorder.refuse(name, "the model never uses it")
     return recorder.refusals
+
+
+def _with_gradients(watch: Watch, follow: Callable[[], Any]) -> Any:
+    """Follow a model that asks whether gradients are taken, and tell it that they are; returns its output."""
+    watch.with_gradients = True
+    try:
+        return follow()
+    except Exception as error:
+        raise Untraceable(
+            f"it asks whether gradients are taken, and its way where they are cannot be followed: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        watch.with_gradients = False
+
+
+def _with_other_sizes(
+    recorder: _Recorder, inputs: Inputs, follow: Callable[[Inputs], Any], scout: Callable[[Inputs], Scout]
+) -> list[Any]:
+    """Follow a model whose path may depend on the sizes of its inputs with others that it takes; returns its outputs.
+
+    Whether it takes another path is looked at first, which costs less than to follow it.
+    """
+    outputs: list[Any] = []
+    first = scout(inputs)
+    for candidates in other_sizes(inputs, is_long=len(first.path) > _LONG):
+        for other in candidates:
+            try:
+                second = scout(other)
+            except Exception:  # it does not take such inputs
+                continue
+            if second.path != first.path:
+                outputs.append(follow(other))
+            recorder.readings.pin_choices(first.choices ^ second.choices)
+            break
+    return outputs
 
 
 @contextmanager
@@ -355,8 +462,9 @@ def _introduce_parameters(
             recorder.introduce(tensor, Value(tuple(tensor.shape), data=constants[name]))
             continue
         value = Value(tuple(tensor.shape), source=Source(name, tuple(range(tensor.dim()))))
+        is_real = tensor.is_floating_point() or tensor.is_complex()
         for theory in recorder.theories:
-            theory.add_parameter(name, tensor.dim())
+            theory.add_parameter(name, tensor.dim(), is_data=not isinstance(tensor, nn.Parameter) or not is_real)
         if name in pinned:
             recorder.refuse(name, pinned[name])
             for theory in recorder.theories:
@@ -370,6 +478,8 @@ def _guard_modules(recorder: _Recorder, twin: nn.Module) -> None:
     for name, module in twin.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         hooks = [hook for hook in hooks if not isinstance(hook, SilentHook)]
+        backward = [*module._backward_hooks, *module._backward_pre_hooks, *_global_backward_hooks]
+        backward += [*_global_backward_pre_hooks]
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module._forward_hooks_with_kwargs.clear()
@@ -377,12 +487,17 @@ def _guard_modules(recorder: _Recorder, twin: nn.Module) -> None:
         module._forward_pre_hooks_with_kwargs.clear()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-        if hooks:
-            recorder.refuse(name, "it has forward hooks, which may change what it computes: remove them")
+        if hooks or backward:
+            recorder.refuse(
+                name,
+                "it has forward hooks, which may change what it computes: remove them"
+                if hooks
+                else "it has backward hooks, which may change its gradients: remove them",
+            )
             for parameter in [*module.parameters(), *module.buffers()]:
                 recorder.freeze(parameter)
-        module.register_forward_pre_hook(_enter(recorder, name, bool(hooks)), with_kwargs=True)
-        module.register_forward_hook(_leave(recorder, name, bool(hooks)), with_kwargs=True)
+        module.register_forward_pre_hook(_enter(recorder, name, bool(hooks or backward)), with_kwargs=True)
+        module.register_forward_hook(_leave(recorder, name, bool(hooks or backward)), with_kwargs=True)
 
 
 def _enter(recorder: _Recorder, name: str, is_hooked: bool) -> Any:
