@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ from teleport_optim.symmetry.multiplication import Multiplication
 from teleport_optim.symmetry.solve import symmetries_of
 from teleport_optim.symmetry.spec import Refusal, SymmetrySpec
 from teleport_optim.symmetry.theories import Theory
-from teleport_optim.symmetry.trace import Untraceable, trace
+from teleport_optim.symmetry.trace import Limits, SearchStopped, Untraceable, trace
 
 __all__ = ["find_symmetries"]
 
@@ -26,6 +27,8 @@ def find_symmetries(
     *,
     groups: Iterable[str] = tuple(GROUPS),
     include_approximate: bool = False,
+    max_operations: int = 200_000,
+    max_seconds: float = 60.0,
 ) -> SymmetrySpec:
     r"""Find the hidden channels of a model that can be moved without changing its function.
 
@@ -70,14 +73,22 @@ def find_symmetries(
     wanted = set(groups)
     if not wanted <= set(GROUPS):
         raise ValueError(f"there are no groups {sorted(wanted - set(GROUPS))}, but {sorted(GROUPS)}")
-    inputs = Inputs.of(example_inputs)
+    limits = Limits.of(max_operations, max_seconds)
+    inputs = Inputs.of(example_inputs, model)
     lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
     theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
     try:
-        refusals = trace(model, inputs, theories, pinned=_shared_memory(model))
+        refusals = trace(model, inputs, theories, pinned=_shared_memory(model), limits=limits)
+    except SearchStopped as error:
+        warnings.warn(
+            f"no symmetries: {error}. Raise max_operations and max_seconds of find_symmetries; give an optimizer what that "
+            "finds as symmetries=, or pass teleport=False",
+            stacklevel=2,
+        )
+        return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     except Untraceable as error:
         return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     names: dict[int, list[str]] = {}
