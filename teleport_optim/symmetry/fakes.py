@@ -17,12 +17,30 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 __all__ = ["Fakes"]
 
 
+class _Layout(NamedTuple):
+    """All of a tensor but its entries.
+
+    Attributes:
+        shape: Its shape.
+        stride: Its strides.
+        offset: Where it begins, from the beginning of the tensor of which it is a view.
+        dtype: Type of its entries.
+        device: Its device.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class _Made(NamedTuple):
     """A tensor that an operation returns: one of its tensors, a view of one, or a new one."""
 
     same: int | None
     view: int | None
-    layout: tuple[Any, ...]
+    layout: _Layout
 
 
 _UNSTEADY = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
@@ -54,7 +72,7 @@ class Fakes:
         if like.layout != torch.strided or type(like) not in (Tensor, nn.Parameter) or like.is_quantized:
             fake = self.mode.from_tensor(like)
         else:
-            fake = self._new(None, (tuple(like.shape), like.stride(), 0, like.dtype, device or like.device))
+            fake = self._new(None, _Layout(tuple(like.shape), like.stride(), 0, like.dtype, device or like.device))
         if isinstance(like, nn.Parameter):
             fake._is_param = True  # type: ignore[attr-defined]
         self._keep(fake)
@@ -64,7 +82,7 @@ class Fakes:
         """A tensor without data of the usual strides."""
         with torch._C._DisableTorchDispatch():
             like = torch.empty(shape, dtype=dtype, device="meta")
-        fake = self._new(None, (tuple(shape), like.stride(), 0, dtype, device))
+        fake = self._new(None, _Layout(tuple(shape), like.stride(), 0, dtype, device))
         self._keep(fake)
         return fake
 
@@ -91,21 +109,30 @@ class Fakes:
             return -1
         if tensor.dtype.is_complex or tensor.is_quantized:
             return -1
-        own = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device)
+        own = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.fake_device)
         return self._layouts.setdefault(own, len(self._layouts))
 
     def run(
-        self, func: Any, compute: Callable[[], Any], tensors: Sequence[Tensor], key: Hashable, layouts: Sequence[int]
+        self,
+        func: Any,
+        args: Sequence[Any],
+        compute: Callable[[], Any],
+        tensors: Sequence[Tensor],
+        key: Hashable,
+        layouts: Sequence[int],
     ) -> Any:
         """The result of an operation, looked up if it has been computed for tensors of such layouts.
 
         Args:
             func: The operation.
+            args: Its positional arguments.
             compute: Computes its result.
             tensors: Its tensors.
             key: What else the result depends on.
             layouts: The layouts of the tensors.
         """
+        if func is torch.ops.aten.select.int and len(layouts) == 1 and layouts[0] != -1 and len(args) == 3:
+            return self._select(*args)
         full = (func, key, tuple(layouts), torch.get_default_dtype())
         is_steady = bool(tensors) and -1 not in layouts and self._steady(func)
         if is_steady and full in self._results:
@@ -121,9 +148,19 @@ class Fakes:
                 self._results[full] = (type(result), made)
         return result
 
+    def _select(self, tensor: FakeTensor, dim: int, index: int) -> Tensor:
+        """A view of one entry along an axis; loops over time select another one in each step."""
+        dim, index = range(tensor.dim())[dim], range(tensor.shape[dim])[index]
+        shape, stride = list(tensor.shape), list(tensor.stride())
+        del shape[dim]
+        offset = index * stride.pop(dim)
+        view = self._new(tensor, _Layout(tuple(shape), tuple(stride), offset, tensor.dtype, tensor.fake_device))
+        self._keep(view)
+        return view
+
     def _steady(self, func: Any) -> bool:
         if func not in self._is_steady:
-            is_own = isinstance(func, torch._ops.OpOverload) and func.namespace == "aten"
+            is_own = isinstance(func, torch._ops.OpOverload) and func.namespace == "aten" and "as_strided" not in func._schema.name
             self._is_steady[func] = is_own and not any(tag in func.tags for tag in _UNSTEADY)
         return self._is_steady[func]
 
@@ -134,13 +171,13 @@ class Fakes:
         number = self.layout(leaf)
         if number == -1:
             return None
-        own = (tuple(leaf.shape), leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.fake_device)
         same = next((k for k, tensor in enumerate(tensors) if tensor is leaf), None)
         storage = leaf.untyped_storage()._cdata
         view = next((k for k, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == storage), None)
         if view is not None and tensors[view].dtype != leaf.dtype:
             return None
-        return _Made(same, view, own)
+        offset = leaf.storage_offset() - (0 if view is None else tensors[view].storage_offset())
+        return _Made(same, view, _Layout(tuple(leaf.shape), leaf.stride(), offset, leaf.dtype, leaf.fake_device))
 
     def _again(self, known: tuple[type, list[_Made]], tensors: Sequence[Tensor]) -> Any:
         kind, made = known
@@ -154,13 +191,13 @@ class Fakes:
             leaves.append(leaf)
         return kind(leaves) if kind in (list, tuple) else leaves[0]
 
-    def _new(self, base: Tensor | None, layout: tuple[Any, ...]) -> Tensor:
+    def _new(self, base: Tensor | None, layout: _Layout) -> Tensor:
         shape, stride, offset, dtype, device = layout
         with torch._C._DisableTorchDispatch():
             own = (shape, stride) if base is None else ((0,), (1,))
             memory = torch.empty_strided(*own, dtype=dtype, device="meta")
             if base is not None:
-                memory.set_(base.untyped_storage(), offset, shape, stride)
+                memory.set_(base.untyped_storage(), base.storage_offset() + offset, shape, stride)
         return FakeTensor(self.mode, memory, device)
 
     def _keep(self, tensor: Tensor) -> None:

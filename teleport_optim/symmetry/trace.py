@@ -196,7 +196,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         values = [self.value(tensor) for tensor in tensors]
         result = self._result(func, operation, args, kwargs, tensors, key)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] if result is not None else []
+        leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not outputs:
             return result
         if operation.written:
@@ -242,7 +243,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         layouts = [self.fakes.layout(tensor) for tensor in tensors]
         try:
-            return self.fakes.run(func, compute, tensors, tuple(key), layouts)
+            return self.fakes.run(func, args, compute, tensors, tuple(key), layouts)
         except TypeError:
             if _is_hashable(key):
                 raise
