@@ -160,7 +160,11 @@ class Fakes:
 
     def _steady(self, func: Any) -> bool:
         if func not in self._is_steady:
-            is_own = isinstance(func, torch._ops.OpOverload) and func.namespace == "aten" and "as_strided" not in func._schema.name
+            is_own = (
+                isinstance(func, torch._ops.OpOverload)
+                and func.namespace == "aten"
+                and "as_strided" not in func._schema.name
+            )
             self._is_steady[func] = is_own and not any(tag in func.tags for tag in _UNSTEADY)
         return self._is_steady[func]
 

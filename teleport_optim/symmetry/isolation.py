@@ -26,11 +26,15 @@ from torch import Tensor, nn
 
 __all__ = ["HOOKS", "Surroundings", "drop_survivors", "is_users", "quiet"]
 
-_LIBRARIES = frozenset({"torch", "numpy", "functorch", "sympy", "scipy", "teleport_optim"}) | (sys.stdlib_module_names - {"__main__"})
+_LIBRARIES = frozenset({"torch", "numpy", "functorch", "sympy", "scipy", "teleport_optim"}) | (
+    sys.stdlib_module_names - {"__main__"}
+)
 """Packages whose own caches and settings are theirs: no model keeps anything there."""
 _MAX_OBJECTS = 50_000
 _MAX_ENTRIES = 10_000
 _CACHE: type = type(functools.cache(len))
+
+
 def _package(name: str) -> str:
     return name.partition(".")[0]
 
@@ -51,7 +55,10 @@ def is_users(kind: Any) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep random states as they are, and warnings of the model for its own run."""
+    """Keep random states as they are, and warnings of the model for its own run; collect no garbage, which takes longer than
+    the search."""
+    is_collecting = gc.isenabled()
+    gc.disable()
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models may draw from
     # a device that nothing has run on yet is not to be woken up
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -60,6 +67,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        if is_collecting:
+            gc.enable()
         random.setstate(state)
         np.random.set_state(numpy_state)  # noqa: NPY002
 
@@ -163,9 +172,7 @@ class Surroundings:
             self._packages[package] = package not in _LIBRARIES and not is_installed
         return self._packages[package]
 
-    def _add_dict(
-        self, value: dict[Any, Any], is_namespace: bool = False, skip: frozenset[str] = frozenset()
-    ) -> None:
+    def _add_dict(self, value: dict[Any, Any], is_namespace: bool = False, skip: frozenset[str] = frozenset()) -> None:
         self._seen.add(id(value))
         entries = dict(value)
         self._dicts.append((value, entries, is_namespace))
@@ -264,7 +271,9 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, Tensor, n
 
 def _table_of(cache: Any) -> dict[Any, Any] | None:
     """The dictionary in which CPython keeps the results of a function; None if it cannot be found."""
-    referents = gc.get_referents(cache)  # the results first, which may be dictionaries, too; then the table, the function
+    referents = gc.get_referents(
+        cache
+    )  # the results first, which may be dictionaries, too; then the table, the function
     position = next((k for k, x in enumerate(referents) if x is cache.__wrapped__), 0)
     table = referents[position - 1] if position else None
     is_table = type(table) is dict and len(table) == cache.cache_info().currsize

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -123,7 +124,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._num_operations = 0
         self._node = 0
         self._operations: dict[Any, _Operation] = {}
-        self._seen: dict[Any, tuple[list[Value], list[Value]]] = {}
         self._still: dict[int, tuple[Value, set[str]]] = {}
         self._known: dict[int, tuple[Tensor, Value]] = {}
         self._aliases: dict[int, list[Tensor]] = {}
@@ -200,21 +200,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not outputs:
             return result
-        if operation.written:
-            self._record(func, operation, args, kwargs, tensors, values, outputs)
-            return result
-        try:
-            seen = (func, tuple(key), tuple(map(id, values)))
-            known = self._seen.get(seen)
-        except TypeError:  # an argument cannot be looked up
-            self._record(func, operation, args, kwargs, tensors, values, outputs)
-            return result
-        if known is not None and len(known[1]) == len(outputs):  # the same of the same, as in the other mode of the model
-            for output, value in zip(outputs, known[1]):
-                self.introduce(output, value)
-            return result
-        self._record(func, operation, args, kwargs, tensors, values, outputs)
-        self._seen[seen] = (values, [self._known[id(output)][1] for output in outputs])
+        self._record(operation, args, kwargs, tensors, values, outputs)
         return result
 
     def _without_data(self, tree: Any, tensors: list[Tensor], key: list[Any]) -> Any:
@@ -251,7 +237,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(
         self,
-        func: Any,
         operation: _Operation,
         args: Any,
         kwargs: Any,
@@ -533,7 +518,12 @@ def _call(twin: nn.Module, inputs: Inputs, recorder: _Recorder, is_training: boo
 
 @contextmanager
 def _untouched_state() -> Iterator[None]:
-    """Leave logging and torch's fast path for attention, which is one opaque operation, as they are."""
+    """Leave logging and torch's fast path for attention, which is one opaque operation, as they are.
+
+    Distributions would check their parameters, which have no data.
+    """
+    is_checked = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
     is_fast = torch.backends.mha.get_fastpath_enabled()
     log = logging.getLogger("torch._subclasses.fake_tensor")
     is_silent, log.disabled = log.disabled, True  # errors are raised, too
@@ -541,6 +531,7 @@ def _untouched_state() -> Iterator[None]:
     try:
         yield
     finally:
+        Distribution.set_default_validate_args(is_checked)
         torch.backends.mha.set_fastpath_enabled(is_fast)
         log.disabled = is_silent
 
@@ -666,6 +657,8 @@ def _attributes(model: nn.Module) -> set[Tensor]:
     """The tensors that the modules of a model keep outside their parameters and persistent buffers."""
     kept: set[Tensor] = set()
     for module in model.modules():
+        if isinstance(module, Scripted):
+            continue
         own = {
             key: value
             for key, value in vars(module).items()
