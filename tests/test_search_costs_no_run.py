@@ -250,5 +250,5 @@ def test_a_batch_of_one_image() -> None:
 
 
 def test_no_batch_at_all_is_explained() -> None:
-    with pytest.raises(ValueError, match="cannot take example_inputs in evaluation mode: .*as you would pass them"):
+    with pytest.raises(ValueError, match=r"cannot take example_inputs in evaluation mode: .*as you would pass them"):
         find_symmetries(mlp(), torch.randn(1, 5))

@@ -311,6 +311,14 @@ def test_a_plain_tensor_that_shares_memory_with_a_parameter_holds_it() -> None:
     assert not any(leg.name == "a.weight" for symmetry in spec for leg in symmetry.legs)
 
 
+def test_a_plain_tensor_that_was_computed_from_a_parameter_holds_it() -> None:
+    """As where a kernel is made anew after each step, outside of the forward pass."""
+    model = Model(lambda m, x: m.b(m.a(x).relu()) + m.view.sum(), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    spec = find_symmetries(changed(model, model.a.weight.tanh().cumsum(0)), torch.randn(2, 4))
+    assert not any(leg.name == "a.weight" for symmetry in spec for leg in symmetry.legs)
+    assert len(find_symmetries(changed(model, model.a.weight.tanh().detach()), torch.randn(2, 4))) == 2
+
+
 def changed(model: nn.Module, view: Tensor) -> nn.Module:
     model.view = view
     return model

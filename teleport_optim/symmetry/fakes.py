@@ -70,11 +70,11 @@ class Fakes:
     def empty(self, like: Tensor, device: torch.device | None = None) -> Tensor:
         """A tensor without data of the shape and strides of another one; a parameter for a parameter."""
         if like.layout != torch.strided or type(like) not in (Tensor, nn.Parameter) or like.is_quantized:
-            fake = self.mode.from_tensor(like)
+            fake: Tensor = self.mode.from_tensor(like)
         else:
             fake = self._new(None, _Layout(tuple(like.shape), like.stride(), 0, like.dtype, device or like.device))
         if isinstance(like, nn.Parameter):
-            fake._is_param = True  # type: ignore[attr-defined]
+            fake._is_param = True
         self._keep(fake)
         return fake
 
@@ -181,7 +181,7 @@ class Fakes:
         if view is not None and tensors[view].dtype != leaf.dtype:
             return None
         offset = leaf.storage_offset() - (0 if view is None else tensors[view].storage_offset())
-        return _Made(same, view, _Layout(tuple(leaf.shape), leaf.stride(), offset, leaf.dtype, leaf.fake_device))
+        return _Made(same, view, _Layout(tuple(leaf.shape), leaf.stride(), int(offset), leaf.dtype, leaf.fake_device))
 
     def _again(self, known: tuple[type, list[_Made]], tensors: Sequence[Tensor]) -> Any:
         kind, made = known

@@ -61,7 +61,7 @@ def quiet() -> Iterator[None]:
     gc.disable()
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models may draw from
     # a device that nothing has run on yet is not to be woken up
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -141,7 +141,7 @@ class Surroundings:
         elif isinstance(value, threading.local):
             self._add_dict(vars(value))
         elif isinstance(value, (WeakKeyDictionary, WeakValueDictionary)):
-            self._add_dict(value.data)
+            self._add_dict(vars(value)["data"])
         elif isinstance(value, torch.Generator):
             self._states.append((value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
@@ -156,9 +156,9 @@ class Surroundings:
             self._add_dict(value.__dict__, skip=HOOKS)
             self._queue.append(kind)
         elif is_users(kind) and not isinstance(value, Tensor):
-            own = getattr(value, "__dict__", None)
-            if type(own) is dict:
-                self._add_dict(own)
+            attributes = getattr(value, "__dict__", None)
+            if type(attributes) is dict:
+                self._add_dict(attributes)
             self._queue.append(kind)
 
     def _is_near(self, name: object) -> bool:

@@ -140,8 +140,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._known:
             real = self.fakes.real(tensor)
             storage = _storage_of(tensor if real is None else real)
-            for relative in self._aliases.get(storage, []):  # a view that was made before the trace
-                if self._known[id(relative)][1].source is not None:
+            # a view of a parameter that was made before the trace, or what was computed from one
+            relatives = [*self._aliases.get(storage, []), *_computed_from(real)]
+            for relative in relatives:
+                if id(relative) in self._known and self._known[id(relative)][1].source is not None:
                     self.freeze(relative)
             self.introduce(tensor, Value(tuple(tensor.shape)))
         value = self._known[id(tensor)][1]
@@ -398,6 +400,22 @@ def _is_hashable(key: list[Any]) -> bool:
     return True
 
 
+def _computed_from(tensor: Tensor | None) -> list[Tensor]:
+    """The parameters from which a tensor was computed, as far as autograd knows."""
+    found: list[Tensor] = []
+    queue = [None if tensor is None else tensor.grad_fn]
+    seen: set[Any] = set()
+    while queue:
+        node: Any = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        queue += [function for function, _ in node.next_functions]
+    return found
+
+
 def trace(
     model: nn.Module,
     inputs: Inputs,
@@ -623,7 +641,8 @@ def _scripted(recorder: _Recorder, name: str) -> Callable[..., Any]:
         recorder.freeze((args, kwargs))
         recorder.is_paused = True
         try:
-            with torch.jit.optimized_execution(False):  # else it would learn from the shapes and types of this call
+            # else it would learn from the shapes and types of this call
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 output = original(*args, **kwargs)
         finally:
             recorder.is_paused = False

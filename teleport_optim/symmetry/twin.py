@@ -26,9 +26,8 @@ _ATOMIC = (
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
 """Types whose values are not copied: nothing about them changes, or they are shared by all models."""
-_ITERATORS = tuple(
-    {type(iter(x)) for x in ([], (), {}, set(), "", range(0), {}.items(), {}.values())} | {GeneratorType, map, zip}
-)
+_EMPTY: tuple[Any, ...] = ([], (), {}, set(), "", range(0), {}.items(), {}.values())
+_ITERATORS: tuple[type, ...] = (GeneratorType, map, zip, *(type(iter(x)) for x in _EMPTY))
 _MAX_ENTRIES = 10_000
 """Containers with more entries are data, not parts of a model; they are shared, as are arrays with more bytes."""
 _MAX_BYTES = 2**16
@@ -80,7 +79,8 @@ class _Drawn:
 def twin_of(model: T, memo: dict[int, Any], fake: Callable[[Tensor], Tensor]) -> tuple[T, list[object]]:
     """A copy of a model, or of its inputs; a tensor becomes what ``memo`` has for its id, else what ``fake`` makes of it.
 
-    Modules without their hooks, containers and plain objects of users are copied. All else is shared: what the copy does to it has to be undone.
+    Modules (without their hooks), containers and plain objects of users are copied. All else is shared: what the copy does
+    to it has to be undone.
 
     Returns:
         The copy, and the objects that it shares with the model.
@@ -144,15 +144,15 @@ class _Copier:
     def _container(self, value: Any) -> Any:
         kind = type(value)
         if isinstance(value, dict):
-            new = defaultdict(self(value.default_factory)) if kind is defaultdict else kind()
+            new = defaultdict(self(value.default_factory)) if isinstance(value, defaultdict) else kind()
             self._memo[id(value)] = new
             new.update((self(key), self(entry)) for key, entry in list(value.items()))
             return new
         if kind in (list, set, deque):
-            new = deque(maxlen=value.maxlen) if kind is deque else kind()
-            self._memo[id(value)] = new
-            (new.update if kind is set else new.extend)(map(self, list(value)))
-            return new
+            copied: Any = deque(maxlen=value.maxlen) if isinstance(value, deque) else kind()
+            self._memo[id(value)] = copied
+            (copied.update if kind is set else copied.extend)(map(self, list(value)))
+            return copied
         return kind(*map(self, value)) if _is_named_tuple(value) else kind(map(self, value))
 
     def _module(self, module: nn.Module) -> nn.Module:
@@ -160,14 +160,14 @@ class _Copier:
         self._memo[id(module)] = new
         state = module.__dict__
         if type(module).__getstate__ is not object.__getstate__ and not is_parametrized(module):
-            state = module.__getstate__()
+            state = module.__getstate__()  # type: ignore[no-untyped-call]
         if not isinstance(state, Mapping):
             raise Untraceable(f"it cannot be copied: the state of a {type(module).__name__} is no dictionary")
         copied = {key: OrderedDict() if key in HOOKS else self(entry) for key, entry in list(state.items())}
         if type(module).__setstate__ is nn.Module.__setstate__:
             new.__dict__.update(copied)
         else:
-            new.__setstate__(copied)
+            new.__setstate__(copied)  # type: ignore[no-untyped-call]
         return new
 
     def _object(self, value: Any) -> Any:
