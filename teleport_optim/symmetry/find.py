@@ -14,7 +14,7 @@ from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.multiplication import Multiplication
 from teleport_optim.symmetry.solve import symmetries_of
-from teleport_optim.symmetry.spec import Refusal, SymmetrySpec
+from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
 from teleport_optim.symmetry.theories import Theory
 from teleport_optim.symmetry.trace import Limits, SearchStopped, Untraceable, trace
 
@@ -35,8 +35,9 @@ def find_symmetries(
     Every site found satisfies :math:`f(x; g \cdot \theta) = f(x; \theta)` for all inputs and all elements of its group,
     with ``g`` applied by :func:`~teleport_optim.action.act`. The model's inputs and outputs never move.
 
-    The model is followed operation by operation, in evaluation and in training mode, on tensors without data: it is neither
-    run nor changed. The search fails closed. What goes into an operation that is not known does not move; neither does
+    A copy of the model is followed operation by operation, in evaluation and in training mode, on tensors without data. The
+    model is neither run nor changed, and what its code keeps elsewhere (caches, lists, counters, random states) is put back.
+    Beside other threads, only tensors are taken out again. The search fails closed. What goes into an operation that is not known does not move; neither does
     anything in a module with forward hooks or a parameter that shares memory with another one. A model whose control flow
     depends on data is refused as a whole. The spec says where and why in its ``refusals``. Parameters that a loss uses
     directly, beside the model, cannot be seen: leave such sites out.
@@ -44,10 +45,13 @@ def find_symmetries(
     Args:
         model: The model.
         example_inputs: An input that the model takes, the tuple of its inputs, the dictionary of those that have names, or
-            an :class:`Inputs` with both; with at least two examples in the batch. Only shapes and dtypes matter.
+            an :class:`Inputs` with both. Only shapes and dtypes matter. One example is enough: where a layer needs two in
+            training mode, there are two.
         groups: Names of the groups to look for, all by default: ``"permutation"``, ``"scaling"``, ``"sign"``, ``"linear"``.
         include_approximate: Also list scaling in front of a normalisation, which holds only up to its eps
             (``exact=False``).
+        max_operations: Most operations of the model that are followed, in all its runs together.
+        max_seconds: Most seconds that this may take. At a limit there are no symmetries, but a warning.
 
     Returns:
         The symmetries, group by group: permutations (of channels, and of whole attention heads), positive scalings, sign
@@ -55,7 +59,8 @@ def find_symmetries(
 
     Raises:
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
-        ValueError: if the model cannot take ``example_inputs``, or there is no group of such a name.
+        ValueError: if the model cannot take ``example_inputs``, its own code fails on them, or there is no group of such
+            a name.
 
     Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision.
 
@@ -95,11 +100,9 @@ def find_symmetries(
     for name, tensor in _tensors(model):
         names.setdefault(id(tensor), []).append(name)
     all_names = {own[0]: own for own in names.values()}
-    found = [
-        symmetry
-        for theory in theories
-        for symmetry in symmetries_of(theory, all_names, include_approximate=include_approximate)
-    ]
+    found: list[Symmetry] = []
+    while theories:  # one after the other, since they take much memory
+        found += symmetries_of(theories.pop(0), all_names, include_approximate=include_approximate)
     return SymmetrySpec(tuple(found), tuple(refusals))
 
 

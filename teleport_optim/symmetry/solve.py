@@ -112,6 +112,7 @@ def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
         shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
         parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
     node, units, roles, where = (np.concatenate(column) for column in zip(*parts))
+    del parts  # as large as all the rest
     roots, roles_in_class, signs = theory.units.find(units, roles)
     degrees = signs.astype(np.int64)
     ends = np.cumsum(sizes)
