@@ -37,10 +37,10 @@ def find_symmetries(
 
     A copy of the model is followed operation by operation, in evaluation and in training mode, on tensors without data. The
     model is neither run nor changed, and what its code keeps elsewhere (caches, lists, counters, random states) is put back.
-    Beside other threads, only tensors are taken out again. The search fails closed. What goes into an operation that is not known does not move; neither does
-    anything in a module with forward hooks or a parameter that shares memory with another one. A model whose control flow
-    depends on data is refused as a whole. The spec says where and why in its ``refusals``. Parameters that a loss uses
-    directly, beside the model, cannot be seen: leave such sites out.
+    Beside other threads, only tensors are taken out again. The search fails closed. What goes into an operation that is not
+    known does not move; neither does anything in a module with forward hooks or a parameter that shares memory with another
+    one. A model whose control flow depends on data is refused as a whole. The spec says where and why in its ``refusals``.
+    Parameters that a loss uses directly, beside the model, cannot be seen: leave such sites out.
 
     Args:
         model: The model.
