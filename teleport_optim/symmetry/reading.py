@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from teleport_optim.symmetry.labels import Array, Labels
-from teleport_optim.symmetry.operations import CREATIONS, RULES, SELECTIONS, Call
+from teleport_optim.symmetry.operations import SELECTIONS, Call
 from teleport_optim.symmetry.theories import Theory, Value
 
 __all__ = ["Readings", "Scout"]
@@ -69,7 +66,7 @@ class Readings:
                 continue
             self._of(value).parts += results
             if isinstance(call["dim"], int):
-                choice = _choice(call.name, value.shape, call.arguments, Value)
+                choice = _choice(call.name, value.shape, call.arguments)
                 self._choices.setdefault(choice, []).append((value, call["dim"] % len(value.shape)))
 
     def note_use(self, value: Value) -> None:
@@ -110,47 +107,37 @@ def _units(labels: Iterable[Labels]) -> Array:
     return np.concatenate([np.zeros(0, np.int64), *(one.units.ravel() for one in labels)])
 
 
-def _choice(name: str, shape: Sequence[int], arguments: Mapping[str, Any], tensor: type) -> Choice:
-    return name, tuple(shape), str([given for given in arguments.values() if not isinstance(given, tensor)])
+def _choice(name: str, shape: Sequence[int], arguments: Mapping[str, Any]) -> Choice:
+    return name, tuple(shape), str([_plain(given) for given in arguments.values()])
 
 
-class Scout(TorchDispatchMode):  # type: ignore[no-untyped-call]
+def _plain(given: Any) -> Any:
+    """An argument with nothing but its place where it is a tensor."""
+    if isinstance(given, (list, tuple)):
+        return [_plain(entry) for entry in given]
+    return None if isinstance(given, (Tensor, Value)) else given
+
+
+class Scout:
     """Takes note of a model's path and of what it chooses from its parameters, and no more.
 
-    Args:
-        inputs: The tensors among the inputs of the model.
-
     Attributes:
-        path: The names of the operations.
+        path: The names of the operations, and of the parameters that they read.
         choices: What is taken by its numbers from what does not depend on the inputs.
     """
 
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.path: list[str] = []
+    def __init__(self) -> None:
+        self.path: list[tuple[str, ...]] = []
         self.choices: set[Choice] = set()
-        self._reading_inputs = {id(tensor): tensor for tensor in inputs}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "prim":
-            return func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        name = func._schema.name.split("::")[-1].rstrip("_")
-        is_composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-        if is_composite and tensors and name not in RULES and name not in CREATIONS:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        self.path.append(name)
-        if any(id(tensor) in self._reading_inputs for tensor in tensors):
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self._reading_inputs |= {id(output): output for output in outputs}
-        elif name in SELECTIONS and tensors:
-            names = [argument.name for argument in func._schema.arguments]
-            defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-            given = defaults | dict(zip(names, args)) | kwargs
-            self.choices.add(_choice(name, tensors[0].shape, given, Tensor))
-        return result
+    def note(self, name: str, values: Sequence[Value], arguments: Mapping[str, Any]) -> None:
+        """Take note of an operation.
+
+        Args:
+            name: Its name.
+            values: Its tensors, as far as the inputs and parameters tell.
+            arguments: What it takes.
+        """
+        self.path.append((name, *(value.source.name for value in values if value.source is not None)))
+        if name in SELECTIONS and values and not any(value.reads_inputs for value in values):
+            self.choices.add(_choice(name, values[0].shape, arguments))

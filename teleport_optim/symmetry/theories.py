@@ -249,6 +249,15 @@ class Theory(ABC):
                     self.write(value, axis)
         return self.known(value)
 
+    def rests(self, value: Value) -> bool:
+        """Whether nothing about a tensor moves any more, so that no operation can tell anything of it."""
+        if value.source is None:
+            return all(self.units.are_fixed(one.units) for one in value.labels.get(self.name, ()))
+        axes = self._parameters[value.source.name]
+        if any(own is None for own in axes) or any(name == value.source.name for name, _ in self._blocked):
+            return False
+        return all(self.units.are_fixed(one.units) for own in axes for one in own or ())
+
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""
         for labels in self.settle(value):
