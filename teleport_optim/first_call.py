@@ -40,8 +40,17 @@ class FirstCall:
         self._handle = model.register_forward_pre_hook(self._watch, with_kwargs=True)
 
     def take(self) -> Inputs | None:
-        """The inputs, without data, upon which the waiting ends; None if the model has not been called."""
+        """The inputs, without data, upon which the waiting ends; None if the model has not been called.
+
+        Raises:
+            TypeError: if it was called with a tensor whose shape does not tell what it is.
+        """
         inputs = self._watch.inputs
-        if inputs is not None and not self._watch.is_compiled:
-            self._handle.remove()
+        if inputs is not None:
+            self.cancel()
         return inputs
+
+    def cancel(self) -> None:
+        """Wait no more."""
+        if not self._watch.is_compiled:
+            self._handle.remove()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.symmetry.spec import SymmetrySpec
+from teleport_optim.symmetry.spec import Symmetry, SymmetrySpec
 
 __all__ = [
     "Block",
@@ -227,6 +227,12 @@ def in_full_precision(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def _balances(symmetry: Symmetry) -> bool:
+    """Whether a scaling takes from some tensors what it gives to others."""
+    is_split = bool(symmetry.readers and symmetry.writers)
+    return is_split and len({leg.name for leg in symmetry.legs}) > 1
+
+
 @dataclass(frozen=True)
 class Layout:
     """The static side of an update: one row per parameter tensor, in a fixed order.
@@ -255,9 +261,12 @@ class Layout:
         depth: Depth | None = None,
         block_rows: int = BLOCK_ROWS,
     ) -> Layout:
-        """The layout of ``tensors``; of ``spec`` it keeps the exact scalings that move none but these tensors."""
+        """The layout of ``tensors``; of ``spec`` it keeps the exact scalings that balance none but these tensors.
+
+        A scaling of one tensor alone, or of tensors that are all written (a weight that is divided by its norm), balances nothing.
+        """
         scalings = () if spec is None else spec.of_group("scaling").symmetries
-        usable = tuple(s for s in scalings if s.exact and all(leg.name in tensors for leg in s.legs))
+        usable = tuple(s for s in scalings if s.exact and _balances(s) and all(leg.name in tensors for leg in s.legs))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         return cls(shapes, SymmetrySpec(usable), frozenset(embeddings) & set(shapes), depth, block_rows)
 

@@ -622,19 +622,29 @@ class LearnedTeleportOptimizer(Optimizer):
         call = self._first_call
         if call is None:
             return
-        inputs = call.take()
+        if len(self._entries()) < 2:  # a scaling moves two tensors at least
+            self._first_call = None
+            call.cancel()
+            return
+        try:
+            inputs = call.take()
+            if inputs is not None:
+                self._first_call = None
+                self._use(find_symmetries(call.model, inputs, groups=["scaling"]), call.model)
+        except Exception as error:  # the search runs code of the model's, whose failure must not cost a step
+            self._first_call = None
+            call.cancel()
+            self._warn(
+                f"no teleports: the search for symmetries failed ({type(error).__name__}: {error}). Training goes on without "
+                "them; pass symmetries= that were found beforehand, or teleport=False"
+            )
+            return
         if inputs is None:
             self._warn(
                 f"no teleports yet: the model ({self._model_name}) has not been called since the optimizer was made, so "
                 "that the shapes of its inputs are not known. Pass example_inputs, or teleport=False",
                 once="not called",
             )
-            return
-        self._first_call = None
-        try:
-            self._use(find_symmetries(call.model, inputs, groups=["scaling"]), call.model)
-        except ValueError as error:
-            self._warn(f"no teleports: {error}")
 
     def _horizon(self, step: int) -> Horizon:
         """The length of the run, which may have been changed in the groups since the last step."""

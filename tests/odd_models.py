@@ -46,7 +46,7 @@ class Opaque:
 
 
 class Hidden:
-    """An object in which nothing can be seen."""
+    """An object with a tensor among its attributes."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -155,7 +155,7 @@ MODELS: dict[str, Entry] = {
     "w times its transpose": (
         mlp(lambda m, x: m.b(m.a(x) @ (m.w @ m.w.t())), w=lambda: param(N, 4)),
         x_vector,
-        "a:permutation w:permutation a:linear",
+        "a:permutation w:permutation a:scaling a:sign w:sign a:linear",
     ),
     "penalty on a weight": (
         mlp(lambda m, x: (m.b(m.a(x).relu()), m.a.weight.square().sum())),
@@ -185,7 +185,7 @@ MODELS: dict[str, Entry] = {
             mask=lambda: torch.tensor([1.0, 0, 1, 1, 0, 1])[:, None].expand(N, 3).clone(),
         ),
         x_vector,
-        "mask:permutation w:scaling[0] w:scaling[1] mask:scaling w:sign[0] w:sign[1]",
+        "mask:permutation w:scaling",
     ),
     "sliced weight": (
         mlp(
@@ -194,7 +194,7 @@ MODELS: dict[str, Entry] = {
             v=lambda: param(N + 2),
         ),
         x_vector,
-        "w:permutation[0] w:permutation[1] v:permutation w:scaling[0] w:scaling[1] v:scaling w:sign v:sign w:linear v:linear",
+        "w:permutation w:scaling",
     ),
     "flat parameter": (
         lambda: Model(lambda m, x: (x @ m.w[: 3 * N].view(3, N)).relu() @ m.w[3 * N :].view(N, 2), w=param(5 * N)),
@@ -562,7 +562,9 @@ MODELS: dict[str, Entry] = {
     ),
     "named tuple output": (mlp(lambda m, x: Pair(m.b(h := m.a(x).relu()), h.sum(1))), x_vector, "a:permutation"),
     "dataclass output": (mlp(lambda m, x: Opaque(m.b(m.a(x).relu()))), x_vector, "a:permutation a:scaling"),
-    "output in an unknown object": (mlp(lambda m, x: Hidden(m.b(m.a(x).relu()))), x_vector, "refused"),
+    "output in an object": (mlp(lambda m, x: Hidden(m.b(m.a(x).relu()))), x_vector, "a:permutation a:scaling"),
+    "hidden channels in an object": (mlp(lambda m, x: (m.b(h := m.a(x).relu()), Hidden(h))), x_vector, ""),
+    "output that is drawn": (mlp(lambda m, x: iter([m.b(m.a(x).relu())])), x_vector, "refused"),
     "no output": (mlp(lambda m, x: None), x_vector, "refused"),
     # --------------------------------------------------------------------------------------------- sizes out of the ordinary
     "zero channels": (lambda: nn.Sequential(Empty(3, 0), nn.ReLU(), Empty(0, 2)), x_vector, ""),

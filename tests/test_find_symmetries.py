@@ -244,7 +244,6 @@ def test_a_random_layer_does_not_move_the_random_state() -> None:
         (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(5, 2)), torch.randn(2, 3), "cannot take example_inputs"),
         (nn.Sequential(nn.Linear(3, 4)), (torch.randn(2, 3), torch.randn(2, 3)), "positional arguments"),
         (nn.Bilinear(3, 4, 2), torch.randn(2, 3), "missing 1 required positional argument"),
-        (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(1, 3), "at least two examples"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model: nn.Module, inputs: Tensor, message: str) -> None:

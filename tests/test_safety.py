@@ -334,10 +334,10 @@ def changed(change: Callable[[nn.Sequential], object]) -> nn.Sequential:
 
 CHANGED: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "weight_norm": (lambda m: [parametrizations.weight_norm(m[0]), parametrizations.weight_norm(m[2])], "weight_norm"),
-    "weight_norm by hooks": (lambda m: nn.utils.weight_norm(m[2]), "cannot be copied"),
+    "weight_norm by hooks": (lambda m: nn.utils.weight_norm(m[2]), "has forward hooks"),
     "spectral_norm": (lambda m: parametrizations.spectral_norm(m[2]), "vdot"),
     "spectral_norm by hooks": (lambda m: nn.utils.spectral_norm(m[2]), "hooks|cannot be copied"),
-    "pruning": (lambda m: prune.l1_unstructured(m[2], "weight", 0.3), "cannot be copied"),
+    "pruning": (lambda m: prune.l1_unstructured(m[2], "weight", 0.3), "has forward hooks"),
     "a mask as parametrization": (lambda m: nn.utils.parametrize.register_parametrization(m[2], "weight", Mask()), ""),
 }
 

@@ -55,7 +55,7 @@ REFUSED: dict[str, tuple[ModelFactory, str, str]] = {
     "forward hook": (changed(lambda m: m[2].register_forward_hook(lambda *_: None)), "2", "has forward hooks"),
     "pre-hook": (changed(lambda m: m[1].register_forward_pre_hook(lambda *_: None)), "1", "has forward hooks"),
     "hook on the root": (changed(lambda m: m.register_forward_hook(lambda *_: None)), "(root)", "has forward hooks"),
-    "pruning": (changed(lambda m: prune.l1_unstructured(m[2], "weight", 0.5)), "(root)", "cannot be copied"),
+    "pruning": (changed(lambda m: prune.l1_unstructured(m[2], "weight", 0.5)), "2", "has forward hooks"),
     "weight norm": (changed(lambda m: parametrizations.weight_norm(m[2])), "2.parametrizations.weight.0", "is not an operation"),
     "shared storage": (changed(share_storage), "0.weight", "shares memory with 2.weight"),
     "lazy": (between(nn.LazyLinear(4)), "1.weight", "run one batch"),

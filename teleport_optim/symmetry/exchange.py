@@ -33,7 +33,7 @@ class Exchange(Theory):
         self.records: list[tuple[int, Array, Array, Array]] = []
         self.tied: list[Array] = []
         self._recorded: set[tuple[bytes, bytes]] = set()
-        self._is_linear = name == "linear"
+        self._is_linear = self.changes_numbers = name == "linear"
         self.moves_heads = name == "heads"
 
     def lets_through(self, tags: frozenset[str]) -> bool:
@@ -155,6 +155,8 @@ class Exchange(Theory):
             there = others.index(letter)
             if self.is_free(other, there):
                 self.write(other, there)
+                if not self.is_free(value, axis):  # they are one parameter
+                    continue
             met = [labels for labels in self.known(other) if there in labels.axes]
             if len(met) == 1 and met[0].axes == (there,):
                 self.bind(value, axis, [met[0] if letter in letters else met[0].dual()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,9 +14,9 @@ from teleport_optim.symmetry.exchange import Exchange
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.multiplication import Multiplication
 from teleport_optim.symmetry.solve import symmetries_of
-from teleport_optim.symmetry.spec import Refusal, SymmetrySpec
+from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
 from teleport_optim.symmetry.theories import Theory
-from teleport_optim.symmetry.trace import Untraceable, trace
+from teleport_optim.symmetry.trace import Limits, SearchStopped, Untraceable, trace
 
 __all__ = ["find_symmetries"]
 
@@ -26,25 +27,35 @@ def find_symmetries(
     *,
     groups: Iterable[str] = tuple(GROUPS),
     include_approximate: bool = False,
+    max_operations: int = 200_000,
+    max_seconds: float = 60.0,
 ) -> SymmetrySpec:
     r"""Find the hidden channels of a model that can be moved without changing its function.
 
     Every site found satisfies :math:`f(x; g \cdot \theta) = f(x; \theta)` for all inputs and all elements of its group,
     with ``g`` applied by :func:`~teleport_optim.action.act`. The model's inputs and outputs never move.
 
-    The model is followed operation by operation, in evaluation and in training mode, on tensors without data: it is neither
-    run nor changed. The search fails closed. What goes into an operation that is not known does not move; neither does
-    anything in a module with forward hooks or a parameter that shares memory with another one. A model whose control flow
-    depends on data is refused as a whole. The spec says where and why in its ``refusals``. Parameters that a loss uses
-    directly, beside the model, cannot be seen: leave such sites out.
+    A copy of the model is followed operation by operation, in evaluation and in training mode, on tensors without data. The
+    model is neither run nor changed, and what its code keeps elsewhere (caches, lists, counters, random states) is put back.
+    Beside other threads, only tensors are taken out again. The search fails closed. What goes into an operation that is not
+    known does not move; neither does anything in a module with hooks, a parameter with hooks or one that shares memory with
+    another one, entries of a parameter that nothing reads, and what a custom ``autograd.Function`` takes, whose gradients may
+    not move along. Buffers are data: they are permuted along with what they meet, and never multiplied but for the
+    statistics that a normalisation updates. A model whose control flow depends on data, or on random numbers of Python or
+    numpy, is refused as a whole. One that asks for the size of its inputs or whether gradients are taken is followed with
+    other answers, too. The spec says where and why in its ``refusals``. Parameters that a loss uses directly, beside the
+    model, cannot be seen: leave such sites out.
 
     Args:
         model: The model.
         example_inputs: An input that the model takes, the tuple of its inputs, the dictionary of those that have names, or
-            an :class:`Inputs` with both; with at least two examples in the batch. Only shapes and dtypes matter.
+            an :class:`Inputs` with both. Only shapes and dtypes matter. One example is enough: where a layer needs two in
+            training mode, there are two.
         groups: Names of the groups to look for, all by default: ``"permutation"``, ``"scaling"``, ``"sign"``, ``"linear"``.
         include_approximate: Also list scaling in front of a normalisation, which holds only up to its eps
             (``exact=False``).
+        max_operations: Most operations of the model that are followed, in all its runs together.
+        max_seconds: Most seconds that this may take. At a limit there are no symmetries, but a warning.
 
     Returns:
         The symmetries, group by group: permutations (of channels, and of whole attention heads), positive scalings, sign
@@ -52,9 +63,11 @@ def find_symmetries(
 
     Raises:
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
-        ValueError: if the model cannot take ``example_inputs``, or there is no group of such a name.
+        ValueError: if the model cannot take ``example_inputs``, its own code fails on them, or there is no group of such
+            a name.
 
-    Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision.
+    Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision. A model that
+    compares sizes, or asks whether gradients are taken, is followed a few times more.
 
     Example:
         >>> from torch import nn
@@ -70,25 +83,31 @@ def find_symmetries(
     wanted = set(groups)
     if not wanted <= set(GROUPS):
         raise ValueError(f"there are no groups {sorted(wanted - set(GROUPS))}, but {sorted(GROUPS)}")
-    inputs = Inputs.of(example_inputs)
+    limits = Limits.of(max_operations, max_seconds)
+    inputs = Inputs.of(example_inputs, model)
     lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
     theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
     try:
-        refusals = trace(model, inputs, theories, pinned=_shared_memory(model))
+        refusals = trace(model, inputs, theories, pinned=_hooked(model) | _shared_memory(model), limits=limits)
+    except SearchStopped as error:
+        warnings.warn(
+            f"no symmetries: {error}. Raise max_operations and max_seconds of find_symmetries; give an optimizer what that "
+            "finds as symmetries=, or pass teleport=False",
+            stacklevel=2,
+        )
+        return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     except Untraceable as error:
         return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     names: dict[int, list[str]] = {}
     for name, tensor in _tensors(model):
         names.setdefault(id(tensor), []).append(name)
     all_names = {own[0]: own for own in names.values()}
-    found = [
-        symmetry
-        for theory in theories
-        for symmetry in symmetries_of(theory, all_names, include_approximate=include_approximate)
-    ]
+    found: list[Symmetry] = []
+    while theories:  # one after the other, since they take much memory
+        found += symmetries_of(theories.pop(0), all_names, include_approximate=include_approximate)
     return SymmetrySpec(tuple(found), tuple(refusals))
 
 
@@ -102,6 +121,16 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, under every name that they have."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _hooked(model: nn.Module) -> dict[str, str]:
+    """The parameters whose gradients hooks may change, with the reason why they do not move."""
+    reason = "it has hooks, which may change its gradient: remove them"
+    return {
+        name: reason
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    }
 
 
 def _shared_memory(model: nn.Module) -> dict[str, str]:

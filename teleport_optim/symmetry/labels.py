@@ -220,6 +220,15 @@ class Units:
         """Let the classes of ``units`` hold only approximately."""
         self._is_inexact[self.find(np.unique(units))[0]] = True
 
+    def are_fixed(self, units: Array) -> bool:
+        """Whether none of ``units`` may move."""
+        if units.size == 0:
+            return True
+        first = units.item(0)  # most often, one tells
+        while (above := self._parent.item(first)) != first:
+            first = above
+        return bool(self._is_fixed.item(first)) and bool(self._is_fixed[self.find(np.unique(units))[0]].all())
+
     def is_fixed(self, roots: Array) -> Array:
         """Whether classes, given by their roots, may not move."""
         return self._is_fixed[roots]

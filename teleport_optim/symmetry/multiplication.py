@@ -105,6 +105,9 @@ class Multiplication(Theory):
         self, node: int, one: Value, letters_one: Letters, other: Value, letters_other: Letters, letters: Letters
     ) -> tuple[Labels, ...]:
         values, own = (one, other), (list(letters_one), list(letters_other))
+        if one.source is not None and other.source is not None and one.source.name == other.source.name:
+            for value in values:  # each factor counts in both
+                self.settle(value)
         factors: list[list[tuple[Labels, list[Any]]]] = [[(x, o) for x in self.known(v)] for v, o in zip(values, own)]
         for side in sorted((0, 1), key=lambda k: values[k].source is None):
             if values[side].source is not None:

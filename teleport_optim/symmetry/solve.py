@@ -56,13 +56,18 @@ def symmetries_of(theory: Theory, names: Mapping[str, Sequence[str]], *, include
     site_of, channel_of, sizes = _sites(roots, signatures, len(theory.units))
     legs: list[list[Leg]] = [[] for _ in sizes]
     for slot in slots:
-        for site in _in_order(site_of[slot.roots]).tolist():
+        own = site_of[slot.roots]
+        for site in [own.item(0)] if _is_constant(own) else _in_order(own).tolist():
             if site >= 0:
-                legs[site] += _legs(slot, np.flatnonzero(site_of[slot.roots] == site), channel_of, sizes[site], names)
+                legs[site] += _legs(slot, np.flatnonzero(own == site), channel_of, sizes[site], names)
     is_exact = ~np.isin(np.arange(len(sizes)), site_of[roots[theory.units.is_inexact(roots)]])
     least = 2 if isinstance(theory, Exchange) else 1
     found = [(tuple(own), size, exact) for own, size, exact in zip(legs, sizes, is_exact.tolist()) if size >= least]
     return _named(theory, found)
+
+
+def _is_constant(values: Array) -> bool:
+    return len(values) > 0 and bool((values == values[0]).all())
 
 
 def _in_order(values: Array) -> Array:
@@ -92,20 +97,26 @@ def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
     found to move together with others tells the members of a class apart (queries from keys in a packed projection).
     """
     slots = theory.slots
-    places = [(number, slot.units, slot.roles, np.zeros(1, np.uint64)) for number, slot in enumerate(slots)]
+    sizes = [slot.units.size for slot in slots]
+    parts: list[tuple[Array, ...]] = [
+        (
+            np.repeat(np.arange(len(slots)), sizes),
+            np.concatenate([slot.units for slot in slots]),
+            np.concatenate([slot.roles for slot in slots]),
+            np.zeros(sum(sizes), np.uint64),
+        )
+    ]
     is_exchange = isinstance(theory, Exchange)
-    if isinstance(theory, Exchange):
-        places += [(1 << 50 | node, units, roles, place) for node, units, roles, place in theory.records]
-    parts: list[tuple[Array, ...]] = []
-    for place in places:
+    for record in theory.records if isinstance(theory, Exchange) else ():
+        place = (np.asarray(1 << 50 | record[0]), *record[1:])
         shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
         parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
     node, units, roles, where = (np.concatenate(column) for column in zip(*parts))
+    del parts  # as large as all the rest
     roots, roles_in_class, signs = theory.units.find(units, roles)
     degrees = signs.astype(np.int64)
-    ends = np.cumsum([slot.units.size for slot in slots])
-    for slot, end in zip(slots, ends):
-        degrees[end - slot.units.size : end] *= slot.degree
+    ends = np.cumsum(sizes)
+    degrees[: sum(sizes)] *= np.repeat([slot.degree for slot in slots], sizes)
     signatures = np.zeros(len(theory.units), dtype=np.uint64)
     own = np.zeros_like(roles)
     if is_exchange:
@@ -114,7 +125,7 @@ def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
         _fix_copies(theory, roots, mix(node, roots, own), where == 0)
         signatures = np.zeros_like(signatures)
     np.add.at(signatures, roots, mix(node, own, where, degrees))
-    spans = [slice(end - slot.units.size, end) for slot, end in zip(slots, ends)]
+    spans = [slice(end - size, end) for size, end in zip(sizes, ends.tolist())]
     return [_Entries(slot, roots[k], own[k], degrees[k]) for slot, k in zip(slots, spans)], signatures
 
 
@@ -142,7 +153,7 @@ def _legs(
     legs = []
     for run in _runs(columns, entries.degrees[columns]):
         flat = index[:, run].ravel()
-        is_range = np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat)))
+        is_range = bool((flat[1:] == flat[:-1] + 1).all())
         shape: dict[str, Any] = {"offset": int(flat[0])} if is_range else {"index": tuple(flat.tolist())}
         degree = int(entries.degrees[columns[run[0]]])
         legs += [Leg(name, slot.axis, degree, len(run), within=slot.within, **shape) for name in names[slot.name]]

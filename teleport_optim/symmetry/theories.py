@@ -65,6 +65,7 @@ class Value:
         source: The parameter that it is, if it is one.
         fill: The number that all its entries are, if they are one.
         data: Its entries where they depend neither on inputs nor on parameters (index tensors among the buffers).
+        reads_inputs: Whether it depends on the inputs of the model; else it is computed from parameters and constants.
     """
 
     shape: tuple[int, ...]
@@ -72,6 +73,7 @@ class Value:
     source: Source | None = None
     fill: float | None = None
     data: Any = None
+    reads_inputs: bool = False
 
     @property
     def is_still(self) -> bool:
@@ -90,6 +92,13 @@ class Slot(NamedTuple):
     degree: int
 
 
+class _Blocks(NamedTuple):
+    """The labels ``[blocks, entries]`` of an axis of a parameter, block by block of its axis ``across``."""
+
+    across: int
+    labels: Labels
+
+
 MAX_LABELS = 16
 
 Letters = Sequence[Any]
@@ -103,43 +112,75 @@ class Theory(ABC):
         name: Name of the theory.
         units: The channels.
         slots: The parameters that move, and with which channels.
+        changes_numbers: Whether the group changes the entries of tensors, and not only their places.
     """
+
+    changes_numbers = True
 
     def __init__(self, name: str, units: Units) -> None:
         self.name = name
         self.units = units
         self.slots: list[Slot] = []
+        self._data: set[str] = set()
         self._parameters: dict[str, list[tuple[Labels, ...] | None]] = {}
-        self._blocked: dict[tuple[str, int], Labels] = {}
+        self._blocked: dict[tuple[str, int], _Blocks] = {}
 
     # ------------------------------------------------------------------------------------------------ parameters
 
-    def add_parameter(self, name: str, rank: int) -> None:
-        """Take up a parameter about whose axes nothing is known yet."""
+    def add_parameter(self, name: str, rank: int, *, is_data: bool = False) -> None:
+        """Take up a parameter about whose axes nothing is known yet.
+
+        Args:
+            name: Its name.
+            rank: Number of its axes.
+            is_data: Whether its entries are data (a mask, integers), which may change places but are not multiplied.
+        """
         self._parameters[name] = [None] * rank
+        if is_data and self.changes_numbers:
+            self._data.add(name)
 
     def is_free(self, value: Value, axis: int) -> bool:
         """Whether an axis is one of a parameter of which nothing is known yet, so that it can be made to fit."""
+        return self.is_unused(value, axis) and value.source is not None and value.source.name not in self._data
+
+    def is_unused(self, value: Value, axis: int) -> bool:
+        """Whether an axis is one of a parameter of which nothing is known yet, data or not."""
         if value.source is None:
             return False
         own_axis = value.source.axes[axis]
         return own_axis is not None and self._parameters[value.source.name][own_axis] is None
 
+    def can_move(self, value: Value) -> bool:
+        """Whether anything about a tensor moves, or could be made to."""
+        return any(self.is_free(value, axis) for axis in range(len(value.shape))) or bool(self.known(value))
+
     def bind(self, value: Value, axis: int, labels: Iterable[Labels], *, power: int = 1) -> None:
-        """Let a free axis move as ``labels`` say, which change along one axis at most; a variance has power 2."""
+        """Let an unused axis move as ``labels`` say, which change along one axis at most; a variance has power 2."""
         name, own_axis = self._locate(value, axis)
         bound = []
         for one in labels:
             units, roles = (np.broadcast_to(array.ravel(), value.shape[axis]) for array in (one.units, one.roles))
             self.slots.append(Slot(name, own_axis, None, units, roles, power * one.sign))
-            bound.append(Labels(units, roles, one.sign))
+            # who reads a variance sees the factor as often as its power says
+            bound += [Labels(units, roles, one.sign)] * (power if self.changes_numbers else 1)
         self._parameters[name][own_axis] = tuple(bound)
 
     def close(self, value: Value) -> None:
         """Let the axes that are still free move no more: an operation has used them, and nothing moved there."""
         for axis in range(len(value.shape)):
-            if self.is_free(value, axis):
+            if self.is_unused(value, axis):
                 self.bind(value, axis, [])
+
+    def pin_axis(self, value: Value, axis: int) -> None:
+        """Let nothing move along an axis of a parameter, now or when another operation uses it."""
+        if value.source is None or value.source.axes[axis] is None:
+            return
+        name, own_axis = self._locate(value, axis)
+        if self.is_unused(value, axis):
+            self.bind(value, axis, [])
+        self.fix(self._parameters[name][own_axis] or ())
+        if (name, own_axis) in self._blocked:
+            self.units.fix(self._blocked[name, own_axis].labels.units)
 
     @staticmethod
     def _locate(value: Value, axis: int) -> tuple[str, int]:
@@ -153,20 +194,22 @@ class Theory(ABC):
 
         ``labels`` has two axes: blocks and entries.
         """
-        key = (value.source.name, axis) if value.source else ("", axis)
-        if key in self._blocked:
-            self.units.unite(labels, self._blocked[key])
+        name, axes = value.source if value.source else ("", ())
+        own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
+        known = self._blocked.get((name, own_axis)) if own_axis is not None else None
+        if known is not None and known.across == own_across and known.labels.units.shape == labels.units.shape:
+            self.units.unite(labels, known.labels)
             return
-        if not self.is_free(value, axis):
+        if own_axis is None or own_across is None or not self.is_free(value, axis):
             self.freeze(value)
             self.units.fix(labels.units)
             return
-        self._blocked[key] = labels
+        self._blocked[name, own_axis] = _Blocks(own_across, labels)
         length = value.shape[across] // len(labels.units)
         for block, (units, roles) in enumerate(zip(labels.units, labels.roles)):
-            within = (across, block * length, length)
-            self.slots.append(Slot(key[0], axis, within, units, roles, labels.sign))
-        self._parameters[key[0]][axis] = ()
+            within = (own_across, block * length, length)
+            self.slots.append(Slot(name, own_axis, within, units, roles, labels.sign))
+        self._parameters[name][own_axis] = ()
 
     def write(self, value: Value, axis: int) -> tuple[Labels, ...]:
         """The one-dimensional labels of an axis of a parameter; new channels if it is free."""
@@ -176,9 +219,12 @@ class Theory(ABC):
         name, own_axis = self._locate(value, axis)
         return self._parameters[name][own_axis] or ()
 
-    def blocks(self, value: Value, axis: int) -> Labels | None:
+    def blocks(self, value: Value, axis: int, across: int) -> Labels | None:
         """What :meth:`bind_blocks` made of an axis, if it did."""
-        return self._blocked.get((value.source.name, axis)) if value.source else None
+        name, axes = value.source if value.source else ("", ())
+        own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
+        known = self._blocked.get((name, own_axis)) if own_axis is not None else None
+        return known.labels if known is not None and known.across == own_across else None
 
     def known(self, value: Value) -> tuple[Labels, ...]:
         """The labels of a tensor; those of a parameter's free axes are left out."""
@@ -186,9 +232,9 @@ class Theory(ABC):
             return value.labels.get(self.name, ())
         name, axes = value.source
         rank = len(axes)
-        for (owner, _), labels in self._blocked.items():
+        for (owner, _), blocks in self._blocked.items():
             if owner == name:  # used as a whole, too: what its blocks hold may not move
-                self.units.fix(labels.units)
+                self.units.fix(blocks.labels.units)
         result = []
         for axis, own in enumerate(axes):
             for one in (self._parameters[name][own] or ()) if own is not None else ():
@@ -202,6 +248,15 @@ class Theory(ABC):
                 if self.is_free(value, axis):
                     self.write(value, axis)
         return self.known(value)
+
+    def rests(self, value: Value) -> bool:
+        """Whether nothing about a tensor moves any more, so that no operation can tell anything of it."""
+        if value.source is None:
+            return all(self.units.are_fixed(one.units) for one in value.labels.get(self.name, ()))
+        axes = self._parameters[value.source.name]
+        if any(own is None for own in axes) or any(name == value.source.name for name, _ in self._blocked):
+            return False
+        return all(self.units.are_fixed(one.units) for own in axes for one in own or ())
 
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""

@@ -22,7 +22,7 @@ from teleport_optim.symmetry.operations import (
 from teleport_optim.symmetry.operations.call import Call, Rule, axes_of, values_in
 from teleport_optim.symmetry.theories import EVEN, HOMOGENEOUS, LINEAR, MASK, NOTHING, ODD, Value
 
-__all__ = ["COPIES", "CREATIONS", "RULES", "Call", "source_view", "values_in"]
+__all__ = ["COPIES", "CREATIONS", "RULES", "SELECTIONS", "Call", "source_view", "values_in"]
 
 
 def _names(text: str, rule: Rule) -> dict[str, Rule]:
@@ -31,6 +31,12 @@ def _names(text: str, rule: Rule) -> dict[str, Rule]:
 
 COPIES = frozenset({"clone", "contiguous", "to", "_to_copy", "detach", "alias", "lift_fresh", "lift"})
 """Operations whose result has the entries of their tensor."""
+
+
+SELECTIONS = frozenset({
+    "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "index", "index_select"
+})  # fmt: skip
+"""Operations that read some of the entries of their first tensor."""
 
 
 CREATIONS = frozenset({
@@ -139,7 +145,9 @@ def source_view(call: Call) -> Value | None:
         return None
     axes: list[int | None] = list(value.source.axes)
     if call.name in COPIES:
-        pass
+        dtype = call["dtype"]
+        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+            return None  # other numbers
     elif RULES.get(call.name) is layout.permute:
         axes = [axes[k] for k in layout.axis_order(call)]
     elif call.name == "unsqueeze":

@@ -97,15 +97,32 @@ def opaque(call: Call, theory: Theory) -> Result:
     return [()] * len(call.shapes)
 
 
-def bind_axis(theory: Theory, value: Value, axis: int, labels: Sequence[Labels], *, power: int = 1) -> None:
-    """Let an axis of a parameter move as ``labels`` say, whether it is free or not."""
-    if theory.is_free(value, axis):
+def bind_axis(
+    theory: Theory, value: Value, axis: int, labels: Sequence[Labels], *, power: int = 1, is_updated: bool = False
+) -> None:
+    """Let an axis of a parameter move as ``labels`` say, whether it is free or not.
+
+    Args:
+        theory: The group.
+        value: The parameter. What is none, or has no such axis, does not move.
+        axis: The axis.
+        labels: How it is to move.
+        power: The degree.
+        is_updated: Whether the operation itself writes the tensor, which then moves although it is a buffer.
+    """
+    if theory.is_free(value, axis) or (is_updated and theory.is_unused(value, axis)):
         theory.bind(value, axis, labels, power=power)
         return
-    known = theory.write(value, axis)
-    if len(known) != len(labels):
-        for one in [*known, *labels]:
-            theory.units.fix(one.units)
+    if value.source is None or value.source.axes[axis] is None:
+        theory.freeze(value)
+        theory.fix(labels)
         return
-    for one, other in zip(known, labels):
+    if theory.is_unused(value, axis):
+        theory.bind(value, axis, [])
+    known = theory.write(value, axis)
+    wanted = [one for one in labels for _ in range(power if theory.changes_numbers else 1)]
+    if len(known) != len(wanted):
+        theory.fix([*known, *labels])
+        return
+    for one, other in zip(known, wanted):
         theory.units.unite(one, other)

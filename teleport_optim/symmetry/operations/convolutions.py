@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from teleport_optim.symmetry.exchange import Exchange
-from teleport_optim.symmetry.labels import Labels, mix
+from teleport_optim.symmetry.labels import Array, Labels, mix
 from teleport_optim.symmetry.operations.call import Call, Result, bind_axis, relabelled
 from teleport_optim.symmetry.operations.products import biased
 from teleport_optim.symmetry.theories import Theory, Value
@@ -22,6 +22,7 @@ def convolution(call: Call, theory: Theory, *, is_transposed: bool) -> Result:
     spatial = list(range(channel + 1, len(value.shape)))
     labels = [theory.confine(one, spatial, value.shape) for one in theory.settle(value)]
     value = relabelled(value, theory, labels)
+    weight = _with_whole_kernels(theory, weight)
     batch = list(range(channel))
     pixels = [("pixel", k) for k in range(num_spatial)]
     letters = [*batch, "out", *[("place", k) for k in range(num_spatial)]]
@@ -32,6 +33,17 @@ def convolution(call: Call, theory: Theory, *, is_transposed: bool) -> Result:
     else:
         result = _grouped(call, theory, value, weight, channel, groups, is_transposed=is_transposed)
     return [biased(call, theory, result, bias, channel)]
+
+
+def _with_whole_kernels(theory: Theory, weight: Value) -> Value:
+    """A weight whose labels do not change from place to place in a kernel, each of which meets another pixel."""
+    places = range(2, len(weight.shape))
+    if weight.source is None:
+        labels = [theory.confine(one, places, weight.shape) for one in theory.known(weight)]
+        return relabelled(weight, theory, labels)
+    for axis in places:
+        theory.pin_axis(weight, axis)
+    return weight
 
 
 def _grouped(
@@ -45,7 +57,13 @@ def _grouped(
     for one in theory.known(value):
         if channel in one.axes and one.axes != (channel,):
             theory.units.fix(one.units)
-    if weight.source is None or len(here) > 1:
+    is_filter = fan_in == 1 and not isinstance(theory, Exchange) and not theory.can_move(weight)
+    if is_filter and len(here) == 1:  # of each channel alone, by numbers that are given: its factor passes
+        theory.close(weight)
+        (one,) = here
+        units = np.repeat(np.broadcast_to(one.units.ravel(), groups), fan_out)
+        return (*passing, Labels.along(units, channel, len(value.shape), None, one.sign))
+    if weight.source is None or weight.source.axes[0] is None or len(here) > 1:
         theory.freeze(value)
         theory.freeze(weight)
         return ()
@@ -57,13 +75,15 @@ def _grouped(
             theory.hold(call.node, one, [0], (groups, fan_in))
 
     if theory.name == "linear" or (theory.name == "heads" and fan_in > 1):
-        for one in here:
-            theory.units.fix(one.units)
+        theory.fix(here)
         theory.close(weight)
+        theory.freeze(weight)  # what it is elsewhere, too
         return tuple(passing)
     if fan_in == 1 and is_exchange:
         # the group of a channel moves with it: its kernels and the outputs that they write
         if not blocks:
+            theory.close(weight)
+            theory.freeze(weight)
             return tuple(passing)
         units = np.repeat(blocks[0].units.ravel(), fan_out)
         roles = np.repeat(blocks[0].roles.ravel(), fan_out)
@@ -119,16 +139,24 @@ def _write_rows(
             bind_axis(theory, weight, 0, [new, *reads])
             return (Labels.along(units, channel, rank, zeros),)
         known = theory.write(weight, 0)
+        if len(known) != 1 + len(reads) or not _is_repeated(known[0].units, repeat):  # it is something else elsewhere
+            theory.fix([*known, *reads])
+            return ()
         for one in reads:
             theory.units.unite(one, known[-1])
-        return (Labels.along(known[0].units[::repeat], channel, rank, None, known[0].sign),) if known else ()
+        return (Labels.along(known[0].units[::repeat], channel, rank, None, known[0].sign),)
     bind_axis(theory, weight, 0, reads)
-    blocks = theory.blocks(weight, 1)
+    blocks = theory.blocks(weight, 1, 0)
     if blocks is None:
         units = theory.units.new(groups * fan_out).reshape(groups, fan_out)
         blocks = Labels(units, np.zeros_like(units, dtype=np.uint64))
         theory.bind_blocks(weight, 1, 0, blocks)
     return _held(call, theory, [blocks.map(lambda array: array.ravel())], channel, groups, fan_out)
+
+
+def _is_repeated(units: Array, times: int) -> bool:
+    """Whether each unit comes ``times`` times in a row."""
+    return np.array_equal(np.repeat(units[::times], times), units)
 
 
 def _held(

@@ -45,7 +45,7 @@ def batch_norm(call: Call, theory: Theory) -> Result:
     for buffer, power in ((mean, 1), (variance, 2)):
         if buffer is not None:
             flat = [one.map(lambda array: np.broadcast_to(array.ravel(), value.shape[channel])) for one in through]
-            bind_axis(theory, buffer, 0, flat, power=power)
+            bind_axis(theory, buffer, 0, flat, power=power, is_updated=True)
     uses_batch = others if call.name != "instance_norm" else others[1:]
     normal = theory.normalise(call.node, value, uses_batch, ODD)
     return [_affine(call, theory, normal, [channel])] + [()] * (len(call.shapes) - 1)

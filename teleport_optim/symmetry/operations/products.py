@@ -108,6 +108,8 @@ def attention(call: Call, theory: Theory) -> Result:
         return opaque(call, theory)
     scores = theory.product(call.node, query, [*batch, "q", "d"], key, [*batch, "k", "d"], [*batch, "q", "k"])
     shape = (*query.shape[:-1], key.shape[-2])
+    if call["is_causal"]:  # who looks at whom depends on the position of both
+        theory.fix(one for one in scores if set(one.axes) & {len(batch), len(batch) + 1})
     if mask is not None:
         labels = Value(shape, {theory.name: scores})
         scores = theory.add(call.node, [labels, mask], shape, LINEAR if theory.known(labels) else NOTHING)

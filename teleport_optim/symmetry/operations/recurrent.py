@@ -61,7 +61,9 @@ def recurrent(call: Call, theory: Theory) -> Result:
             _bind_gates(theory, [weight, recurrent, *biases], hidden, num_gates, size, call.name)
             if hidden is not None and theory.is_free(recurrent, 1):
                 theory.bind(recurrent, 1, [hidden.dual()])
-            theory.product(call.node, value, [*batch_axes, "in"], weight, ["gate", "in"], [*batch_axes, "gate"])
+            read = theory.product(call.node, value, [*batch_axes, "in"], weight, ["gate", "in"], [*batch_axes, "gate"])
+            # steps in time follow each other, and a factor of all entries does not pass the gates
+            theory.fix(one for one in read if one.axes != (len(batch_axes),))
             for parameter in (weight, recurrent, *biases):
                 theory.close(parameter)
             if any(state.fill != 0.0 for state in states) and hidden is not None:
