@@ -696,9 +696,10 @@ class LearnedTeleportOptimizer(Optimizer):
             grad = grads[bias]
             eps = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32).eps
             if 0.0 < norms[bias] < _ROUNDING * eps * norms[matrix]:
-                own = grad.flatten().double() / norms[bias]
-                other = whole(momenta[bias]).flatten().double()
-                if not float(own @ other) > _AGREEMENT * float(other.norm()):
+                own, other = (in_full_precision(one).flatten() for one in (grad, whole(momenta[bias])))
+                # Divided by their largest entries, since squares of very small numbers are no floats.
+                own, other = (one / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny) for one in (own, other))
+                if not float(own @ other) > _AGREEMENT * float(own.norm() * other.norm()):
                     found.append(bias)
         return found
 
@@ -1168,8 +1169,12 @@ def _all_norms(tensors: list[Tensor]) -> list[float]:
     tensors = [in_full_precision(tensor.detach()) for tensor in tensors]
     norms: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
     for number, norm in enumerate(norms):
-        if not 1e-12 < norm < 1e18:  # Squares of very large or very small numbers are no floats, but they are doubles.
-            norms[number] = float(torch.linalg.vector_norm(tensors[number], dtype=torch.float64))
+        if (
+            not 1e-12 < norm < 1e18 and tensors[number].numel()
+        ):  # squares of very large or very small numbers are no floats
+            most = tensors[number].abs().max()
+            is_usual = bool(most > 0) and bool(most.isfinite())
+            norms[number] = float(most) * float((tensors[number] / most).norm()) if is_usual else float(most)
     return norms
 
 

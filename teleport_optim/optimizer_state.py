@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from teleport_optim.averaging import AVERAGE_SLOTS, END, ITERATE, START, initial_average
+from teleport_optim.averaging import AVERAGE_SLOTS, END, FINGERPRINT, ITERATE, START, initial_average
 from teleport_optim.guard import Guard
 from teleport_optim.layout import as_real
-from teleport_optim.sharding import local, part_like
+from teleport_optim.sharding import is_distributed, local, part_like
 from teleport_optim.update import Horizon, UpdateState, slot_dtype
 
 __all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
@@ -258,6 +258,8 @@ def _read_slots(
             f"the state of parameter {key!r} holds {ITERATE!r}, but was not saved in evaluation mode"
         )
     read = {name: _read_slot(key, name, slots[name], like, progress.num_steps) for name, like in expected.items()}
+    if average and is_distributed(param):  # It was that of a part of the tensor, which may lie elsewhere now.
+        read[FINGERPRINT].zero_()
     # Wrappers, such as Lookahead, keep slots of their own beside ours: they are given back as they were.
     read |= copy.deepcopy({name: value for name, value in slots.items() if name not in expected})
     if average and not read[START] <= read[END]:
