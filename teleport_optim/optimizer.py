@@ -66,8 +66,8 @@ from teleport_optim.update import (
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
 
-_ROUNDING = 32.0
-"""A bias whose gradient is less than so many roundings of that of its matrix may have none but rounding errors."""
+_ROUNDING, _ROUNDING_64 = (32.0 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+"""A bias whose gradient is a smaller share of that of its matrix may have none but rounding errors."""
 _MEMORY = 300
 """Steps after which a momentum has forgotten a gradient of any size."""
 _AGREEMENT = 0.9
@@ -652,28 +652,27 @@ class LearnedTeleportOptimizer(Optimizer):
         return horizon if horizon.total_steps == total_steps else horizon.changed(total_steps, step)
 
     def _hyper(self, rates: list[float], groups: list[dict[str, Any]], step: int, horizon: Horizon) -> Hyper:
-        if horizon.total_steps is not None:
-            self._check_schedule(step, horizon.total_steps)
+        if horizon.total_steps is not None and step >= horizon.total_steps:
+            self._warn(
+                f"step {step + 1} lies past total_steps={horizon.total_steps}: going on at the last rate. Give the length of the "
+                "whole run (set_total_steps), or leave total_steps out.",
+                once="past total_steps",
+            )
         decays = [None if group["weight_decay"] is None else float(group["weight_decay"]) for group in groups]
         key = (rates, decays, horizon)
         if self._last_hyper is None or self._last_hyper[0] != key:
+            self._check_schedule(horizon.total_steps)
             numbers = [math.nan if decay is None else decay for decay in decays]
             lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, numbers))
             self._last_hyper = (key, Hyper(lr, weight_decay, horizon))
         return self._last_hyper[1]
 
-    def _check_schedule(self, step: int, total_steps: int) -> None:
-        """Warn of a run that goes on past its end, and of a scheduler on top of the schedule that is built in."""
-        if step >= total_steps:
-            self._warn(
-                f"step {step + 1} lies past total_steps={total_steps}: going on at the last rate. Give the length of the "
-                "whole run (set_total_steps), or leave total_steps out.",
-                once="past total_steps",
-            )
+    def _check_schedule(self, total_steps: int | None) -> None:
+        """Warn of a scheduler on top of the schedule that is built in."""
         lrs = [float(group["lr"]) for group in self.param_groups]
         if self._first_lrs is None or len(self._first_lrs) != len(lrs):
             self._first_lrs = lrs
-        elif self._first_lrs != lrs:
+        elif total_steps is not None and self._first_lrs != lrs:
             self._warn(
                 f"lr has changed from {self._first_lrs} to {lrs} in a run with total_steps={total_steps}, whose rate falls to "
                 "zero by itself in the last 30 %: a scheduler multiplies with that. Leave the scheduler out (where a library "
@@ -694,8 +693,8 @@ class LearnedTeleportOptimizer(Optimizer):
         found = []
         for bias, matrix in self._biases[1]:
             grad = grads[bias]
-            eps = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32).eps
-            if 0.0 < norms[bias] < _ROUNDING * eps * norms[matrix]:
+            rounding = _ROUNDING_64 if grad.dtype == torch.float64 else _ROUNDING
+            if 0.0 < norms[bias] < rounding * norms[matrix]:
                 own, other = (in_full_precision(one).flatten() for one in (grad, whole(momenta[bias])))
                 # Divided by their largest entries, since squares of very small numbers are no floats.
                 own, other = (one / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny) for one in (own, other))
