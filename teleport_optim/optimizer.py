@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -876,8 +876,7 @@ class LearnedTeleportOptimizer(Optimizer):
                 self._progress = self._progress._replace(is_eval=False)
                 self._held_starts = None
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Put the average of the iterates in the place of the parameters for as long as the context lasts.
 
         Inside, everything sees it: evaluation, saving, ``state_dict()``. Copy what is to outlive the context. It may be entered
@@ -898,6 +897,10 @@ class LearnedTeleportOptimizer(Optimizer):
             ...     weights = {name: value.clone() for name, value in model.state_dict().items()}
         """
         self._check_average()
+        return self._averaged()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
         with self._swapping.by_this_thread():
             was_eval = self._progress.is_eval
             try:

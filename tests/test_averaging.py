@@ -359,8 +359,8 @@ def test_it_can_be_left_out() -> None:
     optimizer.eval()
     assert same(weights_of(model), before)
     optimizer.train()
-    with pytest.raises(RuntimeError, match=r"average=False.*after 12 steps"), optimizer.averaged():
-        pass
+    with pytest.raises(RuntimeError, match=r"average=False.*after 12 steps"):
+        optimizer.averaged()
     with pytest.raises(RuntimeError, match="average=True"):
         optimizer.averaged_parameters()
 
