@@ -708,6 +708,28 @@ ASSIGNED: dict[str, Case] = {
 }
 
 
+def chain(layers: Iterable[nn.Module], h: Tensor) -> Tensor:
+    for layer in layers:
+        h = layer(h).relu()
+    return h
+
+
+def kernel_of_one() -> nn.Module:
+    return nn.Conv2d(2, N, 1)
+
+
+def mixed(model: Any, h: Tensor) -> Tensor:
+    """A sum with entries that are read in another order: ``[pixels, channels]`` as if these were ``[channels, pixels]``."""
+    other: Tensor = model.c(h).flatten(2).transpose(1, 2).reshape(len(h), N, h.shape[2], h.shape[3])
+    return h + other
+
+
+def restored(model: Any, h: Tensor) -> Tensor:
+    """The same sum with the entries in their order."""
+    other: Tensor = model.c(h).flatten(2).transpose(1, 2).transpose(1, 2).reshape(len(h), N, h.shape[2], h.shape[3])
+    return h + other
+
+
 PATHS: dict[str, Case] = {
     "grad mode": (
         between(lambda m, x: m.b((F.gelu if torch.is_grad_enabled() else torch.relu)(m.a(x)))),
@@ -745,6 +767,38 @@ PATHS: dict[str, Case] = {
         between(lambda m, x: m.b((m.a(x).relu() if x.shape[0] * x.shape[1] < 16 else m.a(x).tanh()).mean(1))),
         sequences,
         "a:permutation",
+    ),
+    "as many layers as the sequence is long": (
+        between(
+            lambda m, x: m.b(chain(list(m.layers)[: x.shape[1] - 3], m.a(x)).mean(1)),
+            layers=lambda: nn.ModuleList([nn.Linear(N, N) for _ in range(4)]),
+        ),
+        sequences,
+        "",
+    ),
+    "a loop over the sequence": (
+        between(
+            lambda m, x: m.b(sum(m.a(x[:, k]).relu() for k in range(x.shape[1]))),
+        ),
+        sequences,
+        "a:permutation a:scaling",
+    ),
+    "large images": (
+        between(lambda m, x: m.b((m.k(x).relu() if x.shape[-1] < 9 else m.k(x).tanh()).mean((2, 3))), k=kernel_of_one),
+        lambda: [*images(), torch.randn(2, 2, 9, 9)],
+        "k:permutation",
+    ),
+    "channels cut by the size of images": (
+        between(lambda m, x: m.b(mixed(m, m.k(x).relu()).mean((2, 3))), k=kernel_of_one, c=lambda: nn.Conv2d(N, N, 1)),
+        lambda: [torch.randn(3, 2, 2, 1), torch.randn(2, 2, 2, 3), torch.randn(2, 2, 5, 3)],
+        "k:scaling",
+    ),
+    "channels cut and joined again": (
+        between(
+            lambda m, x: m.b(restored(m, m.k(x).relu()).mean((2, 3))), k=kernel_of_one, c=lambda: nn.Conv2d(N, N, 1)
+        ),
+        images,
+        "k:permutation k:scaling",
     ),
     "looked up by its length": (
         between(lambda m, x: m.b({5: F.relu}.get(x.shape[1], F.gelu)(m.a(x)).mean(1))),
@@ -818,7 +872,8 @@ class Counted(nn.Module):
 @pytest.mark.parametrize(
     ("function", "is_more"),
     [
-        (lambda h: h.relu().view(h.shape[0], -1), False),
+        (lambda h: h.relu().flatten(1), False),
+        (lambda h: h.relu().view(h.shape[0], -1), True),
         (lambda h: h.relu() if h.shape[0] > 5 else torch.relu(h), True),
         (lambda h: h.relu() if torch.is_grad_enabled() else torch.relu(h), True),
     ],

@@ -176,3 +176,41 @@ def test_a_form_that_a_rule_does_not_foresee_lets_nothing_through(monkeypatch: p
     spec = find_symmetries(model, inputs)
     assert len(spec) == 0
     assert "relu could not be followed: KeyError: 'unforeseen'" in reasons_of(spec)["1"]
+
+
+@torch.library.custom_op("teleport_optim_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """An operation that works, but does not tell what it returns for tensors without data."""
+    return 2 * x
+
+
+def test_an_operation_that_cannot_be_followed_refuses_the_model_and_raises_nothing() -> None:
+    model = build(lambda: Model(lambda m, x: m.b(doubled(m.a(x))), a=nn.Linear(3, N), b=nn.Linear(N, 2)))
+    with torch.no_grad():
+        assert model(torch.randn(2, 3)).shape == (2, 2)
+    spec = find_symmetries(model, torch.randn(2, 3))
+    assert len(spec) == 0
+    assert "doubled does not tell what it returns" in reasons_of(spec)["(root)"]
+
+
+def test_a_product_of_experts_of_any_type_lets_nothing_through_and_the_rest_is_found() -> None:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        ends = torch.tensor([1, len(x)], dtype=torch.int32)
+        output: Tensor = model.d(
+            model.c(torch._grouped_mm(model.b(model.a(x).relu()), model.experts, offs=ends)).relu()
+        )
+        return output
+
+    model = build(
+        lambda: Model(
+            forward,
+            a=nn.Linear(3, N),
+            b=nn.Linear(N, 4),
+            experts=nn.Parameter(torch.randn(2, 4, 8)),
+            c=nn.Linear(8, N),
+            d=nn.Linear(N, 2),
+        )
+    )
+    spec = find_symmetries(model, torch.randn(5, 3), groups=["permutation"])
+    assert [symmetry.id for symmetry in spec] == ["a:permutation", "c:permutation"]
+    assert "_grouped_mm is not an operation whose symmetries are known" in reasons_of(spec)["(root)"]

@@ -55,15 +55,24 @@ _CASTS = {"float", "half", "bfloat16", "cfloat"}
 
 
 class _Wide(TorchFunctionMode):
-    """Casts to a narrower floating point type become casts to float64."""
+    """Casts to a narrower floating point type become casts to float64; products of experts, too, which torch has not there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _CASTS and len(args) == 1 and isinstance(args[0], Tensor):
             return args[0].to(torch.complex128 if args[0].is_complex() else torch.float64)
+        if name in ("_grouped_mm", "grouped_mm") and args[0].dtype == torch.float64:
+            return _grouped_product(*args, **(kwargs or {}))
         if name != "view":  # which reads the same bits
             args, kwargs = tree_map_only(torch.dtype, lambda dtype: _WIDE.get(dtype, dtype), (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _grouped_product(rows: Tensor, experts: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    """The rows of a matrix times the matrix of the expert whose group they are in."""
+    ends = offs.tolist()
+    parts = [rows[start:end] @ expert for start, end, expert in zip([0, *ends], ends, experts)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], experts.shape[-1])])
 
 
 class _Way(NamedTuple):

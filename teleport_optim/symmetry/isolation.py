@@ -201,6 +201,10 @@ class Surroundings:
     def _add_cache(self, cache: Any) -> None:
         if is_users(cache):
             self._caches.append((cache, cache.cache_info().misses, frozenset(_entries_of(cache))))
+            table = _table_of(cache)
+            if table:  # a result may be a list or a dictionary that later calls change
+                is_plain = cache.cache_info().maxsize is None
+                self._follow(list(table.values()) if is_plain else [result for _, result in _linked(cache, table)])
         self._queue.append(cache.__wrapped__)
 
     def restore(self) -> list[Any]:

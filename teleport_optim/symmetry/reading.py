@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from teleport_optim.symmetry.labels import Array, Labels
-from teleport_optim.symmetry.operations import SELECTIONS, Call
+from teleport_optim.symmetry.operations import SELECTIONS, VIEWS, Call
 from teleport_optim.symmetry.theories import Theory, Value
 
 __all__ = ["Readings", "Scout"]
@@ -74,11 +77,6 @@ class Readings:
         if not value.reads_inputs and not value.is_still:
             self._of(value).is_whole = True
 
-    @property
-    def has_choices(self) -> bool:
-        """Whether the model takes some entries of a parameter by their numbers."""
-        return bool(self._choices)
-
     def pin_unread(self) -> None:
         """Let the entries of parameters that nothing reads not move: longer inputs may read them."""
         for reading in self._readings.values():
@@ -118,26 +116,79 @@ def _plain(given: Any) -> Any:
     return None if isinstance(given, (Tensor, Value)) else given
 
 
+_View = tuple[tuple[int, ...], tuple[int, ...]]
+"""The shapes of a tensor before and after a view."""
+
+
 class Scout:
     """Takes note of a model's path and of what it chooses from its parameters, and no more.
 
     Attributes:
-        path: The names of the operations, and of the parameters that they read.
+        parameters: The parameters that it reads.
         choices: What is taken by its numbers from what does not depend on the inputs.
+        num_operations: The number of operations.
     """
 
     def __init__(self) -> None:
-        self.path: list[tuple[str, ...]] = []
+        self.parameters: set[str] = set()
         self.choices: set[Choice] = set()
+        self.num_operations = 0
+        self._steps: set[tuple[Any, ...]] = set()
+        self._views: list[_View] = []
+        self._last: tuple[Any, ...] = ()
+        self._last_read: tuple[str, ...] = ()
 
-    def note(self, name: str, values: Sequence[Value], arguments: Mapping[str, Any]) -> None:
+    def note(
+        self,
+        name: str,
+        values: Sequence[Value],
+        read: tuple[str, ...],
+        arguments: Mapping[str, Any],
+        shapes: Sequence[Sequence[int]],
+    ) -> None:
         """Take note of an operation.
 
         Args:
             name: Its name.
             values: Its tensors, as far as the inputs and parameters tell.
+            read: The names of the parameters among them.
             arguments: What it takes.
+            shapes: The shapes of what it returns.
         """
-        self.path.append((name, *(value.source.name for value in values if value.source is not None)))
+        self.num_operations += 1
+        if read:
+            self.parameters.update(read)
+            self._last_read = read
+        step = (name, *map(len, shapes))
+        self._steps.add((self._last_read, self._last, step))
+        self._last = step
+        if name in VIEWS and values and shapes:
+            self._views.append((tuple(values[0].shape), tuple(shapes[0])))
         if name in SELECTIONS and values and not any(value.reads_inputs for value in values):
             self.choices.add(_choice(name, values[0].shape, arguments))
+
+    def differs(self, other: Scout) -> bool:
+        """Whether the path with inputs of other sizes tells anything else than this one.
+
+        How often a loop runs does not count. A view counts where the places between which it spreads an axis, whose size is
+        the same with both inputs, depend on the sizes.
+        """
+        if self._steps != other._steps or len(self._views) != len(other._views):
+            return True
+        return any(_spreads_otherwise(one, two) for one, two in set(zip(self._views, other._views)) if one != two)
+
+
+def _spreads_otherwise(one: _View, two: _View) -> bool:
+    """Whether one of two views, at different sizes, cuts an axis that has the same size in both at other places."""
+    old, other_old = one[0], two[0]
+    if len(old) != len(other_old) or 0 in old + other_old:
+        return True
+    cuts, other_cuts = (_cuts(*view) for view in (one, two))
+    return any(cuts[k] != other_cuts[k] for k, (a, b) in enumerate(zip(old, other_old)) if a == b)
+
+
+def _cuts(old: Sequence[int], new: Sequence[int]) -> list[list[Fraction]]:
+    """For each axis before a view, where the axes after it begin in its midst."""
+    ends = sorted(set(itertools.accumulate(reversed(new), operator.mul)))
+    steps = [*itertools.accumulate(reversed(old), operator.mul, initial=1)][-2::-1]
+    return [[Fraction(end, step) for end in ends if step < end < step * size] for size, step in zip(old, steps)]

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -36,7 +36,7 @@ from teleport_optim.symmetry.reading import Readings, Scout
 from teleport_optim.symmetry.spec import Refusal
 from teleport_optim.symmetry.theories import Source, Theory, Value
 from teleport_optim.symmetry.twin import Scripted, Untraceable, slots_of, twin_of
-from teleport_optim.symmetry.watch import Watch, other_sizes, random_states, sizes_of
+from teleport_optim.symmetry.watch import Watch, between, other_sizes, random_states, sizes_of
 
 __all__ = ["Limits", "SearchStopped", "Untraceable", "leaves", "trace"]
 
@@ -47,6 +47,8 @@ _ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
 _LONG = 3000
 """Operations from which on a model is followed with smaller inputs only."""
 _LIFTS = frozenset({"lift", "lift_fresh", "lift_fresh_copy"})
+_GROUPED_PRODUCT = "_grouped_mm"
+"""A product of experts, of which torch tells the shape for some types only."""
 _MAX_OUTPUTS = 2**16
 _MAX_DATA = 2**20
 """Most entries of a buffer whose values are looked at as indices."""
@@ -118,13 +120,15 @@ class _Operation(NamedTuple):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears of every operation and applies its rule in every theory."""
 
-    def __init__(self, theories: Sequence[Theory], fakes: Fakes, limits: Limits) -> None:
+    def __init__(self, theories: Sequence[Theory], fakes: Fakes, limits: Limits, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.theories = theories
         self.readings = Readings(theories)
         self.fakes = fakes
+        self.names = names
         self.is_paused = False
-        self.scout: Scout | None = None
+        self.scout = Scout()
+        self.is_scouting = False
         self.refusals: list[Refusal] = []
         self.module = ""
         self.used: set[str] = set()
@@ -161,7 +165,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def freeze(self, tree: Any) -> bool:
         """Let nothing about the tensors in ``tree`` move; returns whether anything could have."""
-        if self.scout is not None:  # only the path counts
+        if self.is_scouting:  # only the path counts
             return False
         values = [self.value(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
         return sum(map(self._freeze_value, values)) > 0
@@ -218,28 +222,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        values = [] if self.scout is not None else [self.value(tensor) for tensor in tensors]
+        values = list(map(self._scouted if self.is_scouting else self.value, tensors))
         result = self._result(func, operation, args, kwargs, tensors, key)
         leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if self.scout is not None:
-            self._note_path(self.scout, operation, args, kwargs, tensors, outputs)
+        given = operation.defaults | dict(zip(operation.names, args)) | kwargs
+        read = tuple(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
+        self.scout.note(operation.name, values, read, given, [output.shape for output in outputs])
+        if self.is_scouting:
+            reads_inputs = any(value.reads_inputs for value in values)
+            for output in outputs:
+                if id(output) not in self._known:
+                    self.introduce(output, Value(tuple(output.shape), reads_inputs=reads_inputs))
             return result
         if not outputs:
             return result
         self._record(operation, args, kwargs, tensors, values, outputs)
         return result
 
-    def _note_path(
-        self, scout: Scout, operation: _Operation, args: Any, kwargs: Any, tensors: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        """Let a scout take note of an operation, of which the theories hear nothing."""
-        values = [self._known[id(one)][1] if id(one) in self._known else Value(tuple(one.shape)) for one in tensors]
-        scout.note(operation.name, values, operation.defaults | dict(zip(operation.names, args)) | kwargs)
-        reads_inputs = any(value.reads_inputs for value in values)
-        for output in outputs:
-            if id(output) not in self._known:
-                self.introduce(output, Value(tuple(output.shape), reads_inputs=reads_inputs))
+    def _scouted(self, tensor: Tensor) -> Value:
+        """What is known of a tensor, where the theories hear of nothing."""
+        known = self._known.get(id(tensor))
+        return known[1] if known is not None else Value(tuple(tensor.shape))
 
     def _without_data(self, tree: Any, tensors: list[Tensor], key: list[Any]) -> Any:
         """Arguments with tensors without data for all others; ``tensors`` gets these, ``key`` what else there is."""
@@ -262,8 +266,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, operation: _Operation, args: Any, kwargs: Any, tensors: list[Tensor], key: list[Any]
     ) -> Any:
         def compute() -> Any:
-            # torch would decompose a normalisation, which takes most of the time of a trace
-            return torch.empty_like(args[0]) if operation.name in _NORMALISATIONS else func(*args, **kwargs)
+            if operation.name in _NORMALISATIONS:  # torch would decompose it, which takes most of the time of a trace
+                return torch.empty_like(args[0])
+            if operation.name == _GROUPED_PRODUCT:
+                return _grouped_product(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                if operation.is_known or operation.is_composite:
+                    raise
+                raise Untraceable(
+                    f"{operation.name} does not tell what it returns for tensors without data ({error})"
+                ) from error
 
         layouts = [self.fakes.layout(tensor) for tensor in tensors]
         try:
@@ -439,6 +455,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.reads_inputs = value.reads_inputs or reads_inputs
 
 
+def _grouped_product(
+    one: Tensor,
+    other: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The result of a product of experts, without data: the rows of a matrix, or its columns, are in groups."""
+    shape = [one.shape[-2], other.shape[-1]]
+    if one.dim() == other.dim():
+        shape.insert(0, one.shape[0] if one.dim() == 3 or offs is None else offs.shape[0])
+    return one.new_empty(shape, dtype=out_dtype or one.dtype)
+
+
 def _storage_of(tensor: Tensor) -> int:
     """A number for the memory of a tensor; its own where it has none of the usual kind."""
     try:
@@ -541,7 +571,7 @@ def _run(
                 names[id(memo[id(tensor)])] = name
     with _untouched_state(), quiet(), torch.inference_mode():
         twin, shared = twin_of(model, memo, fakes.of)
-        recorder = _Recorder(theories, fakes, limits)
+        recorder = _Recorder(theories, fakes, limits, names)
         runs = _Runs(twin, inputs, recorder, device)
         _introduce_parameters(recorder, twin, originals, names, _constants(model), pinned)
         _guard_modules(recorder, twin, dict(model.named_modules()))
@@ -599,10 +629,11 @@ class _Runs:
         try:
             with Watch(self._recorder.pin, self._sizes) as watch:
                 outputs = [self._first()]
+                first = self._recorder.scout
                 if watch.asks_for_gradients:
                     outputs.append(self._with_gradients(watch))
-                if watch.compares_sizes or (watch.asks_for_sizes and self._recorder.readings.has_choices):
-                    outputs += self._with_other_sizes()
+                if watch.asks_for_sizes:
+                    outputs += self._with_other_sizes(first, in_both=watch.compares_sizes)
         except Untraceable:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -630,18 +661,18 @@ class _Runs:
         values, shared = twin_of(inputs, {}, fake)
         return values, tensors, shared
 
-    def _follow(self, inputs: Inputs, scout: Scout | None = None) -> Any:
-        """Call the copy and tell the theories what it does, or a scout; returns its output."""
+    def _follow(self, inputs: Inputs, *, is_scouting: bool = False) -> Any:
+        """Call the copy and tell the theories what it does, if it is not only to be scouted; returns its output."""
         values, tensors, _ = self._copy(inputs)
         for tensor in tensors:
             self._recorder.introduce(tensor, Value(tuple(tensor.shape), reads_inputs=True))
-        self._recorder.module = ""
-        self._recorder.scout = scout
+        self._recorder.module, self._recorder.scout = "", Scout()
+        self._recorder.is_scouting = is_scouting
         try:
             with self._recorder.fakes.mode, self._recorder:
                 return self._twin(*values.args, **values.kwargs)
         finally:
-            self._recorder.scout = None
+            self._recorder.is_scouting = False
 
     def _first(self) -> Any:
         """The output of the copy; of a batch of two where it takes no batch of one, as some layers in training mode."""
@@ -674,32 +705,47 @@ class _Runs:
         finally:
             watch.with_gradients = False
 
-    def _with_other_sizes(self) -> list[Any]:
+    def _with_other_sizes(self, first: Scout, *, in_both: bool) -> list[Any]:
         """Follow a copy whose path may depend on the sizes of its inputs with others that it takes; returns its outputs.
 
         Whether it takes another path is looked at first, which costs less than to follow it.
+
+        Args:
+            first: Its path with the inputs that are given.
+            in_both: Whether it is to be called with smaller inputs and with larger ones although the first change nothing.
+
+        Raises:
+            Untraceable: if the parameters that it reads depend on the sizes.
         """
         outputs: list[Any] = []
-        first = self._scout(self._inputs)
-        for candidates in other_sizes(self._inputs, is_long=len(first.path) > _LONG):
-            for other in candidates:
-                try:
-                    second = self._scout(other)
-                except SearchStopped:
-                    raise
-                except Exception:  # it does not take such inputs
-                    continue
-                if second.path != first.path:
-                    outputs.append(self._follow(other))
-                self._recorder.readings.pin_choices(first.choices ^ second.choices)
+        for candidates in other_sizes(self._inputs):
+            other, second = self._taken(candidates)
+            if other is None:
+                continue
+            if second.parameters != first.parameters:
+                # a branch has two ways; where there are more, as in a loop over layers, not all of them are seen
+                ways = (first.parameters, second.parameters)
+                middle, third = self._taken([between(self._inputs, other)])
+                if middle is None or third.parameters not in ways:
+                    raise Untraceable("which of its parameters it reads depends on the sizes of its inputs")
+            self._recorder.readings.pin_choices(first.choices ^ second.choices)
+            if second.differs(first):
+                outputs.append(self._follow(other))
+            if not in_both or first.num_operations > _LONG:
                 break
         return outputs
 
-    def _scout(self, inputs: Inputs) -> Scout:
-        """Call the copy and take note of its path."""
-        scout = Scout()
-        self._follow(inputs, scout)
-        return scout
+    def _taken(self, candidates: Iterable[Inputs]) -> tuple[Inputs | None, Scout]:
+        """The first of some inputs that the copy takes, and its path."""
+        for inputs in candidates:
+            try:
+                self._follow(inputs, is_scouting=True)
+            except SearchStopped:
+                raise
+            except Exception:  # it does not take such inputs
+                continue
+            return inputs, self._recorder.scout
+        return None, Scout()
 
 
 @contextmanager

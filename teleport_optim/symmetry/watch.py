@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from teleport_optim.symmetry.inputs import Inputs
 
-__all__ = ["Watch", "other_sizes", "random_states"]
+__all__ = ["Watch", "between", "other_sizes", "random_states", "sizes_of"]
 
 _Pin = Callable[[Any, str], None]
 _INSIDE = ("torch", "teleport_optim.symmetry")
@@ -43,7 +43,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         asks_for_gradients: Whether the model has asked whether gradients are taken.
         with_gradients: The answer.
-        asks_for_sizes: Whether it has asked for a size of the batch or a sequence.
+        asks_for_sizes: Whether it has asked for a size of a tensor that is no parameter.
         compares_sizes: Whether it has compared one, as control flow does.
     """
 
@@ -91,10 +91,15 @@ class Watch(TorchFunctionMode):
 
     def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
+        if isinstance(args[0], nn.Parameter):
+            return result
         sizes = (result,) if isinstance(result, int) else tuple(result)
-        if self._sizes.isdisjoint(sizes) or _is_asked_from_inside():
+        is_other = self._sizes.isdisjoint(sizes)
+        if (is_other and self.asks_for_sizes) or _is_asked_from_inside():
             return result
         self.asks_for_sizes = True
+        if is_other:
+            return result
         self.compares_sizes |= func is Tensor.__len__  # Python makes a plain number of what this returns
         own = [_Size(size) if size in self._sizes else size for size in sizes]
         return own[0] if isinstance(result, int) else torch.Size(own)
@@ -234,12 +239,8 @@ def sizes_of(inputs: Inputs) -> tuple[int, int | None] | None:
     return tensors[0].shape[0], next((tensor.shape[1] for tensor in tensors if tensor.dim() in (2, 3)), None)
 
 
-def other_sizes(inputs: Inputs, *, is_long: bool = False) -> Iterator[list[Inputs]]:
-    """Inputs of the same kind with other batches and sequences, some smaller and some larger.
-
-    Args:
-        inputs: The inputs of the model.
-        is_long: Whether to leave out the larger ones.
+def other_sizes(inputs: Inputs) -> Iterator[list[Inputs]]:
+    """Inputs of the same kind with other batches, sequences and images, some smaller and some larger.
 
     Yields:
         Inputs, of which the first that the model takes tells what it does with such sizes.
@@ -248,26 +249,61 @@ def other_sizes(inputs: Inputs, *, is_long: bool = False) -> Iterator[list[Input
     if sizes is None:
         return
     batch, length = sizes
-    for new_batch, new_length in ((batch + 1, _shorter(length)), (2 * batch + 3, 2 * (length or 0) + 1)):
-        choices = [] if length is None else [_resized(inputs, batch, new_batch, length, new_length)]
-        yield [*choices, _resized(inputs, batch, new_batch, None, 0)]
-        if is_long:
-            return
+    for new_batch, new_length, shrinks in (
+        (batch + 1, _shorter(length), False),
+        (2 * batch + 3, 2 * (length or 0) + 1, True),
+    ):
+        other_batch = {batch: new_batch}
+        other_length = {} if length is None else {length: new_length}
+        yield [
+            _resized(inputs, other_batch, other_length, shrinks=shrinks),
+            _resized(inputs, other_batch, {}, shrinks=shrinks),
+            _resized(inputs, {}, other_length, shrinks=shrinks),
+            _resized(inputs, other_batch, other_length),
+            _resized(inputs, other_batch, {}),
+        ]
+
+
+def between(inputs: Inputs, other: Inputs) -> Inputs:
+    """Inputs of sizes halfway between those of two others of the same kind."""
+    sizes = iter([leaf.shape for leaf in tree_leaves(tuple(other)) if isinstance(leaf, Tensor)])
+
+    def resize(tensor: Tensor) -> Tensor:
+        shape = [(one + two) // 2 for one, two in zip(tensor.shape, next(sizes))]
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    resized: Inputs = tree_map_only(Tensor, resize, inputs)
+    return resized
 
 
 def _shorter(length: int | None) -> int:
     return 0 if length is None else (length + 1) // 2 if length > 3 else length + 1
 
 
-def _resized(inputs: Inputs, batch: int, new_batch: int, length: int | None, new_length: int) -> Inputs:
+def _resized(
+    inputs: Inputs, batches: dict[int, int], lengths: dict[int, int], *, shrinks: bool | None = None
+) -> Inputs:
+    """Inputs of other sizes.
+
+    Args:
+        inputs: The inputs.
+        batches: The new number of examples for the old one.
+        lengths: The new length of sequences for the old one.
+        shrinks: Whether images are halved, else they are doubled; None for no change. Where ``lengths`` is empty, this is so
+            of signals ``[batch, channels, length]``, too.
+    """
+
     def resize(tensor: Tensor) -> Tensor:
         shape = list(tensor.shape)
-        is_mask = len(shape) > 1 and shape[-1] == shape[-2] == length
+        is_mask = len(shape) > 1 and shape[-1] == shape[-2] and shape[-1] in lengths
+        is_image = shrinks is not None and not is_mask and len(shape) >= (4 if lengths else 3)
         for axis, size in enumerate(shape):
-            if axis == 0 and size == batch:
-                shape[axis] = new_batch
-            elif size == length and (axis < 2 or (is_mask and axis >= len(shape) - 2)):
-                shape[axis] = new_length
+            if axis == 0:
+                shape[axis] = batches.get(size, lengths.get(size, size))
+            elif axis < 2 or is_mask:
+                shape[axis] = lengths.get(size, size) if axis < 2 or axis >= len(shape) - 2 else size
+            elif is_image:
+                shape[axis] = (size + 1) // 2 if shrinks else 2 * size
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
     resized: Inputs = tree_map_only(Tensor, resize, inputs)

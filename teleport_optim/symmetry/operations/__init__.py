@@ -22,7 +22,7 @@ from teleport_optim.symmetry.operations import (
 from teleport_optim.symmetry.operations.call import Call, Rule, axes_of, values_in
 from teleport_optim.symmetry.theories import EVEN, HOMOGENEOUS, LINEAR, MASK, NOTHING, ODD, Value
 
-__all__ = ["COPIES", "CREATIONS", "RULES", "SELECTIONS", "Call", "source_view", "values_in"]
+__all__ = ["COPIES", "CREATIONS", "RULES", "SELECTIONS", "VIEWS", "Call", "source_view", "values_in"]
 
 
 def _names(text: str, rule: Rule) -> dict[str, Rule]:
@@ -37,6 +37,10 @@ SELECTIONS = frozenset({
     "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "index", "index_select"
 })  # fmt: skip
 """Operations that read some of the entries of their first tensor."""
+
+
+VIEWS = frozenset({"view", "reshape", "flatten", "unflatten"})
+"""Operations that give their first tensor another shape."""
 
 
 CREATIONS = frozenset({
@@ -94,7 +98,7 @@ RULES: dict[str, Rule] = {
     **_names("batch_norm instance_norm", normalisations.batch_norm),
     "group_norm": normalisations.group_norm,
     **_names("layer_norm rms_norm", normalisations.layer_norm),
-    **_names("view reshape flatten unflatten", layout.reshape),
+    **_names(" ".join(VIEWS), layout.reshape),
     **_names("permute transpose t swapaxes movedim numpy_T mT", layout.permute),
     **_names("expand expand_as", layout.expand),
     **_names("repeat tile", layout.repeat),
