@@ -472,9 +472,11 @@ def test_inputs_that_are_given_and_those_that_are_learned_train_alike(
 @pytest.mark.parametrize("step", [1, TELEPORT_INTERVAL, TELEPORT_INTERVAL + 3])
 def test_a_state_dict_continues_teleports_bit_for_bit(step: int) -> None:
     model, other = network(), network(seed=9)
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=400)
+    optimizer = LearnedTeleportOptimizer.for_model(
+        model, lr=0.1, total_steps=400
+    )  # slow enough to have gradients to the end
     train(model, optimizer, step)
-    resumed = LearnedTeleportOptimizer.for_model(other, total_steps=400)
+    resumed = LearnedTeleportOptimizer.for_model(other, lr=0.1, total_steps=400)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     sizes = []
