@@ -343,3 +343,15 @@ def test_state_that_a_call_leaves_in_a_plain_tensor_does_not_move() -> None:
     model.memory = torch.zeros(6)
     assert len(find_symmetries(model, torch.randn(2, 4))) == 0
     assert model.memory.tolist() == [0.0] * 6
+
+
+def test_a_view_of_a_tensor_that_a_cache_has_kept_from_a_call_before_is_followed() -> None:
+    @functools.cache
+    def order() -> Tensor:
+        return torch.tensor([[2, 0], [1, 3]])
+
+    model = Model(lambda m, x: m.b(m.a(x).relu()[:, order().view(-1)]), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    cold = [symmetry.id for symmetry in find_symmetries(model, torch.randn(2, 3))]
+    kept = order()
+    assert [symmetry.id for symmetry in find_symmetries(model, torch.randn(2, 3))] == cold
+    assert order() is kept

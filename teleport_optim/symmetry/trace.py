@@ -627,7 +627,7 @@ class _Runs:
         mode = "training" if is_training else "evaluation"
         states = random_states(self._twin)
         try:
-            with Watch(self._recorder.pin, self._sizes) as watch:
+            with Watch(self._recorder.pin, self._sizes, self._recorder.fakes.of) as watch:
                 outputs = [self._first()]
                 first = self._recorder.scout
                 if watch.asks_for_gradients:

@@ -39,6 +39,7 @@ class Watch(TorchFunctionMode):
     Args:
         pin: Takes a tree of tensors and a reason, and lets nothing about them move.
         sizes: The sizes of the batch and of a sequence, whose uses count.
+        stand_in: Gives a tensor without data for one with data.
 
     Attributes:
         asks_for_gradients: Whether the model has asked whether gradients are taken.
@@ -47,13 +48,14 @@ class Watch(TorchFunctionMode):
         compares_sizes: Whether it has compared one, as control flow does.
     """
 
-    def __init__(self, pin: _Pin, sizes: frozenset[int]) -> None:
+    def __init__(self, pin: _Pin, sizes: frozenset[int], stand_in: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.asks_for_gradients = False
         self.with_gradients = False
         self.asks_for_sizes = False
         self.compares_sizes = False
         self._pin = pin
+        self._stand_in = stand_in
         self._sizes = sizes
         self._thread = threading.get_ident()
         self._restore: list[Callable[[], None]] = []
@@ -83,8 +85,17 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = self._answers.get(func)
-        if answer is None or threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread:
             return func(*args, **(kwargs or {}))
+        if answer is None:
+            try:
+                return func(*args, **(kwargs or {}))
+            except RuntimeError:
+                # torch makes no view without data of a tensor of the model's own, as caches keep it
+                given = tree_map_only(Tensor, self._stand_in, (args, kwargs or {}))
+                if all(one is two for one, two in zip(tree_leaves(given), tree_leaves((args, kwargs or {})))):
+                    raise
+                return func(*given[0], **given[1])
         return answer(func, args, kwargs or {})
 
     # ---------------------------------------------------------------------------------------------------- answers
