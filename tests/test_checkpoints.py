@@ -96,6 +96,7 @@ def test_the_card_of_another_checkpoint_will_do(tmp_path: Path) -> None:
     assert read_card(other)["note"] == "a test"
 
 
+@pytest.mark.filterwarnings("ignore:an optimizer of a single matrix")
 @pytest.mark.parametrize("block_rows", [1, 3, 32, 1024])
 def test_how_many_rows_make_a_block_is_kept(tmp_path: Path, block_rows: int) -> None:
     """First steps of rows in blocks of their own are the gradient's; others depend on the rows of their block, and on no others."""
