@@ -21,8 +21,11 @@ from teleport_optim.update import Horizon, averaging_weight, slot_dtype
 
 __all__ = [
     "AVERAGE_SLOTS",
+    "END",
+    "FINGERPRINT",
     "ITERATE",
     "OFFSET",
+    "START",
     "average_of",
     "begin_again",
     "can_be_averaged",

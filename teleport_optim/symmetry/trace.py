@@ -413,7 +413,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return float(fill) if isinstance(fill, (int, float)) else None
 
     @staticmethod
-    @staticmethod
     def _written(operation: _Operation, args: Any, kwargs: Any) -> list[Tensor]:
         """The tensors that an operation writes in place."""
         if not operation.written:
