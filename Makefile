@@ -23,7 +23,7 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
 
-$(READY): pyproject.toml teleport_optim/_native.c
+$(READY): pyproject.toml teleport_optim/optim/kernels/_native.c
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@

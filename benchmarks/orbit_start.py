@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.evaluation.problem import EvaluationTask, rescale
 from teleport_optim.evaluation.rivals import adamw, learned, tuned_rate
 from teleport_optim.evaluation.suite import SUITE
 from teleport_optim.evaluation.training import Recipe, run_training
-from teleport_optim.meta_optimizer import MetaOptimizer
 
 __all__ = ["main", "rescaled"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from teleport_optim.checkpoints import find_checkpoint, read_card, write_atomically
+from teleport_optim.controller.checkpoints import find_checkpoint, read_card, write_atomically
 from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
 from teleport_optim.evaluation.report import plot, score_table, task_table
 from teleport_optim.evaluation.rivals import LIGHT, OURS, REFERENCE

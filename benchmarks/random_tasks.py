@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from teleport_optim.checkpoints import load_checkpoint
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.controller.checkpoints import load_checkpoint
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.streams import stream

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from teleport_optim.checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, read_card
 from teleport_optim.commands import CommandError, load_object, mistakes, one_line, positive, require, run_command
+from teleport_optim.controller.checkpoints import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_card,
+)
 from teleport_optim.evaluation import command as evaluation
-from teleport_optim.groups import GROUPS
 from teleport_optim.meta_training import command as meta_training
 from teleport_optim.symmetry import draw_symmetries, find_symmetries, verify_symmetries
+from teleport_optim.symmetry.groups import GROUPS
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim import alignment
-from teleport_optim.action import act
 from teleport_optim.alignment import AlignmentReport, Barrier, align, interpolation_barrier
 from teleport_optim.symmetry import Inputs, SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.action import act
 
 
 class Residual(nn.Module):

@@ -9,8 +9,8 @@ from mistakes import assert_mistake
 from torch import nn
 
 from teleport_optim import MetaOptimizer, cli, save_checkpoint
-from teleport_optim.checkpoints import list_checkpoints, read_card
 from teleport_optim.cli import load_model, main
+from teleport_optim.controller.checkpoints import list_checkpoints, read_card
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 MODELS = """

@@ -70,10 +70,10 @@ def test_the_table_lists_every_part() -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("groups", "from teleport_optim.action import act"),
-        ("update", "import teleport_optim.optimizer"),
-        ("tasks", "from teleport_optim.optimizer import LearnedTeleportOptimizer"),
-        ("meta_training", "def f():\n    from teleport_optim.optimizer import LearnedTeleportOptimizer"),
+        ("groups", "from teleport_optim.symmetry.action import act"),
+        ("update", "import teleport_optim.optim.optimizer"),
+        ("tasks", "from teleport_optim.optim.optimizer import LearnedTeleportOptimizer"),
+        ("meta_training", "def f():\n    from teleport_optim.optim.optimizer import LearnedTeleportOptimizer"),
         ("action", "from teleport_optim import find_symmetries"),
     ],
 )

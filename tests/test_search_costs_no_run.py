@@ -123,7 +123,7 @@ def test_an_optimizer_of_a_single_tensor_does_not_search(monkeypatch: pytest.Mon
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("there is nothing to be found")
 
-    monkeypatch.setattr("teleport_optim.optimizer.find_symmetries", fail)
+    monkeypatch.setattr("teleport_optim.optim.optimizer.find_symmetries", fail)
     model, x = nn.Linear(4, 1, bias=False), torch.randn(3, 4)
     assert train(model, lambda: model(x)) == []
     assert not any(isinstance(hook, InputWatch) for hook in model._forward_pre_hooks.values())

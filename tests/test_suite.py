@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from teleport_optim.checkpoints import find_checkpoint, read_card
+from teleport_optim.controller.checkpoints import find_checkpoint, read_card
 from teleport_optim.evaluation.problem import Data
 from teleport_optim.evaluation.suite import FAR, SUITE
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries

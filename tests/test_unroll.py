@@ -11,10 +11,11 @@ from problems import in_float64
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from teleport_optim import LearnedTeleportOptimizer, update
-from teleport_optim.layout import BLOCK_ROWS
+from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import Window, advance, begin
+from teleport_optim.optim import rule as update
+from teleport_optim.optim.parameters import BLOCK_ROWS
 from teleport_optim.streams import stream
 from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
 from teleport_optim.tasks.problem import WORST, log_relative

@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries, native
-from teleport_optim import layout as layout_module
-from teleport_optim import update as update_module
-from teleport_optim.features import NUM_FEATURES, compute_features, log_ratio, site_log_norms
-from teleport_optim.layout import BLOCK_ROWS, Group, Layout, matrix_shape
-from teleport_optim.meta_optimizer import PRIOR_MOMENTUM, Controls
-from teleport_optim.symmetry.moves import move, move_scaling
-from teleport_optim.symmetry.spec import SymmetrySpec
-from teleport_optim.update import (
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
+from teleport_optim.controller.features import NUM_FEATURES, compute_features, log_ratio, site_log_norms
+from teleport_optim.controller.network import PRIOR_MOMENTUM, Controls
+from teleport_optim.optim import parameters as layout_module
+from teleport_optim.optim import rule as update_module
+from teleport_optim.optim.kernels import native
+from teleport_optim.optim.parameters import BLOCK_ROWS, Group, Layout, matrix_shape
+from teleport_optim.optim.rule import (
     TELEPORT_INTERVAL,
     Controller,
     Factors,
@@ -48,6 +47,8 @@ from teleport_optim.update import (
     teleport,
     update,
 )
+from teleport_optim.symmetry.moves import move, move_scaling
+from teleport_optim.symmetry.spec import SymmetrySpec
 
 
 def generator(seed: int = 0) -> torch.Generator:

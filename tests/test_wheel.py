@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import pathlib, sys
 import torch, teleport_optim
-from teleport_optim.checkpoints import list_checkpoints
+from teleport_optim.controller.checkpoints import list_checkpoints
 
 assert pathlib.Path(teleport_optim.__file__).is_relative_to(sys.argv[1]), teleport_optim.__file__
 assert list_checkpoints()["default"].is_relative_to(sys.argv[1])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_optim.checkpoints import write_atomically
+from teleport_optim.controller.checkpoints import write_atomically
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.estimators import meta_loss
 from teleport_optim.meta_training.learner import Learner

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from teleport_optim.checkpoints import CheckpointError
 from teleport_optim.commands import CommandError, load_object, mistakes, positive, require
+from teleport_optim.controller.checkpoints import CheckpointError
 
 __all__ = ["DESCRIPTION", "add_arguments"]
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.checkpoints import find_checkpoint
+from teleport_optim.controller.checkpoints import find_checkpoint
 from teleport_optim.evaluation.problem import EvaluationTask
 from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
 from teleport_optim.evaluation.training import (

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.action import act
-from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import find_symmetries
+from teleport_optim.symmetry.action import act
+from teleport_optim.symmetry.groups import GROUPS
 
 __all__ = ["Data", "EvaluationTask", "rescale", "seeded"]
 

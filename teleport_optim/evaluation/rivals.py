@@ -16,13 +16,13 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
-from teleport_optim.action import SlotKind
-from teleport_optim.checkpoints import load_checkpoint
+from teleport_optim.controller.checkpoints import load_checkpoint
+from teleport_optim.controller.network import Controls, MetaOptimizer
 from teleport_optim.evaluation.training import Recipe, Stepper
-from teleport_optim.meta_optimizer import Controls, MetaOptimizer
-from teleport_optim.optimizer import LearnedTeleportOptimizer
+from teleport_optim.optim.optimizer import LearnedTeleportOptimizer
+from teleport_optim.optim.rule import Horizon, averaging_weight, is_due, prior_rate
+from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import move_scaling
-from teleport_optim.update import Horizon, averaging_weight, is_due, prior_rate
 
 __all__ = [
     "ABLATIONS",

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.rules import VARIANTS
+from teleport_optim.optim.parameters import BLOCK_ROWS
 from teleport_optim.tasks import NETWORK_TASKS, find_task
 
 __all__ = ["ESTIMATOR_NAMES", "OBJECTIVES", "PRESETS", "Config", "config_of_run", "read_config"]

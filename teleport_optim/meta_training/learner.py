@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from teleport_optim.checkpoints import save_checkpoint, write_atomically
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.controller.checkpoints import save_checkpoint, write_atomically
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, meta_loss
 from teleport_optim.meta_training.rules import RuleOptions, make_rule

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from teleport_optim.layout import BLOCK_ROWS
-from teleport_optim.meta_optimizer import Controls, MetaOptimizer
+from teleport_optim.controller.network import Controls, MetaOptimizer
+from teleport_optim.optim.parameters import BLOCK_ROWS
+from teleport_optim.optim.rule import Hyper, UpdateState, update
 from teleport_optim.tasks.problem import InnerProblem, Orbit
-from teleport_optim.update import Hyper, UpdateState, update
 
 __all__ = ["VARIANTS", "ControllerRule", "PaperRule", "Rule", "RuleOptions", "make_rule"]
 
@@ -114,7 +114,7 @@ class Rule(ABC):
 
 
 class ControllerRule(Rule):
-    """The rule of :mod:`teleport_optim.update`: what the shipped checkpoints hold.
+    """The rule of :mod:`teleport_optim.optim.rule`: what the shipped checkpoints hold.
 
     The rows of the readout are labelled by the control that they set, as in ``"readout_weight.momentum"``.
     """

@@ -1,6 +1,6 @@
 """How one group element moves tensors along the legs of its symmetry.
 
-The one place where legs are applied. :mod:`teleport_optim.action` gives it its meanings: the ``kind`` of the tensors is
+The one place where legs are applied. :mod:`teleport_optim.symmetry.action` gives it its meanings: the ``kind`` of the tensors is
 +1 for parameters and -1 for gradients, and multiplies the degree of every leg.
 """
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import move
+from teleport_optim.symmetry.search.trace import leaves
 from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
-from teleport_optim.symmetry.trace import leaves
 
 __all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "randomise", "verify_symmetries"]
 

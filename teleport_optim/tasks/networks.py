@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.action import act
-from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.action import act
+from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.tasks.draws import Draw
 from teleport_optim.tasks.problem import InnerProblem
 

@@ -1,0 +1,157 @@
+"""What the meta-optimizer sees of a network in training: a few numbers per tensor.
+
+All features are unchanged when hidden units are permuted and when the loss is multiplied by a constant, are of order
+one, and are bounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from teleport_optim.optim.parameters import NUM_STATIC_FEATURES, Layout, Table, in_full_precision
+from teleport_optim.symmetry.moves import channels_of
+from teleport_optim.symmetry.spec import Leg, Symmetry
+
+__all__ = ["NUM_FEATURES", "compute_features", "log_ratio", "site_log_norms"]
+
+NUM_TIME_FEATURES = 6
+NUM_TENSOR_FEATURES = 6
+NUM_SITE_FEATURES = 4
+NUM_FEATURES = NUM_STATIC_FEATURES + NUM_TIME_FEATURES + 2 * NUM_TENSOR_FEATURES + NUM_SITE_FEATURES
+
+_BOUND = 4.0
+_TINY = 1e-36
+"""Where squares are cut off, so that zeros have finite roots, logs and derivatives."""
+
+
+def site_log_norms(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: int = 0) -> Tensor:
+    """Per channel, the logs of the squared norms of what reads it and of what writes it, shape ``[*runs, 2, size]``.
+
+    A channel with nothing (or nothing finite) on one side gives zeros: there is nothing to balance.
+
+    Args:
+        symmetry: The site.
+        tensors: Tensors by name, with ``run_axes`` axes of runs in front of those of the parameter.
+        run_axes: Number of axes of runs.
+    """
+
+    def total(legs: tuple[Leg, ...]) -> Tensor:
+        views = (channels_of(symmetry, leg, in_full_precision(tensors[leg.name]), run_axes) for leg in legs)
+        norms = [view.square().sum(dim=tuple(range(run_axes + 1, view.dim()))) for view in views]
+        return functools.reduce(torch.add, norms)
+
+    norms = torch.stack([total(symmetry.readers), total(symmetry.writers)], dim=-2)
+    is_usable = ((norms > 0) & torch.isfinite(norms)).all(dim=-2, keepdim=True)
+    return torch.log(torch.where(is_usable, norms, 1.0)).float()
+
+
+def log_ratio(log_norms: Tensor) -> Tensor:
+    """Reading over writing: ``[*runs, 2, size]`` of :func:`site_log_norms` to ``[*runs, size]``."""
+    return log_norms[..., 0, :] - log_norms[..., 1, :]
+
+
+def time_features(step: int, total_steps: int | None) -> list[float]:
+    """Where in the run a step lies: progress and length (zeros where there is no horizon), and age on several scales."""
+    known = total_steps is not None
+    horizon = total_steps or 1
+    return [
+        float(known),
+        2.0 * min(step / horizon, 1.0) - 1.0 if known else 0.0,
+        (math.log(horizon) - 6.0) / 2.0 if known else 0.0,
+        math.exp(-step / 10.0),
+        math.exp(-step / 100.0),
+        (math.log1p(step) - 4.0) / 3.0,
+    ]
+
+
+def compute_features(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    log_grad_rms: Tensor,
+    *,
+    layout: Layout,
+    step: int,
+    total_steps: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The features of every tensor at one control step.
+
+    Args:
+        params, grads, momenta: Tensors by name, all with the names of ``layout``, each ``[*runs, *shape]``.
+        log_grad_rms: ``[*runs, num_tensors, 2]``: the log of the gradient's RMS as a running mean, and at its first value; NaN
+            for a tensor that has had no gradient but zeros.
+        layout: Shapes, roles and symmetries.
+        step: Steps taken so far.
+        total_steps: Length of the run, or None.
+
+    Returns:
+        Features ``[*runs, num_tensors, NUM_FEATURES]`` and the new ``log_grad_rms``.
+
+    Cost: one pass over parameters, gradients and momenta.
+    """
+    runs = log_grad_rms.shape[:-2]
+    # Squares of very large gradients are no floats: the largest one takes their place.
+    gg, mm, pp, gm, gp = map(torch.nan_to_num, _inner_products(params, grads, momenta, layout, len(runs)))
+    table = layout.table(gg)
+    norm_g, norm_m, norm_p = (square.clamp_min(_TINY).sqrt() for square in (gg, mm, pp))
+    log_g, log_m, log_p = (0.5 * torch.log((square / table.size).clamp_min(_TINY)) for square in (gg, mm, pp))
+    running, first = torch.where(log_grad_rms.isnan(), log_g.unsqueeze(-1), log_grad_rms).unbind(-1)
+    tensor_features = torch.stack(
+        [
+            log_g - running,
+            (log_g - first) / 2.0,
+            torch.where(mm > 0, log_m - log_g, 0.0),
+            2.0 * gm / norm_g / norm_m,
+            2.0 * gp / norm_g / norm_p,
+            (log_p - torch.log(table.step_scale)).clamp(-_BOUND, _BOUND) / 2.0,
+        ],
+        dim=-1,
+    )
+    shared = tensor_features.mean(dim=-2, keepdim=True).expand_as(tensor_features)
+    time = torch.tensor(time_features(step, total_steps), dtype=torch.float32, device=gg.device)
+    constant = torch.cat([table.static_features, time.expand(len(layout.names), -1)], dim=-1)
+    features = torch.cat(
+        [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, layout, runs, table)],
+        dim=-1,
+    )
+    seen = torch.stack([torch.lerp(running, log_g, 0.2), first], dim=-1)
+    return _BOUND * torch.tanh(features / _BOUND), torch.where(gg.unsqueeze(-1) > 0, seen, log_grad_rms)
+
+
+def _inner_products(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    layout: Layout,
+    run_axes: int,
+) -> tuple[Tensor, ...]:
+    """``<g, g>, <m, m>, <p, p>, <g, m>, <g, p>`` of every tensor, ``[*runs, num_tensors]`` each."""
+    products = []
+    for bucket in layout.buckets:
+        p, g, m = (bucket.gather(tensors, run_axes).float() for tensors in (params, grads, momenta))
+        for views in zip(*map(bucket.views, (p, g, m))):
+            x, y, z = (view.flatten(run_axes + 1) for view in views)
+            pairs = ((y, y), (z, z), (x, x), (y, z), (y, x))
+            products.append(torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=-2))
+    inner = torch.cat(products, dim=-1)
+    return inner.index_select(-1, layout.table(inner).inverse_order).unbind(-2)
+
+
+def _site_features(
+    params: Mapping[str, Tensor], momenta: Mapping[str, Tensor], layout: Layout, runs: torch.Size, table: Table
+) -> Tensor:
+    """Per tensor, how far the channels that it writes or reads are out of balance, shape ``[*runs, num_tensors, 4]``."""
+    if not len(layout.spec):
+        return table.size.new_zeros(*runs, len(layout.names), NUM_SITE_FEATURES)
+    rows = []
+    for symmetry in layout.spec:
+        weight, momentum = (log_ratio(site_log_norms(symmetry, tensors, len(runs))) for tensors in (params, momenta))
+        std, mean = torch.std_mean(torch.stack([weight, -momentum], dim=-2), dim=-1, correction=0)
+        rows.append(torch.stack([mean, std], dim=-1).flatten(-2))
+    spread = table.site_weights.mT
+    return spread @ torch.stack(rows, dim=-2) / spread.sum(dim=1, keepdim=True).clamp_min(1e-6)

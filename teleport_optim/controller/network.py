@@ -1,0 +1,143 @@
+"""The meta-optimizer: one small LSTM shared by all tensors of a network, and the controls that it emits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from teleport_optim.controller.features import NUM_FEATURES
+from teleport_optim.optim.parameters import BLOCK_ROWS
+
+__all__ = ["Controller", "Controls", "MetaOptimizer"]
+
+PRIOR_MOMENTUM = 0.65
+
+
+class Controls(NamedTuple):
+    """What steers the update of a network, one entry per tensor (shape ``[*runs, num_tensors]``); momentum: one for all."""
+
+    rate: Tensor
+    """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""
+    momentum: Tensor
+    """Decay beta of the gradient average, in (0.2, 0.93), the same for all tensors, ``[*runs]``; 0.65 at the prior."""
+    decay: Tensor
+    """Factor on the prior weight decay, in (e^-2, e^2); 1 at the prior."""
+    balance: Tensor
+    """Strength of the teleport that balances the norms of weights around a channel, in (-1, 1); 0 at the prior."""
+    gradient_balance: Tensor
+    """Strength of the teleport that balances the norms of gradients around a channel, in (-1, 1); 0 at the prior."""
+
+    @classmethod
+    def prior(cls, num_tensors: int) -> Controls:
+        """The constant controls under which the rule is its unlearned prior."""
+        return cls.from_outputs(torch.zeros(num_tensors, len(cls._fields), dtype=torch.float32))
+
+    @classmethod
+    def from_outputs(cls, outputs: Tensor) -> Controls:
+        """Bound the raw outputs of a network, shape ``[*runs, num_tensors, 5]``; zeros give the prior."""
+        bounded = torch.tanh(outputs)
+        rate, momentum, decay, balance, gradient_balance = bounded.unbind(-1)
+        logit = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
+        return cls(
+            rate=torch.exp(2.0 * rate),
+            momentum=torch.sigmoid(logit + 2.0 * momentum.mean(dim=-1)),
+            decay=torch.exp(2.0 * decay),
+            balance=balance,
+            gradient_balance=gradient_balance,
+        )
+
+
+class Controller(Protocol):
+    """Anything that maps features and its own hidden state to controls: the network, or a constant in a test."""
+
+    def __call__(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``([num_tensors, NUM_FEATURES], [num_tensors, hidden])`` to raw outputs ``[num_tensors, 5]`` and hidden."""
+        ...
+
+
+class MetaOptimizer(nn.Module):
+    """An LSTM over control steps, run with the same weights on every tensor.
+
+    It is size-agnostic: its inputs are a fixed number of features per tensor, so one set of weights serves any network.
+    (The LSTM of arXiv 2504.15399 reads the flattened gradient itself, which ties its weights to one architecture; this is
+    a deliberate departure.) The readout starts at zero, so an untrained meta-optimizer emits the prior exactly.
+
+    The cell is written out rather than taken from ``nn.LSTMCell``, which has no batching rule under ``torch.func.vmap``.
+
+    Args:
+        hidden_size: Width of the LSTM, at least 1.
+        generator: Draws the initial weights; a generator seeded with 0 by default.
+        block_rows: Number of rows of a matrix whose steps are made orthogonal to each other. More cost more, and are worth
+            more; 1 leaves rows of unit norm.
+
+    Raises:
+        ValueError: if ``hidden_size`` or ``block_rows`` is not positive.
+
+    Example:
+        >>> meta_optimizer = MetaOptimizer(hidden_size=8)
+        >>> outputs, hidden = meta_optimizer(torch.randn(3, NUM_FEATURES), meta_optimizer.initial_hidden(3))
+        >>> outputs.shape, hidden.shape, outputs.any().item()
+        (torch.Size([3, 5]), torch.Size([3, 16]), False)
+    """
+
+    rows_per_block: Tensor
+
+    def __init__(
+        self, hidden_size: int = 12, generator: torch.Generator | None = None, *, block_rows: int = BLOCK_ROWS
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("block_rows", block_rows)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.hidden_size = hidden_size
+        generator = generator or torch.Generator().manual_seed(0)
+        num_outputs = len(Controls._fields)
+
+        def normal(rows: int, columns: int) -> nn.Parameter:
+            values = torch.randn(rows, columns, generator=generator, dtype=torch.float32)
+            return nn.Parameter(values / math.sqrt(columns))
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+
+        self.input_weight = normal(4 * hidden_size, NUM_FEATURES)
+        self.hidden_weight = normal(4 * hidden_size, hidden_size)
+        self.bias = zeros(4 * hidden_size)
+        self.bias.data[:hidden_size] = 1.0  # remember at first
+        self.readout_weight = zeros(num_outputs, hidden_size)
+        self.skip_weight = zeros(num_outputs, NUM_FEATURES)
+        self.readout_bias = zeros(num_outputs)
+        self.register_buffer("rows_per_block", torch.tensor(float(block_rows)))
+
+    @property
+    def block_rows(self) -> int:
+        """Number of rows of a matrix whose steps are made orthogonal to each other."""
+        return max(1, round(self.rows_per_block.item()))
+
+    def initial_hidden(self, num_tensors: int) -> Tensor:
+        """Hidden and cell state side by side, zeros of shape ``[num_tensors, 2 * hidden_size]``."""
+        return self.bias.new_zeros(num_tensors, 2 * self.hidden_size).detach()
+
+    def forward(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """One control step.
+
+        Args:
+            features: ``[*runs, num_tensors, NUM_FEATURES]``.
+            hidden: ``[*runs, num_tensors, 2 * hidden_size]``.
+
+        Returns:
+            Raw outputs ``[*runs, num_tensors, 5]`` for :meth:`Controls.from_outputs`, and the new hidden state.
+
+        Under ``torch.func.functional_call`` every weight may have the same leading axes: each run then has its own.
+        """
+        output, cell = hidden.chunk(2, dim=-1)
+        gates = features @ self.input_weight.mT + output @ self.hidden_weight.mT + self.bias.unsqueeze(-2)
+        forget, enter, emit, candidate = gates.chunk(4, dim=-1)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
+        output = torch.sigmoid(emit) * torch.tanh(cell)
+        outputs = output @ self.readout_weight.mT + features @ self.skip_weight.mT
+        outputs = outputs + self.readout_bias.unsqueeze(-2)
+        return outputs, torch.cat([output, cell], dim=-1)
