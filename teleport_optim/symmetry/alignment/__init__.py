@@ -4,6 +4,7 @@ Two networks that are trained from different seeds are far apart partly because 
 this difference the straight line between wide networks is often free of a barrier, so that they can be averaged.
 """
 
-from teleport_optim.symmetry.alignment.alignment import AlignmentReport, Barrier, align, interpolation_barrier
+from teleport_optim.symmetry.alignment.alignment import AlignmentReport, align
+from teleport_optim.symmetry.alignment.barrier import Barrier, interpolation_barrier
 
 __all__ = ["AlignmentReport", "Barrier", "align", "interpolation_barrier"]
