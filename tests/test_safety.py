@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.tensorboard import SummaryWriter
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
-from teleport_optim.controller.network import PRIOR_MOMENTUM
+from teleport_optim.optim.controls import PRIOR_MOMENTUM
 from teleport_optim.optim.guard import Guard
 from teleport_optim.optim.rule import TELEPORT_INTERVAL
 from teleport_optim.testing import sequential_models

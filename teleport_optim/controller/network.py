@@ -3,59 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from teleport_optim.controller.features import NUM_FEATURES
+from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.parameters import BLOCK_ROWS
 
-__all__ = ["Controller", "Controls", "MetaOptimizer"]
-
-PRIOR_MOMENTUM = 0.65
-
-
-class Controls(NamedTuple):
-    """What steers the update of a network, one entry per tensor (shape ``[*runs, num_tensors]``); momentum: one for all."""
-
-    rate: Tensor
-    """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""
-    momentum: Tensor
-    """Decay beta of the gradient average, in (0.2, 0.93), the same for all tensors, ``[*runs]``; 0.65 at the prior."""
-    decay: Tensor
-    """Factor on the prior weight decay, in (e^-2, e^2); 1 at the prior."""
-    balance: Tensor
-    """Strength of the teleport that balances the norms of weights around a channel, in (-1, 1); 0 at the prior."""
-    gradient_balance: Tensor
-    """Strength of the teleport that balances the norms of gradients around a channel, in (-1, 1); 0 at the prior."""
-
-    @classmethod
-    def prior(cls, num_tensors: int) -> Controls:
-        """The constant controls under which the rule is its unlearned prior."""
-        return cls.from_outputs(torch.zeros(num_tensors, len(cls._fields), dtype=torch.float32))
-
-    @classmethod
-    def from_outputs(cls, outputs: Tensor) -> Controls:
-        """Bound the raw outputs of a network, shape ``[*runs, num_tensors, 5]``; zeros give the prior."""
-        bounded = torch.tanh(outputs)
-        rate, momentum, decay, balance, gradient_balance = bounded.unbind(-1)
-        logit = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
-        return cls(
-            rate=torch.exp(2.0 * rate),
-            momentum=torch.sigmoid(logit + 2.0 * momentum.mean(dim=-1)),
-            decay=torch.exp(2.0 * decay),
-            balance=balance,
-            gradient_balance=gradient_balance,
-        )
-
-
-class Controller(Protocol):
-    """Anything that maps features and its own hidden state to controls: the network, or a constant in a test."""
-
-    def __call__(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``([num_tensors, NUM_FEATURES], [num_tensors, hidden])`` to raw outputs ``[num_tensors, 5]`` and hidden."""
-        ...
+__all__ = ["MetaOptimizer"]
 
 
 class MetaOptimizer(nn.Module):

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.controller.features import compute_features, log_ratio, site_log_norms
-from teleport_optim.controller.network import Controller, Controls
+from teleport_optim.controller.network import Controls
+from teleport_optim.optim.controls import Controller
 from teleport_optim.optim.parameters import Layout, in_full_precision
 from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import move_scaling
