@@ -337,9 +337,11 @@ class _RandomTeleports:
             )
             for symmetry in self._optimizer.spec:  # none before the first step
                 scales = torch.exp(0.3 * torch.randn(symmetry.size, generator=self._generator, dtype=torch.float64))
-                values, offsets = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (values, offsets))
+                values, offsets = (
+                    dict(move_scaling(symmetry, scales, slot, SlotKind.VECTOR)) for slot in (values, offsets)
+                )
                 slopes, momenta = (
-                    move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (slopes, momenta)
+                    dict(move_scaling(symmetry, scales, slot, SlotKind.COVECTOR)) for slot in (slopes, momenta)
                 )
             for name, param in params.items():
                 param.copy_(values[name])
