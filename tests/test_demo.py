@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from teleport_optim import MetaOptimizer, save_checkpoint
-from teleport_optim.controller.network import Controls
 from teleport_optim.demo import (
     LEARNING_RATES,
     NUM_RUNS,
@@ -21,6 +20,7 @@ from teleport_optim.demo import (
     steps_to_target,
 )
 from teleport_optim.evaluation.rivals import adamw, cosine, learned
+from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.rule import TELEPORT_INTERVAL
 
 

@@ -20,15 +20,13 @@ from torch.func import functional_call, stack_module_state
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
 from teleport_optim.controller.features import NUM_FEATURES, compute_features, log_ratio, site_log_norms
-from teleport_optim.controller.network import Controls
-from teleport_optim.optim.controls import PRIOR_MOMENTUM
 from teleport_optim.optim import parameters as layout_module
 from teleport_optim.optim import rule as update_module
+from teleport_optim.optim.controls import PRIOR_MOMENTUM, Controller, Controls
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.parameters import BLOCK_ROWS, Group, Layout, matrix_shape
 from teleport_optim.optim.rule import (
     TELEPORT_INTERVAL,
-    Controller,
     Factors,
     Horizon,
     Hyper,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.parameters import NUM_STATIC_FEATURES, Layout, Table, in_full_precision
-from teleport_optim.symmetry.moves import channels_of
+from teleport_optim.optim.parameters import NUM_STATIC_FEATURES, Layout, Table
+from teleport_optim.symmetry.moves import PART_SIZE, channel_squares, pick, unmoved
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["NUM_FEATURES", "compute_features", "log_ratio", "site_log_norms"]
@@ -41,9 +41,7 @@ def site_log_norms(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: 
     """
 
     def total(legs: tuple[Leg, ...]) -> Tensor:
-        views = (channels_of(symmetry, leg, in_full_precision(tensors[leg.name]), run_axes) for leg in legs)
-        norms = [view.square().sum(dim=tuple(range(run_axes + 1, view.dim()))) for view in views]
-        return functools.reduce(torch.add, norms)
+        return functools.reduce(torch.add, [channel_squares(symmetry, leg, tensors, run_axes) for leg in legs])
 
     norms = torch.stack([total(symmetry.readers), total(symmetry.writers)], dim=-2)
     is_usable = ((norms > 0) & torch.isfinite(norms)).all(dim=-2, keepdim=True)
@@ -132,14 +130,46 @@ def _inner_products(
 ) -> tuple[Tensor, ...]:
     """``<g, g>, <m, m>, <p, p>, <g, m>, <g, p>`` of every tensor, ``[*runs, num_tensors]`` each."""
     products = []
-    for bucket in layout.buckets:
-        p, g, m = (bucket.gather(tensors, run_axes).float() for tensors in (params, grads, momenta))
-        for views in zip(*map(bucket.views, (p, g, m))):
-            x, y, z = (view.flatten(run_axes + 1) for view in views)
-            pairs = ((y, y), (z, z), (x, x), (y, z), (y, x))
-            products.append(torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=-2))
+    for group in (group for bucket in layout.buckets for group in bucket.groups):
+        names = [layout.names[row] for row in group.rows]
+        size = math.prod(group.entries)
+        if size > PART_SIZE:
+            products += [_products_in_parts((params, grads, momenta), name, run_axes) for name in names]
+        else:
+            count = PART_SIZE // max(size, 1)
+            groups = [names[first : first + count] for first in range(0, len(names), count)]
+            products += [_products((params, grads, momenta), some, run_axes) for some in groups]
     inner = torch.cat(products, dim=-1)
     return inner.index_select(-1, layout.table(inner).inverse_order).unbind(-2)
+
+
+def _products(
+    kinds: Iterable[Mapping[str, Tensor]],
+    names: Iterable[str],
+    run_axes: int,
+    select: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Tensor:
+    """The five inner products of what ``select`` takes of tensors of one size, ``[*runs, 5, len(names)]``."""
+    vectors = []
+    for tensors in kinds:
+        picked = [pick(tensors, name, select) for name in names]
+        vectors.append(torch.stack([x.reshape(*x.shape[:run_axes], -1) for x in picked], dim=-2).float())
+    x, y, z = vectors
+    pairs = ((y, y), (z, z), (x, x), (y, z), (y, x))
+    return torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=-2)
+
+
+def _products_in_parts(kinds: Iterable[Mapping[str, Tensor]], name: str, run_axes: int) -> Tensor:
+    """The same of one large tensor, part by part of its longest axis."""
+    params, *_ = kinds
+    shape = unmoved(params)[name].shape[run_axes:]
+    extent = max(shape)
+    axis, length = run_axes + shape.index(extent), max(1, PART_SIZE * extent // shape.numel())
+    parts = []
+    for start in range(0, extent, length):
+        select = functools.partial(torch.narrow, dim=axis, start=start, length=min(length, extent - start))
+        parts.append(_products(kinds, [name], run_axes, select))
+    return functools.reduce(torch.add, parts)
 
 
 def _site_features(

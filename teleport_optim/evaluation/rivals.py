@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
 from teleport_optim.controller.checkpoints import load_checkpoint
-from teleport_optim.controller.network import Controls, MetaOptimizer
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.evaluation.training import Recipe, Stepper
+from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.optim.rule import Horizon, averaging_weight, is_due, prior_rate
 from teleport_optim.symmetry.action import SlotKind
@@ -337,9 +338,11 @@ class _RandomTeleports:
             )
             for symmetry in self._optimizer.spec:  # none before the first step
                 scales = torch.exp(0.3 * torch.randn(symmetry.size, generator=self._generator, dtype=torch.float64))
-                values, offsets = (move_scaling(symmetry, scales, slot, SlotKind.VECTOR) for slot in (values, offsets))
+                values, offsets = (
+                    dict(move_scaling(symmetry, scales, slot, SlotKind.VECTOR)) for slot in (values, offsets)
+                )
                 slopes, momenta = (
-                    move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (slopes, momenta)
+                    dict(move_scaling(symmetry, scales, slot, SlotKind.COVECTOR)) for slot in (slopes, momenta)
                 )
             for name, param in params.items():
                 param.copy_(values[name])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from teleport_optim.controller.network import Controls, MetaOptimizer
+from teleport_optim.controller.network import MetaOptimizer
+from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.parameters import BLOCK_ROWS
 from teleport_optim.optim.rule import Hyper, UpdateState, update
 from teleport_optim.tasks.problem import InnerProblem, Orbit

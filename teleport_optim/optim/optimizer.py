@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from teleport_optim.controller.checkpoints import load_checkpoint
-from teleport_optim.controller.network import Controls, MetaOptimizer
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.optim.averaging import (
     END,
     FINGERPRINT,
@@ -37,6 +37,7 @@ from teleport_optim.optim.averaging import (
     written,
 )
 from teleport_optim.optim.binding import FirstCall, unwrapped
+from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.kernels.native import NativeStep, all_norms, are_plain
 from teleport_optim.optim.parameters import Depth, Layout, as_real, embedding_names, in_full_precision, matrix_shape
 from teleport_optim.optim.rule import (
@@ -62,6 +63,7 @@ from teleport_optim.optim.sharding import all_local, all_parts_like, all_whole, 
 from teleport_optim.optim.state import ROW_KEYS, Progress, initial_slots, read_state_dict
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
+from teleport_optim.symmetry.moves import Moved, unmoved
 from teleport_optim.symmetry.spec import SymmetrySpec
 
 __all__ = ["LearnedTeleportOptimizer", "OptimizerStats", "ScalarWriter", "TensorStats"]
@@ -136,12 +138,12 @@ class ScalarWriter(Protocol):
 
 
 class _Point(NamedTuple):
-    """Where a step is taken from, by name; whole tensors."""
+    """Where a step is taken from, by name; whole tensors, computed when they are asked for where the point is moved."""
 
-    params: dict[str, Tensor]
-    grads: dict[str, Tensor]
-    momenta: dict[str, Tensor]
-    offsets: dict[str, Tensor]
+    params: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+    momenta: Mapping[str, Tensor]
+    offsets: Mapping[str, Tensor]
     """Of the averages; empty where none are kept."""
 
 
@@ -474,7 +476,7 @@ class LearnedTeleportOptimizer(Optimizer):
         arguments = take = None
         new_momenta, masks = dict[str, Tensor](), dict[str, Tensor]()
         if is_native or point is None:
-            here = grads if point is None else list(point.grads.values())
+            here = grads if point is None else point.grads
             tensors = (targets, here, momenta, offsets, counts, prints, ends)
             take = partial(native.take, *tensors, pace=pace, rate=rate, decay=decay)
         else:
@@ -506,7 +508,7 @@ class LearnedTeleportOptimizer(Optimizer):
         sizes = None
         if moved is not None and not progress.is_balanced:
             *tensors, sizes = balanced(*point, moved)
-            point = _Point(*map(dict, tensors))
+            point = _Point(*tensors)
         if not is_due(step):
             return point, {}, sizes
         total_steps = progress.horizon.total_steps
@@ -518,7 +520,7 @@ class LearnedTeleportOptimizer(Optimizer):
         )
         if moved is not None:
             *tensors, own_sizes = teleport(*point, Controls.from_outputs(state.outputs), moved)
-            point = _Point(*map(dict, tensors))
+            point = _Point(*tensors)
             sizes = own_sizes if sizes is None else torch.hypot(sizes, own_sizes)
         return point, {key: getattr(state, key) for key in ROW_KEYS}, sizes
 
@@ -553,10 +555,10 @@ class LearnedTeleportOptimizer(Optimizer):
             by_start = {start: averaging_weight(step - start, left) for start in set(starts)}
             weights = [by_start[start] for start in starts]
         if plan.point is not None and is_moved:
-            _copy(targets, plan.point.params)
-            _copy([own["exp_avg"] for own in slots], plan.point.momenta)
+            _move(targets, plan.point.params)
+            _move([own["exp_avg"] for own in slots], plan.point.momenta)
             if self._has_average:
-                _copy([own[OFFSET] for own in slots], plan.point.offsets)
+                _move([own[OFFSET] for own in slots], plan.point.offsets)
                 self._take_fingerprints(targets, slots)
         for key, rows in plan.rows.items():
             _copy([own[key] for own in slots], dict(enumerate(rows.unbind(0))))
@@ -1183,6 +1185,15 @@ def _all_norms(tensors: list[Tensor]) -> list[float]:
 def _copy(targets: list[Tensor], values: Mapping[Any, Tensor]) -> None:
     """Write values, which are whole, where the targets lie; both are in one order."""
     torch._foreach_copy_(all_local(targets), all_parts_like(list(values.values()), targets))
+
+
+def _move(targets: list[Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values, which are whole and in the same order, where the targets lie: one at a time, in place where they lie there."""
+    for target, (name, source) in zip(targets, unmoved(values).items()):
+        if source is target and isinstance(values, Moved):
+            values.write(name)
+        elif source is not target:
+            local(target).copy_(local(part_like(values[name], target)))
 
 
 def _descend_in_place(

@@ -188,10 +188,15 @@ class Block(NamedTuple):
     """Whether the rows are made orthogonal to each other, or every row is for itself."""
 
     @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.rows * self.columns
+
+    @property
     def work(self) -> int:
         """About how many multiplications its update takes."""
-        size, side = self.rows * self.columns, min(self.rows, self.columns)
-        return 10 * side**3 + 2 * side * size if self.is_mixed else 4 * size
+        side = min(self.rows, self.columns)
+        return 10 * side**3 + 2 * side * self.size if self.is_mixed else 4 * self.size
 
 
 class Bucket(NamedTuple):

@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.controller.features import compute_features, log_ratio, site_log_norms
-from teleport_optim.controller.network import Controls
-from teleport_optim.optim.controls import Controller
+from teleport_optim.optim.controls import Controller, Controls
 from teleport_optim.optim.parameters import Layout, in_full_precision
 from teleport_optim.symmetry.action import SlotKind
-from teleport_optim.symmetry.moves import move_scaling
+from teleport_optim.symmetry.moves import move_scaling, unmoved
 from teleport_optim.symmetry.spec import Symmetry
 
 __all__ = [
@@ -158,9 +157,9 @@ class Hyper(NamedTuple):
 class UpdateState(NamedTuple):
     """What the rule remembers between steps."""
 
-    momenta: dict[str, Tensor]
+    momenta: Mapping[str, Tensor]
     """Average of the gradients, a covector, of the shape of each parameter."""
-    average_offsets: dict[str, Tensor]
+    average_offsets: Mapping[str, Tensor]
     """Average of the iterates minus the parameters, of the shape of each; transforms like a vector."""
     hidden: Tensor
     """Hidden state of the meta-optimizer, ``[*runs, num_tensors, 2 * hidden_size]``."""
@@ -313,6 +312,7 @@ def update(
     controls = Controls.from_outputs(state.outputs)
     if is_due(step) and len(layout.spec):
         params, grads, momenta, offsets, _ = teleport(params, grads, momenta, offsets, controls, layout)
+    params, grads, momenta, offsets = map(dict, (params, grads, momenta, offsets))
     factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
     averages = {name: ema(momenta[name], grads[name], factors.beta) for name in params}
     active = {name: active_rows(name, grad, layout) for name, grad in grads.items()}
@@ -384,8 +384,8 @@ def teleport(
     rounded.
 
     Returns:
-        Parameters, gradients, momenta and offsets of the average, all at the same new point of the orbit, and for every site
-        the RMS of ``log s``.
+        Parameters, gradients, momenta and offsets of the average, all at the same new point of the orbit, each computed when it
+        is asked for, and for every site the RMS of ``log s``.
     """
     weights = layout.table(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
@@ -424,12 +424,13 @@ def balanced(
     than a power of two.
 
     Returns:
-        Parameters, gradients, momenta and offsets of the average (if there are any), and for every site the RMS of ``log s`` in
-        all, ``[*runs, num_sites]``.
+        Parameters, gradients, momenta and offsets of the average (if there are any), each computed when it is asked for, and for
+        every site the RMS of ``log s`` in all, ``[*runs, num_sites]``.
     """
     name = layout.names[0]
-    runs = params[name].shape[: params[name].dim() - len(layout.shapes[name])]
-    run_axes = len(runs)
+    shape = unmoved(params)[name].shape
+    run_axes = len(shape) - len(layout.shapes[name])
+    runs = shape[:run_axes]
     ways: dict[str, Tensor] = {}
     is_moving = torch.ones(runs, dtype=torch.bool)
     for _ in range(_MAX_SWEEPS if len(layout.spec) else 0):
@@ -457,7 +458,7 @@ def balanced(
 
 def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: Mapping[str, Tensor]) -> Tensor:
     """``log_scale``, but 0 for channels whose norms could leave the range of the dtypes of their weights."""
-    dtypes = {params[leg.name].dtype for leg in symmetry.legs}
+    dtypes = {unmoved(params)[leg.name].dtype for leg in symmetry.legs}
     if not dtypes <= {torch.float32, torch.float64}:
         log_scale = math.log(2.0) * torch.round(log_scale / math.log(2.0))
     reach = max(abs(leg.degree) for leg in symmetry.legs) * log_scale.abs()

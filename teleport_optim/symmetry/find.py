@@ -15,7 +15,8 @@ from teleport_optim.symmetry.search.analysis import Theory
 from teleport_optim.symmetry.search.permutations import Exchange
 from teleport_optim.symmetry.search.scalings import Multiplication
 from teleport_optim.symmetry.search.sites import symmetries_of
-from teleport_optim.symmetry.search.trace import Limits, SearchStopped, Untraceable, trace
+from teleport_optim.symmetry.search.trace import Limits, SearchStopped, trace
+from teleport_optim.symmetry.search.twin import Untraceable
 from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
 
 __all__ = ["find_symmetries"]

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.parameters import Layout, matrix_shape
+from teleport_optim.optim.parameters import Block, Layout, matrix_shape
 from teleport_optim.optim.rule import Pace
+from teleport_optim.symmetry.moves import pick
 
 try:
     import teleport_optim.optim.kernels._native as _native
@@ -43,6 +44,8 @@ _THREAD_WORK = 2.5e7
 """Multiplications for which another thread pays."""
 _READING = 10
 """Multiplications in the time of reading a number."""
+_MOST_COMPUTED = 2**20
+"""Entries of gradients that are computed at a time, or one block."""
 
 
 def are_plain(tensors: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> bool:
@@ -80,6 +83,7 @@ class NativeStep:
     def __init__(self, layout: Layout) -> None:
         blocks = layout.blocks
         self._units = array("q", [number for block in blocks for number in block])
+        self._layout = layout
         self._work = list(accumulate(block.work for block in blocks))
         self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
         self._numbers: tuple[Pace, array[float], float] | None = None
@@ -99,7 +103,7 @@ class NativeStep:
     def take(
         self,
         params: list[Tensor],
-        grads: list[Tensor],
+        grads: list[Tensor] | Mapping[str, Tensor],
         momenta: list[Tensor],
         offsets: list[Tensor],
         counts: list[Tensor],
@@ -117,6 +121,8 @@ class NativeStep:
         difference to the result.
 
         Args:
+            grads: A mapping is of those that are computed when they are asked for: here some rows at a time, which need little
+                memory.
             offsets, fingerprints, ends: Of the averages of the iterates; empty where there are none.
             weights: :func:`~teleport_optim.optim.rule.averaging_weight` of every tensor, if there are averages.
 
@@ -128,29 +134,50 @@ class NativeStep:
             self._numbers = (pace, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - pace.beta.item())
         _, numbers, rest = self._numbers
         prints = array("q", bytes(16 * len(params)))  # of every tensor before and after the step
-        take = partial(
-            _native.step,
-            _addresses(params),
-            _addresses(momenta),
-            _addresses(offsets) if offsets else None,
-            _addresses(grads),
-            numbers,
-            rate,
-            decay,
-            rest,
-            array("f", [1.0 - weight for weight in weights]),
-            prints,
-            self._most_rows,
-        )
-        _in_threads(take, self._parts())
+        here, averages = _addresses(params), _addresses(momenta)
+        others = _addresses(offsets) if offsets else None
+        keeps = array("f", [1.0 - weight for weight in weights])
+        turns = self._computed(grads) if isinstance(grads, Mapping) else [(_addresses(grads), 0, None)]
+        for slopes, first, last in turns:
+            take = partial(
+                _native.step, here, averages, others, slopes, numbers, rate, decay, rest, keeps, prints, self._most_rows
+            )
+            _in_threads(take, self._parts(first, last))
         _native.count(_addresses(counts), _addresses(ends))
         torch.autograd.graph.increment_version(params)
         return _native.compare(_addresses(fingerprints), prints) if offsets else []
 
-    def _parts(self) -> list[memoryview]:
-        """The blocks in parts of about equal work, one for each thread."""
-        whole, size = memoryview(self._units), len(self._units) // max(len(self._work), 1)
-        return [whole[size * first : size * last] for first, last in pairwise(_bounds(self._work))]
+    def _computed(self, grads: Mapping[str, Tensor]) -> Iterator[tuple[list[int], int, int]]:
+        """Addresses of gradients, of which some rows are computed at a time, with the blocks that they are for."""
+        blocks, last = self._layout.blocks, 0
+        addresses, parts = [0] * len(self._shapes), list[Tensor]()
+        while last < len(blocks):
+            first, size = last, 0
+            while last < len(blocks) and (last == first or size + blocks[last].size <= _MOST_COMPUTED):
+                size += blocks[last].size
+                last += 1
+            parts.clear()  # The step has been taken with those of the last turn.
+            for tensor, group in groupby(blocks[first:last], key=attrgetter("tensor")):
+                own = list(group)
+                parts.append(self._rows(grads, own))
+                addresses[tensor] = parts[-1].data_ptr() - parts[-1].element_size() * own[0].offset
+            yield addresses, first, last
+
+    def _rows(self, grads: Mapping[str, Tensor], blocks: list[Block]) -> Tensor:
+        """The rows of a gradient that lie in neighbouring blocks."""
+        name = self._layout.names[blocks[0].tensor]
+        axes = [axis for axis, size in enumerate(self._layout.row_shape(name)) if size > 1]
+        if not axes:
+            return grads[name]
+        (axis,), first, count = axes, blocks[0].offset // blocks[0].columns, sum(block.rows for block in blocks)
+        return pick(grads, name, lambda tensor: tensor.narrow(axis, first, count))
+
+    def _parts(self, first: int = 0, last: int | None = None) -> list[memoryview]:
+        """Blocks, all by default, in parts of about equal work, one for each thread."""
+        before = self._work[first - 1] if first else 0
+        bounds = _bounds([work - before for work in self._work[first:last]])
+        whole, size = memoryview(self._units), len(Block._fields)
+        return [whole[size * (first + start) : size * (first + end)] for start, end in pairwise(bounds)]
 
 
 def _bounds(work: list[int]) -> list[int]:
