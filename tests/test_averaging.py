@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from teleport_optim.optim.averaging import fingerprints, swap_in
 from teleport_optim.optim.kernels import native
-from teleport_optim.optim.rule import Horizon, averaging_weight
+from teleport_optim.optim.schedule import Horizon, averaging_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 

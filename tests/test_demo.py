@@ -21,7 +21,7 @@ from teleport_optim.demo import (
 )
 from teleport_optim.evaluation.rivals import adamw, cosine, learned
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.rule import TELEPORT_INTERVAL
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 
 def run_with(losses: tuple[float, ...]) -> TrainingRun:

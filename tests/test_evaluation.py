@@ -33,7 +33,7 @@ from teleport_optim.evaluation.training import (
     run_training,
     speed_up,
 )
-from teleport_optim.optim.rule import TELEPORT_INTERVAL
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 
 def blobs() -> Data:

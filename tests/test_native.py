@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.kernels.native import NativeStep, all_norms, are_plain
+from teleport_optim.optim.orthogonalise import descend
 from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.rule import TELEPORT_INTERVAL, Factors, Pace, active_rows, average_offset, descend, ema
+from teleport_optim.optim.records import Factors, Pace
+from teleport_optim.optim.rule import active_rows, average_offset, ema
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
 SIZES = st.integers(0, 40)

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.controls import PRIOR_MOMENTUM
 from teleport_optim.optim.guard import Guard
-from teleport_optim.optim.rule import TELEPORT_INTERVAL
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from teleport_optim.testing import sequential_models
 
 pytestmark = [

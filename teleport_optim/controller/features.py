@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.parameters import NUM_STATIC_FEATURES, Layout, Table
-from teleport_optim.symmetry.moves import PART_SIZE, channel_squares, pick, unmoved
-from teleport_optim.symmetry.spec import Leg, Symmetry
+from teleport_optim.optim.site_norms import log_ratio, site_log_norms
+from teleport_optim.symmetry.moves import PART_SIZE, pick, unmoved
 
-__all__ = ["NUM_FEATURES", "compute_features", "log_ratio", "site_log_norms"]
+__all__ = ["NUM_FEATURES", "compute_features"]
 
 NUM_TIME_FEATURES = 6
 NUM_TENSOR_FEATURES = 6
@@ -27,30 +27,6 @@ NUM_FEATURES = NUM_STATIC_FEATURES + NUM_TIME_FEATURES + 2 * NUM_TENSOR_FEATURES
 _BOUND = 4.0
 _TINY = 1e-36
 """Where squares are cut off, so that zeros have finite roots, logs and derivatives."""
-
-
-def site_log_norms(symmetry: Symmetry, tensors: Mapping[str, Tensor], run_axes: int = 0) -> Tensor:
-    """Per channel, the logs of the squared norms of what reads it and of what writes it, shape ``[*runs, 2, size]``.
-
-    A channel with nothing (or nothing finite) on one side gives zeros: there is nothing to balance.
-
-    Args:
-        symmetry: The site.
-        tensors: Tensors by name, with ``run_axes`` axes of runs in front of those of the parameter.
-        run_axes: Number of axes of runs.
-    """
-
-    def total(legs: tuple[Leg, ...]) -> Tensor:
-        return functools.reduce(torch.add, [channel_squares(symmetry, leg, tensors, run_axes) for leg in legs])
-
-    norms = torch.stack([total(symmetry.readers), total(symmetry.writers)], dim=-2)
-    is_usable = ((norms > 0) & torch.isfinite(norms)).all(dim=-2, keepdim=True)
-    return torch.log(torch.where(is_usable, norms, 1.0)).float()
-
-
-def log_ratio(log_norms: Tensor) -> Tensor:
-    """Reading over writing: ``[*runs, 2, size]`` of :func:`site_log_norms` to ``[*runs, size]``."""
-    return log_norms[..., 0, :] - log_norms[..., 1, :]
 
 
 def time_features(step: int, total_steps: int | None) -> list[float]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from teleport_optim.controller.control import control
 from teleport_optim.controller.features import NUM_FEATURES
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.parameters import BLOCK_ROWS
+from teleport_optim.optim.parameters import BLOCK_ROWS, Layout
+from teleport_optim.optim.records import UpdateState
 
 __all__ = ["MetaOptimizer"]
 
@@ -97,3 +100,17 @@ class MetaOptimizer(nn.Module):
         outputs = output @ self.readout_weight.mT + features @ self.skip_weight.mT
         outputs = outputs + self.readout_bias.unsqueeze(-2)
         return outputs, torch.cat([output, cell], dim=-1)
+
+    def control(
+        self,
+        params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        state: UpdateState,
+        *,
+        step: int,
+        total_steps: int | None,
+        layout: Layout,
+    ) -> UpdateState:
+        """Set the controls at a control step; see :class:`teleport_optim.optim.rule.Control`."""
+        network = self.to(state.hidden.device)
+        return control(network, params, grads, state, step=step, total_steps=total_steps, layout=layout)

@@ -21,7 +21,7 @@ from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.optimizer import LearnedTeleportOptimizer
-from teleport_optim.optim.rule import Horizon, averaging_weight, is_due, prior_rate
+from teleport_optim.optim.schedule import Horizon, averaging_weight, is_due, prior_rate
 from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import move_scaling
 

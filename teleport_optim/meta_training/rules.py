@@ -6,16 +6,19 @@ import fnmatch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from teleport_optim.controller.control import control
 from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.parameters import BLOCK_ROWS
-from teleport_optim.optim.rule import Hyper, UpdateState, update
+from teleport_optim.optim.records import Hyper, UpdateState
+from teleport_optim.optim.rule import update
 from teleport_optim.tasks.problem import InnerProblem, Orbit
 
 __all__ = ["VARIANTS", "ControllerRule", "PaperRule", "Rule", "RuleOptions", "make_rule"]
@@ -142,13 +145,13 @@ class ControllerRule(Rule):
         problem: InnerProblem,
         inputs: Tensor,
     ) -> tuple[Tensors, Any]:
-        def controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def network(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             return functional_call(self.network, weights, (features, hidden))  # type: ignore[no-any-return]
 
         layout = problem.layout.with_blocks_of(self.network.block_rows)
         hyper = Hyper.default(len(layout.names), problem.horizon if problem.knows_horizon else None)
         return update(
-            controller,
+            partial(control, network),
             params,
             grads,
             state,

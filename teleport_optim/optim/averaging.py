@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.kernels.native import all_fingerprints, are_plain
-from teleport_optim.optim.rule import Horizon, averaging_weight, slot_dtype
+from teleport_optim.optim.records import slot_dtype
+from teleport_optim.optim.schedule import Horizon, averaging_weight
 from teleport_optim.optim.sharding import all_local, local
 
 __all__ = [

@@ -1,21 +1,22 @@
-"""What steers a step: five numbers per tensor, and whoever sets them."""
+"""The controls: five numbers per tensor that steer a step."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["PRIOR_MOMENTUM", "Controller", "Controls"]
+__all__ = ["PRIOR_MOMENTUM", "Controls"]
 
 
 PRIOR_MOMENTUM = 0.65
+"""Decay of the gradient average where nothing is learned."""
 
 
 class Controls(NamedTuple):
-    """What steers the update of a network, one entry per tensor (shape ``[*runs, num_tensors]``); momentum: one for all."""
+    """Factors and strengths that steer a step, one per tensor (``[*runs, num_tensors]``), and one momentum for all of them."""
 
     rate: Tensor
     """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""
@@ -46,11 +47,3 @@ class Controls(NamedTuple):
             balance=balance,
             gradient_balance=gradient_balance,
         )
-
-
-class Controller(Protocol):
-    """Anything that maps features and its own hidden state to controls: the network, or a constant in a test."""
-
-    def __call__(self, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``([num_tensors, NUM_FEATURES], [num_tensors, hidden])`` to raw outputs ``[num_tensors, 5]`` and hidden."""
-        ...

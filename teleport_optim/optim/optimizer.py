@@ -39,28 +39,14 @@ from teleport_optim.optim.averaging import (
 from teleport_optim.optim.binding import FirstCall, unwrapped
 from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.kernels.native import NativeStep, all_norms, are_plain
+from teleport_optim.optim.orthogonalise import Step, descend
 from teleport_optim.optim.parameters import Depth, Layout, as_real, embedding_names, in_full_precision, matrix_shape
-from teleport_optim.optim.rule import (
-    Factors,
-    Horizon,
-    Hyper,
-    Pace,
-    Step,
-    UpdateState,
-    active_rows,
-    average_offset,
-    averaging_weight,
-    balanced,
-    control,
-    descend,
-    ema,
-    is_due,
-    rate_and_decay,
-    step_factors,
-    teleport,
-)
+from teleport_optim.optim.records import Factors, Hyper, Pace, UpdateState, step_factors
+from teleport_optim.optim.rule import active_rows, average_offset, ema
+from teleport_optim.optim.schedule import Horizon, averaging_weight, is_due, rate_and_decay
 from teleport_optim.optim.sharding import all_local, all_parts_like, all_whole, local, part_like, whole
 from teleport_optim.optim.state import ROW_KEYS, Progress, initial_slots, read_state_dict
+from teleport_optim.optim.teleport import balanced, teleport
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.moves import Moved, unmoved
@@ -514,9 +500,8 @@ class LearnedTeleportOptimizer(Optimizer):
         total_steps = progress.horizon.total_steps
         held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
         state = UpdateState(momenta=point.momenta, average_offsets=point.offsets, **held)
-        meta_optimizer = self._meta_optimizer.to(held["hidden"].device)
-        state = control(
-            meta_optimizer, point.params, point.grads, state, step=step, total_steps=total_steps, layout=layout
+        state = self._meta_optimizer.control(
+            point.params, point.grads, state, step=step, total_steps=total_steps, layout=layout
         )
         if moved is not None:
             *tensors, own_sizes = teleport(*point, Controls.from_outputs(state.outputs), moved)

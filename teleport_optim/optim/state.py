@@ -16,7 +16,8 @@ from torch import Tensor
 from teleport_optim.optim.averaging import AVERAGE_SLOTS, END, FINGERPRINT, ITERATE, START, initial_average
 from teleport_optim.optim.guard import Guard
 from teleport_optim.optim.parameters import as_real
-from teleport_optim.optim.rule import Horizon, UpdateState, slot_dtype
+from teleport_optim.optim.records import UpdateState, slot_dtype
+from teleport_optim.optim.schedule import Horizon
 from teleport_optim.optim.sharding import is_distributed, local, part_like
 
 __all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.parameters import Block, Layout, matrix_shape
-from teleport_optim.optim.rule import Pace
+from teleport_optim.optim.records import Pace
 from teleport_optim.symmetry.moves import pick
 
 try:
