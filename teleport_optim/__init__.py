@@ -3,7 +3,7 @@
 from teleport_optim.alignment import align, interpolation_barrier
 from teleport_optim.controller.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from teleport_optim.controller.network import MetaOptimizer
-from teleport_optim.optim.optimizer import LearnedTeleportOptimizer
+from teleport_optim.learned import LearnedTeleportOptimizer
 from teleport_optim.optim.state import OptimizerStateError
 from teleport_optim.symmetry import (
     Leg,

@@ -18,7 +18,8 @@ from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
-from teleport_optim.optim.averaging import fingerprints, swap_in
+from teleport_optim.optim.averaging import swap_in
+from teleport_optim.optim.fingerprints import fingerprints
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.schedule import Horizon, averaging_weight
 

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from teleport_optim.controller.checkpoints import load_checkpoint
 from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.evaluation.training import Recipe, Stepper
+from teleport_optim.learned import LearnedTeleportOptimizer
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.optim.schedule import Horizon, averaging_weight, is_due, prior_rate
 from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import move_scaling

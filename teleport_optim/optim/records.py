@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,12 @@ class Hyper(NamedTuple):
     lr: Tensor
     weight_decay: Tensor
     horizon: Horizon = Horizon()
+
+    @classmethod
+    def of(cls, rates: Sequence[float], decays: Sequence[float], horizon: Horizon) -> Hyper:
+        """From one number per tensor; a decay of NaN stands for the learned one."""
+        lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, decays))
+        return cls(lr, weight_decay, horizon)
 
     @classmethod
     def default(cls, num_tensors: int, total_steps: int | None = None) -> Hyper:

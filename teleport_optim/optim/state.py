@@ -7,30 +7,24 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from teleport_optim.optim.averaging import AVERAGE_SLOTS, END, FINGERPRINT, ITERATE, START, initial_average
-from teleport_optim.optim.guard import Guard
 from teleport_optim.optim.parameters import as_real
 from teleport_optim.optim.records import UpdateState, slot_dtype
 from teleport_optim.optim.schedule import Horizon
 from teleport_optim.optim.sharding import is_distributed, local, part_like
 
-__all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "initial_slots", "read_state_dict"]
+__all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "Slots", "initial_slots", "read_state_dict"]
 
 ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
 """Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
 _COUNTS = ("step", "skipped")
-_OLD_OUTPUTS = (0, 1, 3, 4, 5)
-"""Those of the six outputs of earlier versions that there still are."""
 _MAX_COUNT = 2**53
 """Counts below it are exact as floats; nothing ever takes so many steps."""
-_SHARED = "meta_optimizer"
-"""Key under which version 0.1 kept the rows of all tensors together."""
 
 Slots = dict[str, Tensor]
 
@@ -45,48 +39,47 @@ class Progress(NamedTuple):
     Attributes:
         num_steps: Steps taken; skipped ones do not count.
         num_skipped_steps: Steps that were not taken because a gradient was not finite.
-        num_guarded_steps: Steps that the guard made safe ones.
         is_eval: Whether the average of the iterates is in the place of the parameters.
         has_shown_average: Whether somebody has asked for the average.
         is_balanced: Whether the run has begun, in balance.
-        guard: The guard's memory.
         horizon: Length of the run, and what is known of its last change. The length itself is an option of every group.
     """
 
     num_steps: int = 0
     num_skipped_steps: int = 0
-    num_guarded_steps: int = 0
     is_eval: bool = False
     has_shown_average: bool = False
     is_balanced: bool = False
-    guard: Guard = Guard()
     horizon: Horizon = Horizon()
 
     def entries(self) -> dict[str, int | float]:
         """As entries of a parameter group."""
         counts = {name: getattr(self, name) for name in _COUNTERS}
         horizon = {"total_steps_changed_at": self.horizon.changed_at, "total_steps_level": self.horizon.level}
-        return counts | horizon | {f"guard_{name}": value for name, value in asdict(self.guard).items()}
+        return counts | horizon
 
     @classmethod
-    def pop_from(cls, group: dict[str, Any], num_steps: int) -> Progress:
-        """Take the entries out of a group again; where ``num_steps`` is not among them, it is as given."""
-        known = cls(num_steps=num_steps, is_balanced=num_steps > 0)
+    def pop_from(cls, group: dict[str, Any]) -> Progress:
+        """Take the entries out of a group again."""
         values: dict[str, Any] = {}
-        for key, default in known.entries().items():
-            value = group.pop(key, default)
+        for key, default in cls().entries().items():
+            if key not in group:
+                raise OptimizerStateError(
+                    f"the parameter groups hold no {key}: the state is of another optimizer, or of a version of this one from "
+                    "before the first release, which cannot be loaded. Load the weights, and begin with a new optimizer"
+                )
+            value = group.pop(key)
             if not _is_like(value, default):
                 raise OptimizerStateError(f"{key} in a parameter group is {value!r}, expected a number as {default!r}")
             values[key] = type(default)(value)
-        guard = Guard(**{entry.name: values[f"guard_{entry.name}"] for entry in fields(Guard)})
         level = values["total_steps_level"]
         if not 0.0 < level <= 1.0:
             raise OptimizerStateError(f"total_steps_level in a parameter group is {level!r}, expected a share above 0")
         horizon = Horizon(group.get("total_steps"), values["total_steps_changed_at"], level)
-        return cls(**{name: values[name] for name in _COUNTERS}, guard=guard, horizon=horizon)
+        return cls(**{name: values[name] for name in _COUNTERS}, horizon=horizon)
 
 
-_COUNTERS = tuple(name for name in Progress._fields if name not in ("guard", "horizon"))
+_COUNTERS = tuple(name for name in Progress._fields if name != "horizon")
 
 
 def _is_like(value: Any, default: float) -> bool:
@@ -98,19 +91,21 @@ def _is_like(value: Any, default: float) -> bool:
     return isinstance(value, int | float) and not math.isnan(value)
 
 
-def initial_slots(param: Tensor, hidden: Tensor, *, average: bool, step: int) -> Slots:
+def initial_slots(param: Tensor, hidden: Tensor | None, *, average: bool, step: int) -> Slots:
     """Slots of ``param`` before its first step.
 
     Momentum and the average's offset are bfloat16, but float64 for parameters of that; the rest is float32.
 
     Args:
         param: The parameter.
-        hidden: The meta-optimizer's initial hidden state of one tensor, ``[2 * hidden_size]``.
+        hidden: The controller's initial hidden state of one tensor, ``[size]``; None without a controller.
         average: Whether an average of the iterates is kept.
         step: Number of the step.
     """
-    initial = UpdateState.initial({}, hidden.unsqueeze(0))
-    rows = {key: getattr(initial, key)[0].to(param.device) for key in ROW_KEYS}
+    rows = {}
+    if hidden is not None:
+        initial = UpdateState.initial({}, hidden.unsqueeze(0))
+        rows = {key: getattr(initial, key)[0].to(param.device) for key in ROW_KEYS}
     counts = {key: torch.zeros((), dtype=torch.float32) for key in _COUNTS}
     momentum = torch.zeros_like(param, dtype=slot_dtype(param))
     return {**counts, "exp_avg": momentum, **(initial_average(param, step) if average else {}), **rows}
@@ -131,7 +126,7 @@ def _own_errors() -> Iterator[None]:
 def read_state_dict(
     state_dict: Any,
     groups: Sequence[Mapping[str, Any]],
-    hidden: Tensor,
+    hidden: Tensor | None,
     check_group: Callable[[Mapping[str, Any]], None],
     average: bool,
 ) -> tuple[dict[Tensor, Slots], list[dict[str, Any]], Progress]:
@@ -140,9 +135,9 @@ def read_state_dict(
     Parameters are matched by name where both sides have the same names, else by order.
 
     Args:
-        state_dict: What ``state_dict()`` gave, of this or an earlier version.
+        state_dict: What ``state_dict()`` gave.
         groups: The groups of the optimizer that loads it.
-        hidden: The meta-optimizer's initial hidden state of one tensor.
+        hidden: The controller's initial hidden state of one tensor; None without a controller.
         check_group: Raises ``ValueError`` or ``TypeError`` for bad options of a group.
         average: Whether the optimizer keeps an average of the iterates.
 
@@ -161,20 +156,17 @@ def read_state_dict(
             f"{[len(group['params']) for group in groups]}: make the optimizer with the same parameters"
         )
     params = _matched(saved_groups, keys, groups)
-    saved_state = _separated(saved_state, [key for own in keys for key in own])
     state: dict[Tensor, Slots] = defaultdict(dict)  # A tensor without state gets it at its first step.
     for key, slots in saved_state.items():
         if key not in params:
             raise OptimizerStateError(f"there is state for {key!r}, which is in no parameter group")
         if not isinstance(slots, Mapping) or slots:
-            _check_keys(key, slots, ("exp_avg", *_COUNTS, *ROW_KEYS))
-    counts = [own["step"] for own in saved_state.values() if isinstance(own, Mapping) and "step" in own]
-    num_steps = max(map(int, counts), default=0)  # version 0.1 has counted them nowhere else
+            _check_keys(key, slots, ("exp_avg", *_COUNTS, *(() if hidden is None else ROW_KEYS)))
     new_groups = []
     all_progress = set()
     for saved, group in zip(saved_groups, groups):
         new = copy.deepcopy({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-        all_progress.add(Progress.pop_from(new, num_steps))
+        all_progress.add(Progress.pop_from(new))
         own = {key: group[key] for key in ("params", "param_names") if key in group}
         try:
             check_group({**group, **new, **own})
@@ -224,26 +216,8 @@ def _matched(
     return dict(zip(flat, params))
 
 
-def _separated(state: Mapping[Any, Any], keys: Sequence[Any]) -> Mapping[Any, Any]:
-    """The state with the rows of version 0.1, which kept them together, given to the tensors whose they are."""
-    shared = state.get(_SHARED)
-    if _SHARED in keys or not isinstance(shared, Mapping):
-        return state
-    separated = {key: slots for key, slots in state.items() if key != _SHARED}
-    for row, key in enumerate(keys):
-        slots = separated.get(key)
-        if isinstance(slots, Mapping) and slots:
-            rows = {name: value[row] for name, value in shared.items() if name in ROW_KEYS and _has_row(value, row)}
-            separated[key] = {**slots, "skipped": torch.zeros(()), **rows}
-    return separated
-
-
-def _has_row(value: Any, row: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and row < len(value)
-
-
 def _read_slots(
-    key: Any, slots: Mapping[str, Any], param: Tensor, hidden: Tensor, average: bool, progress: Progress
+    key: Any, slots: Mapping[str, Any], param: Tensor, hidden: Tensor | None, average: bool, progress: Progress
 ) -> Slots:
     param = as_real(param)
     expected = initial_slots(param, hidden, average=average, step=progress.num_steps)
@@ -280,8 +254,6 @@ def _check_keys(key: Any, slots: Any, expected: Iterable[str]) -> None:
 
 def _read_slot(key: Any, name: str, value: Any, like: Tensor, num_steps: int) -> Tensor:
     """One slot, checked and copied to where ``like`` is."""
-    if name == "outputs" and isinstance(value, Tensor) and value.shape == (6,):
-        value = value[list(_OLD_OUTPUTS)]
     is_right = (
         isinstance(value, Tensor) and value.shape == like.shape and value.layout == torch.strided and not value.is_meta
     )
