@@ -22,10 +22,11 @@ from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dua
 from teleport_optim import layout as layout_module
 from teleport_optim import update as update_module
 from teleport_optim.features import NUM_FEATURES, compute_features, log_ratio, site_log_norms
+from teleport_optim.groups import GROUPS
 from teleport_optim.layout import BLOCK_ROWS, Group, Layout, matrix_shape
 from teleport_optim.meta_optimizer import PRIOR_MOMENTUM, Controls
 from teleport_optim.symmetry.moves import move, move_scaling
-from teleport_optim.symmetry.spec import SymmetrySpec
+from teleport_optim.symmetry.spec import Leg, Symmetry, SymmetrySpec
 from teleport_optim.update import (
     TELEPORT_INTERVAL,
     Controller,
@@ -1011,6 +1012,21 @@ def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> No
         for run in range(3):
             alone = move(SymmetrySpec((symmetry,)), {symmetry.id: scales[run]}, one_run(params, (run,)), kind)
             torch.testing.assert_close(one_run(moved, (run,)), alone, rtol=1e-15, atol=0)
+
+
+def test_factors_beyond_float16_move_tensors_of_float16() -> None:
+    legs = (Leg("a", axis=0, degree=1), Leg("b", axis=1, degree=-1))
+    site = Symmetry("a:scaling", GROUPS["scaling"], 2, legs)
+    tensors = {"a": torch.full((2, 3), 2.0**-14).half(), "b": torch.full((3, 2), 2.0**14).half()}
+    moved = move_scaling(site, torch.tensor([2.0**18, 2.0**26]).double(), tensors, 1)
+    expected = {
+        "a": torch.tensor([[2.0**4] * 3, [2.0**12] * 3]).half(),
+        "b": torch.tensor([[2.0**-4, 2.0**-12]] * 3).half(),
+    }
+    assert all(torch.equal(moved[name], value) for name, value in expected.items())
+    for name in tensors:
+        moved.write(name)
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 def test_training_can_be_differentiated_where_gradients_vanish() -> None:
