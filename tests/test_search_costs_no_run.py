@@ -291,13 +291,13 @@ def deep(width: int, depth: int) -> nn.Sequential:
 
 @pytest.mark.skipif(not are_plain([]), reason="the step in C is not built")
 def test_a_step_that_teleports_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teleport_optim.update.TELEPORT_INTERVAL", 2)
+    monkeypatch.setattr("teleport_optim.optim.rule.TELEPORT_INTERVAL", 2)
     assert max(peaks_of_steps(deep(512, 10), torch.randn(2, 512), 3)) < 10e6  # beside 10 MB of parameters
     wide = nn.Sequential(nn.Embedding(16_000, 256), nn.ReLU(), nn.Linear(256, 4))
     assert max(peaks_of_steps(wide, torch.tensor([[3, 5]]), 3)) < 10e6  # beside a tensor of 16 MB
 
 
 def test_a_teleport_with_torch_needs_no_more_memory_than_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teleport_optim.update.TELEPORT_INTERVAL", 2)
+    monkeypatch.setattr("teleport_optim.optim.rule.TELEPORT_INTERVAL", 2)
     first, usual, second = peaks_of_steps(deep(192, 12).double(), torch.randn(2, 192).double(), 3)
     assert max(first, second) < 1.25 * usual

@@ -19,16 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
-from teleport_optim.controller.control import control
 from teleport_optim.controller.features import NUM_FEATURES, compute_features
 from teleport_optim.optim import parameters as layout_module
 from teleport_optim.optim import rule as update_module
 from teleport_optim.optim.controls import PRIOR_MOMENTUM, Controls
 from teleport_optim.optim.kernels import native
-from teleport_optim.optim.orthogonalise import Mixing, Step, column_scales, descend, row_mixers
 from teleport_optim.optim.parameters import BLOCK_ROWS, Group, Layout, matrix_shape
-from teleport_optim.optim.records import Factors, Hyper, UpdateState, step_factors
-from teleport_optim.optim.rule import Control, ema, update
 from teleport_optim.optim.schedule import (
     TELEPORT_INTERVAL,
     Horizon,
@@ -39,8 +35,9 @@ from teleport_optim.optim.schedule import (
 )
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
 from teleport_optim.optim.teleport import balanced, teleport
+from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.moves import move, move_scaling
-from teleport_optim.symmetry.spec import SymmetrySpec
+from teleport_optim.symmetry.spec import Leg, Symmetry, SymmetrySpec
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -1018,6 +1015,21 @@ def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> No
         for run in range(3):
             alone = move(SymmetrySpec((symmetry,)), {symmetry.id: scales[run]}, one_run(params, (run,)), kind)
             torch.testing.assert_close(one_run(moved, (run,)), alone, rtol=1e-15, atol=0)
+
+
+def test_factors_beyond_float16_move_tensors_of_float16() -> None:
+    legs = (Leg("a", axis=0, degree=1), Leg("b", axis=1, degree=-1))
+    site = Symmetry("a:scaling", GROUPS["scaling"], 2, legs)
+    tensors = {"a": torch.full((2, 3), 2.0**-14).half(), "b": torch.full((3, 2), 2.0**14).half()}
+    moved = move_scaling(site, torch.tensor([2.0**18, 2.0**26]).double(), tensors, 1)
+    expected = {
+        "a": torch.tensor([[2.0**4] * 3, [2.0**12] * 3]).half(),
+        "b": torch.tensor([[2.0**-4, 2.0**-12]] * 3).half(),
+    }
+    assert all(torch.equal(moved[name], value) for name, value in expected.items())
+    for name in tensors:
+        moved.write(name)
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 def test_training_can_be_differentiated_where_gradients_vanish() -> None:

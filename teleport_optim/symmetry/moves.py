@@ -154,16 +154,23 @@ class Moved(Mapping[str, Tensor]):
         """What ``select``, which takes entries of a tensor, takes of a moved one; no others are computed."""
         tensor = self.tensors[name]
         picked, is_own = select(tensor), False
-        for factor in self._factors.get(name, {}).values():
-            factors = select(factor.to(tensor.dtype).expand(tensor.shape))
-            picked = picked.mul_(factors) if is_own and not torch.is_grad_enabled() else picked * factors
+        for factor in self._factors_of(name):
+            factors = select(factor.expand(tensor.shape))
+            in_place = is_own and not torch.is_grad_enabled()
+            picked = picked.mul_(factors) if in_place else (picked * factors).to(tensor.dtype)
             is_own = True
         return picked
 
     def write(self, name: str) -> None:
         """Move a tensor where it lies, after which this one is of no more use; neither runs nor gradients are for this."""
-        for factor in self._factors.get(name, {}).values():
-            self.tensors[name].mul_(factor.to(self.tensors[name].dtype))
+        for factor in self._factors_of(name):
+            self.tensors[name].mul_(factor)
+
+    def _factors_of(self, name: str) -> list[Tensor]:
+        """The factors of a tensor in its dtype; in float32 for float16, in whose range they need not lie."""
+        dtype = self.tensors[name].dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        return [factor.to(dtype) for factor in self._factors.get(name, {}).values()]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pick(name, lambda tensor: tensor)
