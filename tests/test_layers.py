@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "teleport_optim"
 
 LAYERS = (
-    ("_native", "commands", "guard", "sharding", "streams"),
+    ("_native", "commands", "guard", "sharding", "rng"),
     ("groups",),
     ("symmetry",),
     ("action",),

@@ -6,19 +6,19 @@ import hashlib
 
 import torch
 
-__all__ = ["stream"]
+__all__ = ["generator_for"]
 
 
-def stream(*keys: int | str) -> torch.Generator:
+def generator_for(*keys: int | str) -> torch.Generator:
     """The random stream of a name such as ``("noise", seed, step, task)``, always started afresh.
 
     Different names give unrelated streams, so that what is drawn for one purpose never depends on what was drawn for
     another, on the order of the draws, or on the process that draws.
 
     Example:
-        >>> torch.rand((), generator=stream("noise", 0)) == torch.rand((), generator=stream("noise", 0))
+        >>> torch.rand((), generator=generator_for("noise", 0)) == torch.rand((), generator=generator_for("noise", 0))
         tensor(True)
-        >>> torch.rand((), generator=stream("noise", 0)) == torch.rand((), generator=stream("noise", "0"))
+        >>> torch.rand((), generator=generator_for("noise", 0)) == torch.rand((), generator=generator_for("noise", "0"))
         tensor(False)
     """
     digest = hashlib.sha256(repr(keys).encode()).digest()
