@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from teleport_optim.evaluation.problem import EvaluationTask, rescale
-from teleport_optim.evaluation.rivals import adamw, learned, tuned_rate
-from teleport_optim.evaluation.suite import SUITE
-from teleport_optim.evaluation.training import Recipe, run_training
+from benchmarks.comparison.baselines import adamw, learned, tuned_rate
+from benchmarks.comparison.problem import EvaluationTask, rescale
+from benchmarks.comparison.suite import SUITE
+from benchmarks.comparison.training import Recipe, run_training
 from teleport_optim.meta_optimizer import MetaOptimizer
 
 __all__ = ["main", "rescaled"]

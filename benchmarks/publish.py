@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparison.baselines import LIGHT, OURS, REFERENCE
+from benchmarks.comparison.comparison import Comparison, Score, TaskResult
+from benchmarks.comparison.report import plot, score_table, task_table
+from benchmarks.comparison.suite import SUITE
 from teleport_optim.checkpoints import find_checkpoint, read_card, write_atomically
-from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
-from teleport_optim.evaluation.report import plot, score_table, task_table
-from teleport_optim.evaluation.rivals import LIGHT, OURS, REFERENCE
-from teleport_optim.evaluation.suite import SUITE
 
 __all__ = ["main"]
 

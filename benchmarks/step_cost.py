@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
+from benchmarks.comparison.baselines import fast_products
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
-from teleport_optim.demo import make_network
-from teleport_optim.evaluation.rivals import fast_products
+from teleport_optim.cli.demo_runs import make_network
 from teleport_optim.layout import matrix_shape
 
 __all__ = ["main", "state_bytes"]

@@ -8,9 +8,10 @@ import torch
 from mistakes import assert_mistake
 from torch import nn
 
-from teleport_optim import MetaOptimizer, cli, save_checkpoint
+from teleport_optim import MetaOptimizer, save_checkpoint
 from teleport_optim.checkpoints import list_checkpoints, read_card
-from teleport_optim.cli import load_model, main
+from teleport_optim.cli import main as cli
+from teleport_optim.cli.main import load_model, main
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 MODELS = """

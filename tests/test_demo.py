@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.comparison.baselines import adamw, cosine, learned
 from teleport_optim import MetaOptimizer, save_checkpoint
-from teleport_optim.demo import (
+from teleport_optim.cli.demo_runs import (
     LEARNING_RATES,
     NUM_RUNS,
     Contender,
@@ -19,7 +20,6 @@ from teleport_optim.demo import (
     run_training,
     steps_to_target,
 )
-from teleport_optim.evaluation.rivals import adamw, cosine, learned
 from teleport_optim.meta_optimizer import Controls
 from teleport_optim.update import TELEPORT_INTERVAL
 

@@ -17,15 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from teleport_optim import LearnedTeleportOptimizer, load_checkpoint
-from teleport_optim.cli import main
-from teleport_optim.evaluation import comparison as comparison_module
-from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
-from teleport_optim.evaluation.images import image_tasks
-from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
-from teleport_optim.evaluation.report import plot, score_table, task_table
-from teleport_optim.evaluation.rivals import ABLATIONS, OURS, REFERENCE, Rival, learned, rivals, tuned_rate
-from teleport_optim.evaluation.training import (
+from benchmarks.comparison import comparison as comparison_module
+from benchmarks.comparison.baselines import ABLATIONS, OURS, REFERENCE, Rival, learned, rivals, tuned_rate
+from benchmarks.comparison.comparison import Comparison, Score, TaskResult
+from benchmarks.comparison.images import image_tasks
+from benchmarks.comparison.problem import Data, EvaluationTask, seeded
+from benchmarks.comparison.report import plot, score_table, task_table
+from benchmarks.comparison.training import (
     Run,
     horizon_speed,
     milliseconds_per_step,
@@ -33,6 +31,8 @@ from teleport_optim.evaluation.training import (
     run_training,
     speed_up,
 )
+from teleport_optim import LearnedTeleportOptimizer, load_checkpoint
+from teleport_optim.cli.main import main
 from teleport_optim.update import TELEPORT_INTERVAL
 
 

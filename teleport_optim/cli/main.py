@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from benchmarks.comparison import __main__ as evaluation
 from teleport_optim.checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, read_card
-from teleport_optim.commands import CommandError, load_object, mistakes, one_line, positive, require, run_command
-from teleport_optim.evaluation import command as evaluation
+from teleport_optim.cli import meta_train
+from teleport_optim.cli.errors import CommandError, load_object, mistakes, one_line, positive, require, run_command
 from teleport_optim.groups import GROUPS
-from teleport_optim.meta_training import command as meta_training
 from teleport_optim.symmetry import draw_symmetries, find_symmetries, verify_symmetries
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
-    from teleport_optim.demo import Contender
+    from teleport_optim.cli.demo_runs import Contender
 
 __all__ = ["load_model", "main"]
 
@@ -115,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_arguments(bench)
 
     train = commands.add_parser(
-        "meta-train", help="train a meta-optimizer of your own", description=meta_training.DESCRIPTION
+        "meta-train", help="train a meta-optimizer of your own", description=meta_train.DESCRIPTION
     )
-    meta_training.add_arguments(train)
+    meta_train.add_arguments(train)
 
     checkpoints = commands.add_parser(
         "checkpoints",
@@ -153,7 +153,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from teleport_optim.demo import NUM_RUNS, WIDTHS, compare, demo_data, make_network, plot
+    from teleport_optim.cli.demo_runs import NUM_RUNS, WIDTHS, compare, demo_data, make_network, plot
 
     if arguments.output.suffix not in _PICTURES:
         raise CommandError(f"the picture's name must end in {' or '.join(_PICTURES)}, got {str(arguments.output)!r}")
@@ -190,7 +190,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _demo_table(title: str, contenders: Sequence[Contender]) -> Table:
     from rich.table import Table
 
-    from teleport_optim.demo import steps_to_target
+    from teleport_optim.cli.demo_runs import steps_to_target
 
     table = Table(title=title, title_justify="left")
     table.add_column("optimizer", no_wrap=True)

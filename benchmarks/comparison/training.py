@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
-from teleport_optim.evaluation.problem import Data, EvaluationTask
+from benchmarks.comparison.problem import Data, EvaluationTask
 
 __all__ = [
     "FASTEST",

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.evaluation.problem import Data, rescale
-from teleport_optim.evaluation.rivals import adamw, learned
-from teleport_optim.evaluation.training import Recipe, minibatch, noisy
+from benchmarks.comparison.baselines import adamw, learned
+from benchmarks.comparison.problem import Data, rescale
+from benchmarks.comparison.training import Recipe, minibatch, noisy
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.tasks.data import digits
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.evaluation.networks import ResidualBlock, perceptron
-from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
+from benchmarks.comparison.networks import ResidualBlock, perceptron
+from benchmarks.comparison.problem import Data, EvaluationTask, seeded
 
 __all__ = ["image_tasks"]
 

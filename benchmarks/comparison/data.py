@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from teleport_optim.evaluation.problem import Data
+from benchmarks.comparison.problem import Data
 from teleport_optim.tasks.data import ALPHABET, text
 
 __all__ = ["NUM_EXAMPLES", "split_rows", "standardised", "windows"]

@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.checkpoints import find_checkpoint
-from teleport_optim.evaluation.problem import EvaluationTask
-from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
-from teleport_optim.evaluation.training import (
+from benchmarks.comparison.baselines import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
+from benchmarks.comparison.problem import EvaluationTask
+from benchmarks.comparison.training import (
     FASTEST,
     SLOWEST,
     Recipe,
@@ -26,6 +25,7 @@ from teleport_optim.evaluation.training import (
     run_training,
     speed_up,
 )
+from teleport_optim.checkpoints import find_checkpoint
 
 __all__ = ["Comparison", "Score", "TaskResult"]
 

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.evaluation.data import NUM_EXAMPLES, split_rows, standardised, windows
-from teleport_optim.evaluation.networks import (
+from benchmarks.comparison.data import NUM_EXAMPLES, split_rows, standardised, windows
+from benchmarks.comparison.networks import (
     CharRecurrent,
     CharTransformer,
     ResidualBlock,
     VisionTransformer,
     perceptron,
 )
-from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
+from benchmarks.comparison.problem import Data, EvaluationTask, rescale, seeded
 from teleport_optim.tasks.data import digits
 
 __all__ = ["DEVELOPMENT", "DEVELOPMENT_WIDE"]

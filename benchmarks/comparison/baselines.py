@@ -16,9 +16,9 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.comparison.training import Recipe, Stepper
 from teleport_optim.action import SlotKind
 from teleport_optim.checkpoints import load_checkpoint
-from teleport_optim.evaluation.training import Recipe, Stepper
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
 from teleport_optim.optimizer import LearnedTeleportOptimizer
 from teleport_optim.symmetry.moves import move_scaling

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from teleport_optim.commands import (
+from teleport_optim.cli.errors import (
     INTERRUPTED,
     CommandError,
     complain,

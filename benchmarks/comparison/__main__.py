@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from teleport_optim.checkpoints import CheckpointError
-from teleport_optim.commands import CommandError, load_object, mistakes, positive, require
+from teleport_optim.cli.errors import CommandError, load_object, mistakes, positive, require
 
 __all__ = ["DESCRIPTION", "add_arguments"]
 
@@ -68,11 +68,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     require("matplotlib", "rich", "schedulefree", "sklearn", "torchvision", extra="bench")
     from rich.console import Console
 
-    from teleport_optim.evaluation.comparison import Comparison, Score
-    from teleport_optim.evaluation.development import DEVELOPMENT, DEVELOPMENT_WIDE
-    from teleport_optim.evaluation.images import image_tasks
-    from teleport_optim.evaluation.report import plot, score_table, task_table
-    from teleport_optim.evaluation.suite import FAR, SUITE
+    from benchmarks.comparison.comparison import Comparison, Score
+    from benchmarks.comparison.development import DEVELOPMENT, DEVELOPMENT_WIDE
+    from benchmarks.comparison.images import image_tasks
+    from benchmarks.comparison.report import plot, score_table, task_table
+    from benchmarks.comparison.suite import FAR, SUITE
 
     suite = {
         "held-out": SUITE,

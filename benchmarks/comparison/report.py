@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.evaluation.comparison import Score, TaskResult
-from teleport_optim.evaluation.rivals import OURS, REFERENCE
-from teleport_optim.evaluation.training import FASTEST, SLOWEST
+from benchmarks.comparison.baselines import OURS, REFERENCE
+from benchmarks.comparison.comparison import Score, TaskResult
+from benchmarks.comparison.training import FASTEST, SLOWEST
 
 __all__ = ["plot", "score_table", "task_table"]
 
