@@ -2,7 +2,7 @@
 
 python -m benchmarks.publish [--seeds 5] [--runs DIR] [--without NAME ...] [--ablation-seeds 2] [--ablation-task NAME ...]
 
-What is not yet in the folder of runs (those that are published, or yours) is run first, as by ``teleport-optim bench``.
+What is not yet in the folder of runs (those that are published, or yours) is run first, as by ``python -m benchmarks.comparison``.
 """
 
 from __future__ import annotations

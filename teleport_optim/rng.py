@@ -1,4 +1,4 @@
-"""Named random streams: generators whose seed is a hash of what they are for."""
+"""Random generators whose seed is a hash of their purpose."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["generator_for"]
 
 
 def generator_for(*keys: int | str) -> torch.Generator:
-    """The random stream of a name such as ``("noise", seed, step, task)``, always started afresh.
+    """Random generator of a name such as ``("noise", seed, step, task)``, always started afresh.
 
-    Different names give unrelated streams, so that what is drawn for one purpose never depends on what was drawn for
+    Different names give unrelated numbers, so that what is drawn for one purpose never depends on what was drawn for
     another, on the order of the draws, or on the process that draws.
 
     Example:

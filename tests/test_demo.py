@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.comparison.baselines import adamw, cosine, learned
 from teleport_optim import MetaOptimizer, save_checkpoint
+from teleport_optim.cli.demo import plot
 from teleport_optim.cli.demo_runs import (
     LEARNING_RATES,
     NUM_RUNS,
@@ -16,10 +16,10 @@ from teleport_optim.cli.demo_runs import (
     compare,
     demo_data,
     make_network,
-    plot,
     run_training,
     steps_to_target,
 )
+from teleport_optim.cli.training import adamw, cosine, learned
 from teleport_optim.meta_optimizer import Controls
 from teleport_optim.update import TELEPORT_INTERVAL
 

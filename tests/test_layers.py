@@ -29,6 +29,9 @@ LAYERS = (
 NO_IMPORTS_BETWEEN = ({"optimizer", "meta_training"}, {"tasks", "optimizer"})
 """Parts that do not know each other although one lies above the other."""
 
+NOT_SHIPPED = ("benchmarks", "examples", "tests")
+"""Folders beside the package."""
+
 MODULES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")} - {PACKAGE / "__init__.py"})
 
 
@@ -39,8 +42,7 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(path.suffix)
 
 
-def imported_parts(source: str) -> set[str]:
-    """The parts of the package that a module imports; an import of the package itself counts as ``"(package)"``."""
+def imported_modules(source: str) -> list[str]:
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -48,8 +50,18 @@ def imported_parts(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             names.append(node.module or "")
-    parts = [name.split(".") for name in names if name.split(".")[0] == PACKAGE.name]
+    return names
+
+
+def imported_parts(source: str) -> set[str]:
+    """The parts of the package that a module imports; an import of the package itself counts as ``"(package)"``."""
+    parts = [name.split(".") for name in imported_modules(source) if name.split(".")[0] == PACKAGE.name]
     return {name[1] if len(name) > 1 else "(package)" for name in parts}
+
+
+def unshipped(source: str) -> list[str]:
+    """The imports of what is in a checkout only."""
+    return [name for name in imported_modules(source) if name.split(".")[0] in NOT_SHIPPED]
 
 
 def misdirected(part: str, source: str) -> set[str]:
@@ -77,7 +89,25 @@ def test_the_table_lists_every_part() -> None:
         ("tasks", "from teleport_optim.optimizer import LearnedTeleportOptimizer"),
         ("meta_training", "def f():\n    from teleport_optim.optimizer import LearnedTeleportOptimizer"),
         ("action", "from teleport_optim import find_symmetries"),
+        ("tasks", "from teleport_optim.cli.training import train"),
     ],
 )
 def test_a_wrong_import_is_caught(part: str, source: str) -> None:
     assert misdirected(part, source)
+
+
+@pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *MODULES], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_what_is_not_shipped(path: Path) -> None:
+    assert unshipped(path.read_text()) == []
+
+
+def test_an_import_of_what_is_not_shipped_is_caught() -> None:
+    assert unshipped("import benchmarks.comparison.suite")
+    assert unshipped("def f():\n    from benchmarks.comparison import suite")
+    assert not unshipped("from teleport_optim.tasks import Task")
+
+
+def test_commands_are_started_from_above_everything() -> None:
+    assert part_of(PACKAGE / "meta_training" / "__main__.py") == "__main__"
+    assert misdirected("meta_training", "from teleport_optim.cli.meta_train import main")
+    assert misdirected("cli", "from teleport_optim.__main__ import main")

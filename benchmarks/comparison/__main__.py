@@ -1,33 +1,51 @@
-"""The command ``bench``: compares optimizers and writes a report."""
+"""Compare optimizers and write a report: ``python -m benchmarks.comparison``, from a checkout."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.comparison.comparison import Comparison, Score, TaskResult
+from benchmarks.comparison.development import DEVELOPMENT, DEVELOPMENT_WIDE
+from benchmarks.comparison.images import image_tasks
+from benchmarks.comparison.report import plot, score_table, task_table
+from benchmarks.comparison.suite import FAR, SUITE
+from benchmarks.comparison.task import EvaluationTask
 from teleport_optim.checkpoints import CheckpointError
-from teleport_optim.cli.errors import CommandError, load_object, mistakes, positive, require
+from teleport_optim.cli.arguments import load_object, positive
+from teleport_optim.cli.errors import CommandError, mistakes, require, run_command
+from teleport_optim.cli.training import Recipe
 
-__all__ = ["DESCRIPTION", "add_arguments"]
+__all__ = ["main"]
 
-DESCRIPTION = (
-    "Train the networks of the suite with AdamW (as it comes, constant, cosine), SGD, Muon and Schedule-Free, each with its "
-    "rate tuned on a seed of its own, with the update rule without anything learned, and with the learned optimizer untuned: how "
-    "short may a run be that ends where tuned AdamW ends? "
+_DESCRIPTION = (
+    "Train the networks of the suite with AdamW (default, constant, cosine), SGD, Muon and Schedule-Free, each with its "
+    "learning rate tuned on a seed of its own, with the update rule without anything learned, and with the learned optimizer "
+    "untuned: how short may a run be that ends where tuned AdamW ends? "
     "Every run is kept in the output folder: interrupt at any moment and start again. Writes report.md, results.json and "
     "curves.png there."
 )
 _QUICK_TASKS = ("deep_mlp", "cnn", "autoencoder", "tabular_classification")
+_QUICK_SHARE = 0.3
+"""Length of the runs as a share of the usual."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options of the command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 for a mistake in the call.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison", description=_DESCRIPTION)
     parser.add_argument(
         "--suite",
         choices=("held-out", "far", "images", "development", "development-wide"),
@@ -58,22 +76,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="four tasks, one seed, short runs: under five minutes")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder to write (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("runs/comparison"),
+        metavar="DIR",
+        help="folder to write (default: %(default)s)",
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads for torch (default: %(default)s)")
-    parser.set_defaults(command=_bench)
+    parser.set_defaults(command=_compare)
+    return run_command(parser, argv)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _compare(arguments: argparse.Namespace) -> int:
     require("matplotlib", "rich", "schedulefree", "sklearn", "torchvision", extra="bench")
     from rich.console import Console
 
-    from benchmarks.comparison.comparison import Comparison, Score
-    from benchmarks.comparison.development import DEVELOPMENT, DEVELOPMENT_WIDE
-    from benchmarks.comparison.images import image_tasks
-    from benchmarks.comparison.report import plot, score_table, task_table
-    from benchmarks.comparison.suite import FAR, SUITE
+    console = Console()
+    tasks = _tasks(arguments)
+    torch.set_num_threads(arguments.threads)
+    with mistakes(OSError, CheckpointError):
+        comparison = Comparison(
+            folder=arguments.output,
+            tasks=tasks,
+            checkpoint=arguments.checkpoint,
+            num_seeds=1 if arguments.quick else arguments.seeds,
+            share=_QUICK_SHARE if arguments.quick else 1.0,
+            others={path: _recipe(path) for path in arguments.optimizer},
+            report=lambda message: console.print(message, highlight=False),
+        )
+        results = comparison.results()
+        tables = {"All tasks": results}
+        if arguments.ablations:
+            tables["One part of the learned optimizer taken away"] = comparison.ablations()
+        report = _write(arguments.output, tasks, tables)
+    console.print(report, highlight=False, soft_wrap=True)
+    return 0
 
+
+def _tasks(arguments: argparse.Namespace) -> dict[str, EvaluationTask]:
+    """The tasks that were asked for, by name."""
     suite = {
         "held-out": SUITE,
         "far": FAR,
@@ -85,36 +126,37 @@ def _bench(arguments: argparse.Namespace) -> int:
     for name in names:
         if name not in suite:
             raise CommandError(f"no task {name!r}: there are {', '.join(suite)}")
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    with mistakes(OSError, CheckpointError):
-        comparison = Comparison(
-            folder=arguments.output,
-            tasks={name: suite[name] for name in names},
-            checkpoint=arguments.checkpoint,
-            num_seeds=1 if arguments.quick else arguments.seeds,
-            share=0.3 if arguments.quick else 1.0,
-            others={path: _function(path) for path in arguments.optimizer},
-            report=lambda message: console.print(message, highlight=False),
-        )
-        results = comparison.results()
-        tables = {"All tasks": results}
-        if arguments.ablations:
-            tables["One part of the learned optimizer taken away"] = comparison.ablations()
-        parts = [f"# {title}\n\n{score_table(group, with_horizon=group is results)}" for title, group in tables.items()]
-        parts += [f"# {result.task}: {suite[result.task].description}\n\n{task_table(result)}" for result in results]
-        scores = {
-            title: {name: asdict(Score.of(name, group)) for name in group[0].runs} for title, group in tables.items()
-        }
-        (arguments.output / "report.md").write_text("\n".join(parts))
-        (arguments.output / "results.json").write_text(json.dumps(scores, indent=1))
-        plot(results, arguments.output / "curves.png")
-    console.print("\n".join(parts), highlight=False, soft_wrap=True)
-    return 0
+    return {name: suite[name] for name in names}
 
 
-def _function(path: str) -> Callable[..., Any]:
+def _recipe(path: str) -> Recipe:
     found = load_object(path)
     if not callable(found):
         raise CommandError(f"{path} is not callable, but {type(found).__name__}")
     return found
+
+
+def _write(folder: Path, tasks: Mapping[str, EvaluationTask], tables: Mapping[str, list[TaskResult]]) -> str:
+    """Write the report, the scores and the picture.
+
+    Args:
+        folder: Where they are written.
+        tasks: Tasks by name.
+        tables: Results by title; the first are those of all optimizers.
+
+    Returns:
+        The report.
+    """
+    results, *_ = tables.values()
+    parts = [f"# {title}\n\n{score_table(group, with_horizon=group is results)}" for title, group in tables.items()]
+    parts += [f"# {result.task}: {tasks[result.task].description}\n\n{task_table(result)}" for result in results]
+    scores = {title: {name: asdict(Score.of(name, group)) for name in group[0].runs} for title, group in tables.items()}
+    report = "\n".join(parts)
+    (folder / "report.md").write_text(report)
+    (folder / "results.json").write_text(json.dumps(scores, indent=1))
+    plot(results, folder / "curves.png")
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

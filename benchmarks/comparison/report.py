@@ -60,7 +60,7 @@ def task_table(result: TaskResult) -> str:
         rows.append(
             [
                 name,
-                f"{result.rates[name]:.3g}" if name in result.rates else "",
+                f"{result.lrs[name]:.3g}" if name in result.lrs else "",
                 f"{statistics.median(finals):.4g}",
                 f"{min(finals):.4g} to {max(finals):.4g}",
                 f"{result.median(name, lambda run: run.held_out):.4g}",

@@ -6,27 +6,24 @@ import copy
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
-from benchmarks.comparison.problem import Data, EvaluationTask
+from benchmarks.comparison.task import EvaluationTask
+from teleport_optim.cli.training import Recipe, Stepper, train
+from teleport_optim.tasks.data import Data, add_noise, minibatches
 
 __all__ = [
     "FASTEST",
     "SLOWEST",
-    "Recipe",
     "Run",
-    "Stepper",
     "horizon_speed",
     "milliseconds_per_step",
-    "minibatch",
-    "noisy",
     "peak_megabytes",
     "run_training",
     "speed_up",
@@ -46,24 +43,8 @@ FASTEST, SLOWEST = _FASTER[-1], _SLOWER[-1]
 """Horizon speeds beyond these are not measured and count as these."""
 
 
-class Stepper(Protocol):
-    """What a training loop needs of an optimizer, schedule included."""
-
-    def zero_grad(self) -> object:
-        """Forget the gradients."""
-        ...
-
-    def step(self) -> object:
-        """Take one step."""
-        ...
-
-
-Recipe = Callable[[nn.Module, int], Stepper]
-"""A model and the number of steps to an optimizer."""
-
-
 class Run(NamedTuple):
-    """What one training run gave.
+    """Result of one training run.
 
     Attributes:
         steps: Steps taken at each measurement of the training loss, from 0 on.
@@ -100,27 +81,30 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
     data = task.make_data()
     model = task.make_model(seed)
     optimizer = recipe(model, steps)
-    generator = torch.Generator().manual_seed(seed)
     fixed = torch.Generator().manual_seed(2**32)
     rows = torch.randperm(len(data.inputs), generator=fixed)[:_MAX_MEASURED]
-    measured = (noisy(data.inputs[rows], data.noise, fixed), data.targets[rows])
+    measured = (add_noise(data.inputs[rows], data.noise, fixed), data.targets[rows])
     every = max(1, steps // 80)
     seconds: list[float] = []
     marks: list[int] = []
     losses: list[float] = []
     held_out = math.inf
-    for step in range(steps + 1):
-        if step > 0:
-            start = time.perf_counter()
-            _step(task, data, model, optimizer, generator)
-            seconds.append(time.perf_counter() - start)
+
+    def measure(step: int) -> None:
+        nonlocal held_out
         if only_end and step < _TAIL * steps:
-            continue
+            return
         if step % every == 0 or step == steps:
             marks.append(step)
             losses.append(_loss(model, optimizer, data, *measured, training=True))
         if step > 0 and step % max(1, steps // 10) == 0:
             held_out = min(held_out, _loss(model, optimizer, data, data.test_inputs, data.test_targets, training=False))
+
+    measure(0)
+    batches = minibatches(data, task.batch_size, torch.Generator().manual_seed(seed))
+    for step, spent in zip(range(1, steps + 1), train(model, optimizer, data.loss, batches)):
+        seconds.append(spent)
+        measure(step)
     setup = max(0.0, seconds[0] - statistics.median(seconds))
     return Run(tuple(marks), tuple(losses), held_out, setup)
 
@@ -128,7 +112,7 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
 def milliseconds_per_step(
     task: EvaluationTask, recipes: Mapping[str, Recipe], *, steps: int, repeats: int = 2
 ) -> dict[str, float]:
-    """Time of a whole training step (forward, backward, optimizer) under every recipe, which take turns step by step.
+    """Time of a whole training step (minibatch, forward, backward, optimizer) under every recipe, which take turns step by step.
 
     The mean over the steps of a run but the first of the least time that each took in ``repeats`` runs, so that what is done
     every so often counts, and what a busy machine does in between does not.
@@ -138,14 +122,13 @@ def milliseconds_per_step(
     for _ in range(repeats):
         models = {name: task.make_model(0) for name in recipes}
         optimizers = {name: recipe(models[name], steps) for name, recipe in recipes.items()}
-        generator = torch.Generator().manual_seed(0)
+        batches = minibatches(data, task.batch_size, torch.Generator().manual_seed(0))
+        loops = {name: train(models[name], optimizers[name], data.loss, batches) for name in recipes}
         for own in seconds.values():
             own.append([])
         for _ in range(steps):
-            for name, own in seconds.items():
-                start = time.perf_counter()
-                _step(task, data, models[name], optimizers[name], generator)
-                own[-1].append(time.perf_counter() - start)
+            for name, loop in loops.items():
+                seconds[name][-1].append(next(loop))
     return {name: 1e3 * statistics.fmean(map(min, list(zip(*own))[1:])) for name, own in seconds.items()}
 
 
@@ -155,13 +138,14 @@ def peak_megabytes(task: EvaluationTask, recipe: Recipe, *, steps: int) -> float
     Of the second and the third step, so that setting up does not count.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Without a GPU the profiler says so on every use.
-    data, model, generator = task.make_data(), task.make_model(0), torch.Generator().manual_seed(0)
+    data, model = task.make_data(), task.make_model(0)
+    batches = minibatches(data, task.batch_size, torch.Generator().manual_seed(0))
     with profile(profile_memory=True) as first:
-        optimizer = recipe(model, steps)
-        _step(task, data, model, optimizer, generator)
+        loop = train(model, recipe(model, steps), data.loss, batches)
+        next(loop)
     with profile(profile_memory=True) as later:
-        for _ in range(2):
-            _step(task, data, model, optimizer, generator)
+        next(loop)
+        next(loop)
     return (sum(_allocations(first)) + max(accumulate(_allocations(later)))) / 1e6
 
 
@@ -237,24 +221,6 @@ def _steps_to(run: Run, target: float) -> float:
             break
         reached = step
     return reached
-
-
-def _step(task: EvaluationTask, data: Data, model: nn.Module, optimizer: Stepper, generator: torch.Generator) -> None:
-    inputs, targets = minibatch(data, task.batch_size, generator)
-    optimizer.zero_grad()
-    data.loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-
-
-def minibatch(data: Data, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs, with noise, and targets of examples drawn with replacement."""
-    rows = torch.randint(len(data.inputs), (size,), generator=generator)
-    return noisy(data.inputs[rows], data.noise, generator), data.targets[rows]
-
-
-def noisy(inputs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """``inputs`` with Gaussian noise of this standard deviation."""
-    return inputs + noise * torch.randn(inputs.shape, generator=generator) if noise else inputs
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The command ``meta-train``: starts and resumes runs, shows how they go, and tells beforehand what they cost."""
+"""Sub-command ``meta-train``: start and resume runs, show how they go, and tell beforehand what they cost."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from teleport_optim.cli.arguments import import_from_here
 from teleport_optim.cli.errors import (
     INTERRUPTED,
     CommandError,
     complain,
-    import_from_here,
     mistakes,
     require,
     run_command,
