@@ -82,7 +82,7 @@ that. "-": not measured ([docs/comparison.md](docs/comparison.md) says how).
 
 
 def _scores(results: list[TaskResult], optimizer: str, command: str) -> dict[str, Any]:
-    """What a card says of an optimizer."""
+    """Scores of an optimizer for its card."""
     horizon = {result.task: round(result.horizon_speed(optimizer) or 0.0, 3) for result in results}
     open_ended = {result.task: round(result.open_ended_speed(optimizer), 3) for result in results}
     quartiles = statistics.quantiles(horizon.values(), n=4, method="inclusive") if len(results) > 1 else []

@@ -114,7 +114,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _tasks(arguments: argparse.Namespace) -> dict[str, EvaluationTask]:
-    """The tasks that were asked for, by name."""
+    """Tasks that were asked for, by name."""
     suite = {
         "held-out": SUITE,
         "far": FAR,

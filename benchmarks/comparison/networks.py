@@ -1,4 +1,4 @@
-"""Networks of comparisons."""
+"""Networks of comparisons that several tasks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks of comparisons: networks and data that meta-training never sees.
+"""Tasks that are reported: networks and data that meta-training never sees.
 
 None of them shares data or a hidden size with meta-training or with the choice of a checkpoint. They train on the digits of
 the demo, on the text of the "test" split, or on examples that are made here.
@@ -44,7 +44,7 @@ _long_windows = cache(partial(windows, "test", 48))
 
 @cache
 def _digits() -> Data:
-    """The digits that no meta-training sees, with noise as large as most of their pixels' variation."""
+    """Digits that no meta-training sees, with noise as large as most of their pixels' variation."""
     return Data(*digits("demo"), *digits("test"), noise=0.5)
 
 

@@ -1,4 +1,4 @@
-"""One training run, and what is read off it."""
+"""Training runs of a comparison, and the figures that are read from them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
     @property
     def final_loss(self) -> float:
-        """The mean over the last twentieth of the run."""
+        """Mean loss over the last twentieth of the run."""
         last = [loss for step, loss in zip(self.steps, self.losses) if step >= _TAIL * self.steps[-1]]
         return statistics.fmean(last)
 
@@ -72,8 +72,8 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
     these two.
 
     Args:
-        task: What is trained.
-        recipe: The optimizer.
+        task: Network and data.
+        recipe: Makes the optimizer.
         steps: Length of the run.
         seed: Decides the initial values and the minibatches, which are the same for every optimizer.
         only_end: Measure nothing but what the final loss needs, which is faster and does not change the training.
@@ -112,10 +112,10 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
 def milliseconds_per_step(
     task: EvaluationTask, recipes: Mapping[str, Recipe], *, steps: int, repeats: int = 2
 ) -> dict[str, float]:
-    """Time of a whole training step (minibatch, forward, backward, optimizer) under every recipe, which take turns step by step.
+    """Time a whole training step (minibatch, forward, backward, optimizer) of every recipe; recipes take turns step by step.
 
-    The mean over the steps of a run but the first of the least time that each took in ``repeats`` runs, so that what is done
-    every so often counts, and what a busy machine does in between does not.
+    Every step counts with the least time that it took in ``repeats`` runs, so that a busy machine does not. The result is the
+    mean over all steps of a run but the first, so that rare work of the optimizer counts.
     """
     data = task.make_data()
     seconds: dict[str, list[list[float]]] = {name: [] for name in recipes}
@@ -133,9 +133,9 @@ def milliseconds_per_step(
 
 
 def peak_megabytes(task: EvaluationTask, recipe: Recipe, *, steps: int) -> float:
-    """The most memory that a training step takes beside the parameters: activations, gradients, state, all that torch allocates.
+    """Measure the most memory that a training step takes beside the parameters: activations, gradients, state, all of torch's.
 
-    Of the second and the third step, so that setting up does not count.
+    The second and the third step are measured, so that setting up does not count.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Without a GPU the profiler says so on every use.
     data, model = task.make_data(), task.make_model(0)
@@ -157,7 +157,7 @@ def _allocations(profiler: profile) -> list[int]:
 
 
 def horizon_speed(final_loss: Callable[[float], float], target: float) -> float:
-    """How many times shorter than the reference's a run may be that ends where the reference does.
+    """Estimate how many times shorter than the reference's a run may be that ends where the reference does.
 
     Runs of 1/1.5, 1/2, 1/2.5, 1/3 and 1/4 of the length are tried, each told its length, as long as they end at the target or
     below it, so that a short run that is lucky after a longer one that was not does not count. Where the run of full length
@@ -189,14 +189,14 @@ def horizon_speed(final_loss: Callable[[float], float], target: float) -> float:
 
 
 def _between(reached: float, missed: float, final_loss: Callable[[float], float], target: float) -> float:
-    """The speed between two at which the loss would be the target."""
+    """Interpolate the speed at which the loss would be the target."""
     low, middle, high = (math.log(max(loss, 1e-12)) for loss in (final_loss(reached), target, final_loss(missed)))
     share = (middle - low) / (high - low) if high > low else 0.0
     return float(reached * (missed / reached) ** share)
 
 
 def speed_up(run: Run, reference: Run) -> float:
-    """How many times fewer steps ``run`` takes than ``reference`` to the final loss of ``reference``.
+    """Count how many times fewer steps ``run`` takes than ``reference`` to the final loss of ``reference``.
 
     The steps counted are those after which the loss stays at the target or below it, so that a lucky dip does not count; the
     reference against itself gives 1. Where ``run`` never gets there it is the share of its steps that the reference takes
@@ -227,7 +227,7 @@ def _steps_to(run: Run, target: float) -> float:
 def _loss(
     model: nn.Module, optimizer: Stepper, data: Data, inputs: Tensor, targets: Tensor, *, training: bool
 ) -> float:
-    """The mean loss; in training mode buffers stay as they are."""
+    """Mean loss; buffers stay as they are."""
     if hasattr(optimizer, "eval"):  # Schedule-Free keeps other weights for evaluation.
         optimizer.eval()
     buffers = copy.deepcopy(dict(model.named_buffers()))

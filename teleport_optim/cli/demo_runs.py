@@ -38,7 +38,7 @@ __all__ = [
 WIDTHS = (64, 128, 96, 128, 10)
 """Widths of the perceptron's layers. Meta-training's hidden layers have at most 56 units."""
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""Where AdamW's learning rate is looked for."""
+"""Learning rates that are tried for AdamW."""
 NUM_RUNS = len(LEARNING_RATES) + 3
 """Training runs of one comparison, for each seed."""
 

@@ -145,7 +145,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _output(path: Path | None, config: Config) -> Path:
-    """Where the checkpoint is to be written; what could keep it from being written in the end is found now."""
+    """Path of the checkpoint; what could keep it from being written in the end is found now."""
     if path is None:
         return Path(config.run_dir) / "checkpoint.safetensors"
     if path.suffix != ".safetensors":
