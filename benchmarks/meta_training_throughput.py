@@ -23,18 +23,18 @@ from torch.func import functional_call, grad, vmap
 
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import advance, begin
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import InnerProblem
-from teleport_optim.tasks.networks import cross_entropy
+from teleport_optim.tasks.networks import cross_entropy, perceptron
 
 __all__ = ["main"]
 
 BATCH_SIZE = 64
 
 
-def perceptron() -> InnerProblem:
+def make_problem() -> InnerProblem:
     """Two problems of random data on a perceptron 64-32-32-10."""
-    source = stream("throughput")
+    source = generator_for("throughput")
     inputs = torch.randn(2, 512, 64, generator=source)
     targets = torch.randint(10, (2, 512), generator=source)
     problems = torch.arange(2)[:, None]
@@ -43,9 +43,7 @@ def perceptron() -> InnerProblem:
         rows = torch.randint(512, (2, BATCH_SIZE), generator=generator)
         return inputs[problems, rows], targets[problems, rows]
 
-    models = [
-        nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2)
-    ]
+    models = [perceptron((64, 32, 32, 10), nn.ReLU) for _ in range(2)]
     return InnerProblem.of(models, cross_entropy, sample_batch, 40)
 
 
@@ -70,17 +68,21 @@ def bare_vmap(problem: InnerProblem, params: dict[str, Tensor], inputs: Tensor, 
 
 def throughputs(num_runs: int, num_steps: int, repeats: int) -> dict[str, float]:
     """Inner steps per second of every contender: medians of ``repeats`` rounds, in each of which all take turns."""
-    problem = perceptron()
+    problem = make_problem()
     num_candidates = num_runs // problem.num_problems
-    rule = ControllerRule(RuleOptions(), stream("weights"))
-    flat = rule.flat() + 0.01 * torch.randn(num_candidates, len(rule.flat()), generator=stream("candidates"))
-    weights = rule.named(flat.repeat_interleave(problem.num_problems, dim=0))
+    rule = ControllerRule(RuleOptions(), generator_for("weights"))
+    flat = rule.flatten() + 0.01 * torch.randn(
+        num_candidates, len(rule.flatten()), generator=generator_for("candidates")
+    )
+    weights = rule.unflatten(flat.repeat_interleave(problem.num_problems, dim=0))
     runs = begin(rule, problem, num_candidates)
-    inputs, targets = (x.repeat(num_candidates, *[1] * (x.dim() - 1)) for x in problem.sample_batch(stream("batch")))
+    inputs, targets = (
+        x.repeat(num_candidates, *[1] * (x.dim() - 1)) for x in problem.sample_batch(generator_for("batch"))
+    )
 
     def unroll() -> None:
         with torch.no_grad():
-            advance(rule, weights, problem, runs, num_steps, partial(stream, "batch"))
+            advance(rule, weights, problem, runs, num_steps, partial(generator_for, "batch"))
 
     def repeated(step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:

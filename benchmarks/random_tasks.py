@@ -19,7 +19,7 @@ from teleport_optim.controller.checkpoints import load_checkpoint
 from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
 from teleport_optim.meta_training.unroll import advance, begin
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import NETWORK_TASKS, find_task
 from teleport_optim.tasks.problem import InnerProblem
 
@@ -37,7 +37,7 @@ def final_loss(meta_optimizer: MetaOptimizer, problem: InnerProblem, number: int
     weights = {name: param.detach().unsqueeze(0) for name, param in meta_optimizer.named_parameters()}
     with torch.no_grad():
         runs = begin(rule, problem, 1)
-        window = advance(rule, weights, problem, runs, problem.horizon, partial(stream, "random tasks", number))
+        window = advance(rule, weights, problem, runs, problem.horizon, partial(generator_for, "random tasks", number))
     tail = window.losses[0, -max(1, int(_TAIL * problem.horizon)) :]
     return float(tail.mean() / window.runs.initial[0])
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     ratios, worse, diverged = [], [], 0
     for number in range(arguments.count):
         task = find_task(NETWORK_TASKS[number % len(NETWORK_TASKS)])
-        problem = task.sample(1, (50, 400), "test", stream("random tasks", number))
+        problem = task.sample(1, (50, 400), "test", generator_for("random tasks", number))
         learned, alone = (final_loss(each, problem, number) for each in (trained, untrained))
         if not learned < 1.0:
             worse.append(problem.description)

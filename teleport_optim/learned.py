@@ -109,10 +109,7 @@ class LearnedTeleportOptimizer(TeleportOptimizer):
         example_inputs: ExampleInputs | None = None,
         symmetries: SymmetrySpec | None = None,
     ) -> None:
-        if isinstance(checkpoint, MetaOptimizer):
-            controller = copy.deepcopy(checkpoint)
-        else:
-            controller = load_checkpoint(checkpoint)
+        controller = copy.deepcopy(checkpoint) if isinstance(checkpoint, MetaOptimizer) else load_checkpoint(checkpoint)
         super().__init__(
             params,
             lr,

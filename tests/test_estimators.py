@@ -16,8 +16,8 @@ from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, Estimat
 from teleport_optim.meta_training.rules import VARIANTS, ControllerRule, Rule, RuleOptions, make_rule
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.meta_training.world import World
-from teleport_optim.optim import rule as update
-from teleport_optim.streams import stream
+from teleport_optim.optim.rule import update
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import InnerProblem, find_task
 
 HORIZON = 6
@@ -49,7 +49,7 @@ def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def draw(task: str) -> InnerProblem:
     seed, horizon, kind = DRAWN.get(task, (3, HORIZON, ""))
-    problem = find_task(task).sample(2, (horizon, horizon), "train", stream("test", seed))
+    problem = find_task(task).sample(2, (horizon, horizon), "train", generator_for("test", seed))
     assert kind in problem.description
     assert problem.knows_horizon
     assert len(problem.layout.spec) == (2 if task == TELEPORTING else 0)
@@ -61,18 +61,18 @@ def setting(config: Config) -> tuple[Rule, Tensor]:
     options = RuleOptions(
         config.hidden_size, theta_gradient=config.theta_gradient, teleport_steps=config.teleport_steps
     )
-    rule = make_rule(config.variant, options, stream("weights", 0), draw(config.tasks[0]))
+    rule = make_rule(config.variant, options, generator_for("weights", 0), draw(config.tasks[0]))
     rule.network.double()
     if isinstance(rule, ControllerRule):  # Its inputs are single precision; its controls need not be.
         start = rule.network.initial_hidden
         rule.network.initial_hidden = lambda num_tensors: start(num_tensors).float()  # type: ignore[method-assign]
         rule.network.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
-    flat = rule.flat()
-    return rule, flat + 0.2 * torch.randn(flat.shape, generator=stream("theta")).to(flat)
+    flat = rule.flatten()
+    return rule, flat + 0.2 * torch.randn(flat.shape, generator=generator_for("theta")).to(flat)
 
 
 def new_episode(config: Config) -> Episode:
-    return Episode(0, 0, draw(config.tasks[0]).horizon, partial(draw, config.tasks[0]), partial(stream, "batch"))
+    return Episode(0, 0, draw(config.tasks[0]).horizon, partial(draw, config.tasks[0]), partial(generator_for, "batch"))
 
 
 def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor
     candidates = torch.cat([theta + size * directions, theta - size * directions])
     with torch.no_grad():
         runs = begin(rule, problem, len(candidates))
-        weights = rule.named(candidates.repeat_interleave(problem.num_problems, dim=0))
-        window = advance(rule, weights, problem, runs, problem.horizon, partial(stream, "batch"))
+        weights = rule.unflatten(candidates.repeat_interleave(problem.num_problems, dim=0))
+        window = advance(rule, weights, problem, runs, problem.horizon, partial(generator_for, "batch"))
     losses = (
         meta_loss(problem, window, config.objective, config.distance_weight)
         .reshape(2, len(directions), -1)
@@ -118,7 +118,7 @@ def test_full_length_backpropagation_equals_finite_differences(variant: str, tas
     )
     rule, theta = setting(config)
     gradient = whole_run(ESTIMATORS["tbptt"](rule, config, World()), config, theta, 0)
-    directions = torch.randn(8, len(theta), generator=stream("directions"), dtype=theta.dtype)
+    directions = torch.randn(8, len(theta), generator=generator_for("directions"), dtype=theta.dtype)
     exact = exact_gradient(config, rule, theta, directions)
     assert exact.abs().max() > 1e-4
     tolerance = 1e-3 if variant == "controller" else 1e-4
@@ -221,10 +221,10 @@ def test_the_meta_loss_of_windows_adds_up() -> None:
 
     def total(lengths: Sequence[int]) -> Tensor:
         runs = begin(rule, problem, 1)
-        weights = rule.named(theta.expand(2, -1))
+        weights = rule.unflatten(theta.expand(2, -1))
         losses = torch.zeros(2, dtype=torch.float64)
         for length in lengths:
-            window = advance(rule, weights, problem, runs, length, partial(stream, "batch"))
+            window = advance(rule, weights, problem, runs, length, partial(generator_for, "batch"))
             runs, losses = window.runs, losses + meta_loss(problem, window, config.objective, config.distance_weight)
         return losses
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from teleport_optim import load_checkpoint
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES, PRESETS, Config, config_of_run, read_config
 from teleport_optim.meta_training.learner import Learner
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import InnerProblem, find_task
 from teleport_optim.tasks.perceptrons import DigitsMLP
 
@@ -240,5 +240,5 @@ def test_in_processes_of_their_own(script: str, tmp_path: Path) -> None:
 def test_streams_have_their_own_seeds() -> None:
     assert find_task("ellipse").name == "ellipse"
     names: list[tuple[int | str, ...]] = [("a", 1), ("a", 2), ("a", "1"), ("b", 1), ("a", 1, 0), ("a",)]
-    draws = {float(torch.rand((), generator=stream(*name), dtype=torch.float64)) for name in names}
+    draws = {float(torch.rand((), generator=generator_for(*name), dtype=torch.float64)) for name in names}
     assert len(draws) == len(names)

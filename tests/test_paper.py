@@ -65,7 +65,7 @@ def test_meta_seeds_do_not_meet_and_are_kept(study: Study) -> None:
     alone = train(config, [1], study.cache / "alone")
     together = train(config, [0, 1, 2], study.cache)
     torch.testing.assert_close(alone[0], together[1])
-    untrained = rule_of(replace(config, seed=1), study.problem("ellipse")).flat()
+    untrained = rule_of(replace(config, seed=1), study.problem("ellipse")).flatten()
     assert not torch.equal(untrained, together[1])
     written = sorted(study.cache.glob("*.pt"))
     times = [file.stat().st_mtime_ns for file in written]

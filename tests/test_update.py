@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
+from teleport_optim.controller.control import control
 from teleport_optim.controller.features import NUM_FEATURES, compute_features
 from teleport_optim.optim import parameters as layout_module
 from teleport_optim.optim import rule as update_module
 from teleport_optim.optim.controls import PRIOR_MOMENTUM, Controls
 from teleport_optim.optim.kernels import native
+from teleport_optim.optim.orthogonalise import Mixing, Step, column_scales, descend, row_mixers
 from teleport_optim.optim.parameters import BLOCK_ROWS, Group, Layout, matrix_shape
+from teleport_optim.optim.records import Factors, Hyper, UpdateState, step_factors
+from teleport_optim.optim.rule import Control, ema, update
 from teleport_optim.optim.schedule import (
     TELEPORT_INTERVAL,
     Horizon,

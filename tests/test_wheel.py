@@ -1,4 +1,4 @@
-"""The built wheel works alone: it holds the checkpoints, and needs nothing of the source tree."""
+"""The built wheel works alone: it holds the checkpoints and the demo, and needs nothing of the source tree."""
 
 import os
 import subprocess
@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import pathlib, sys
+for name in ("schedulefree", "torchvision", "hypothesis", "huggingface_hub"):
+    sys.modules[name] = None  # of other extras than cli
 import torch, teleport_optim
 from teleport_optim.controller.checkpoints import list_checkpoints
 
@@ -23,6 +25,12 @@ optimizer = teleport_optim.LearnedTeleportOptimizer(model.parameters(), model=mo
 model(torch.ones(3, 2)).square().sum().backward()
 optimizer.step()
 assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+from teleport_optim.cli.main import main
+
+assert main(["demo", "--quick"]) == 0
+assert pathlib.Path("demo.png").stat().st_size > 10_000
+assert "benchmarks" not in sys.modules
 """
 
 
@@ -41,6 +49,8 @@ def test_wheel_loads_the_default_checkpoint_and_takes_a_step(tmp_path: Path) -> 
     assert "teleport_optim/pretrained/default.safetensors" in names
     assert "teleport_optim/pretrained/default.json" in names
     assert "teleport_optim/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"teleport_optim"}
+    assert not [name for name in names if "evaluation" in name or "comparison" in name]
     target = tmp_path / "installed"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     run(sys.executable, *install, cwd=tmp_path)

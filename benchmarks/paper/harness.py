@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.paper.training import PAPER, rule_of, train
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.unroll import EXPLOSION, advance, begin
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import find_task
 from teleport_optim.tasks.problem import InnerProblem, Orbit
 
@@ -102,7 +102,7 @@ def follow(
     watched = _Watched(problem.orbit) if problem.orbit else None
     rule, problem = rule_of(config, problem), replace(problem, orbit=watched)
     runs = begin(rule, problem, 1)
-    weights = rule.named(flat)
+    weights = rule.unflatten(flat)
     points, losses, before = [runs.params["x"]], [_losses(problem, runs.params["x"])], []
     teleports = "teleport" in config.variant
     with torch.no_grad():
@@ -265,7 +265,7 @@ class Study:
     def problem(self, task: str, split: str = "test") -> InnerProblem:
         """The functions of a split: the same for every rule."""
         horizons = (self.num_steps, self.num_steps)
-        return find_task(task).sample(self.num_functions, horizons, split, stream("paper", split, task))
+        return find_task(task).sample(self.num_functions, horizons, split, generator_for("paper", split, task))
 
     def weights(self, config: Config) -> Tensor:
         """The trained weights of all meta-seeds, trained now if they are not in the cache."""
@@ -281,7 +281,7 @@ class Study:
         problem, weights = self.problem(config.tasks[0]), self.weights(config)
         if teleport == "off":
             config = replace(config, teleport_steps=NEVER)
-        angles = stream("paper", "angles", config.tasks[0]) if teleport == "random" else None
+        angles = generator_for("paper", "angles", config.tasks[0]) if teleport == "random" else None
         by_seed = [follow(config, flat, problem, self.num_steps, angles) for flat in weights]
         return Trajectory(*(torch.stack(parts) for parts in zip(*by_seed)))
 

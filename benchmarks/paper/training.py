@@ -18,7 +18,7 @@ from teleport_optim.meta_training.estimators import meta_loss
 from teleport_optim.meta_training.learner import Learner
 from teleport_optim.meta_training.rules import Rule, RuleOptions, make_rule
 from teleport_optim.meta_training.unroll import advance, begin
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import find_task
 from teleport_optim.tasks.problem import InnerProblem
 
@@ -83,7 +83,7 @@ _MORE_SETTINGS = (
 def rule_of(config: Config, problem: InnerProblem) -> Rule:
     """The rule that a configuration trains, with its initial weights."""
     options = RuleOptions(config.hidden_size, config.block_rows, config.theta_gradient, config.teleport_steps)
-    return make_rule(config.variant, options, stream("weights", config.seed), problem)
+    return make_rule(config.variant, options, generator_for("weights", config.seed), problem)
 
 
 def join_problems(problems: Sequence[InnerProblem]) -> InnerProblem:
@@ -150,11 +150,11 @@ def _backpropagate(config: Config, seeds: Sequence[int]) -> Tensor:
     task, horizon = find_task(config.tasks[0]), config.max_horizon
 
     def functions(number: int) -> InnerProblem:
-        streams = (stream("paper", "train", seed, number) for seed in seeds)
+        streams = (generator_for("paper", "train", seed, number) for seed in seeds)
         return join_problems([task.sample(1, (horizon, horizon), "train", each) for each in streams])
 
     rules = [rule_of(replace(config, seed=seed), functions(0)) for seed in seeds]
-    rule, weights = rules[0], torch.stack([each.flat() for each in rules]).requires_grad_()
+    rule, weights = rules[0], torch.stack([each.flatten() for each in rules]).requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=config.learning_rate, fused=True)
     num_updates = number = 0
     while num_updates < config.num_outer_steps:
@@ -164,7 +164,7 @@ def _backpropagate(config: Config, seeds: Sequence[int]) -> Tensor:
         while runs.step < horizon and num_updates < config.num_outer_steps:
             window = advance(
                 rule,
-                rule.named(weights),
+                rule.unflatten(weights),
                 problem,
                 runs,
                 min(config.truncation, horizon - runs.step),

@@ -17,7 +17,7 @@ from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.estimators import Episode
 from teleport_optim.meta_training.learner import Learner
 from teleport_optim.meta_training.unroll import Runs, advance, begin
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import find_task
 from teleport_optim.tasks.problem import InnerProblem
 
@@ -178,16 +178,16 @@ def _measure(learner: Learner, task: str, number: int, num_steps: int) -> tuple[
 
     def draw() -> InnerProblem:
         horizons = (num_steps, num_steps)
-        problem = find_task(task).sample(config.num_problems, horizons, "train", stream("cost", task, number))
+        problem = find_task(task).sample(config.num_problems, horizons, "train", generator_for("cost", task, number))
         return problem.to(config.device)
 
-    batches = partial(stream, "cost batch", number)
+    batches = partial(generator_for, "cost batch", number)
     episode = Episode(0, number, num_steps, draw, batches)
     start = time.perf_counter()
     problem = episode.problem
     assert problem.layout.names  # Finding the symmetries is a part of drawing.
     drawn = time.perf_counter()
-    weights = learner.rule.named(learner.untrained.expand(problem.num_problems, -1))
+    weights = learner.rule.unflatten(learner.untrained.expand(problem.num_problems, -1))
     with torch.no_grad():
         window = advance(learner.rule, weights, problem, begin(learner.rule, problem, 1), num_steps, batches)
     float(window.losses.sum())  # Waits for the device.

@@ -19,7 +19,7 @@ from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.rules import Rule
 from teleport_optim.meta_training.unroll import Runs, Window, advance, begin
 from teleport_optim.meta_training.world import World
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
@@ -150,7 +150,7 @@ class Estimator(ABC):
             runs = begin(self.rule, problem, len(flat) // problem.num_problems)
         window = advance(
             self.rule,
-            self.rule.named(flat),
+            self.rule.unflatten(flat),
             problem,
             runs,
             self.window(episode),
@@ -227,7 +227,7 @@ class EvolutionStrategies(Estimator):
     def _noise(self, outer_step: int, slot: int) -> Tensor:
         """The perturbations of all pairs of a slot, ``[num_pairs, num_parameters]``, the same in every process."""
         config = self.config
-        generator = stream("noise", config.seed, outer_step, slot)
+        generator = generator_for("noise", config.seed, outer_step, slot)
         noise = torch.randn(config.num_pairs, len(self.is_trained), generator=generator)
         return config.sigma * noise * self.is_trained
 

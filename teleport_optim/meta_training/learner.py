@@ -22,7 +22,7 @@ from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, meta_lo
 from teleport_optim.meta_training.rules import RuleOptions, make_rule
 from teleport_optim.meta_training.unroll import Runs, advance, begin
 from teleport_optim.meta_training.world import World
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.tasks import find_task
 from teleport_optim.tasks.problem import InnerProblem
 
@@ -72,13 +72,13 @@ class Learner:
         self.run_dir = Path(config.run_dir) if config.run_dir else None
         samples = [self._sample(task, "train", "check", index) for index, task in enumerate(config.tasks)]
         options = RuleOptions(config.hidden_size, config.block_rows, config.theta_gradient, config.teleport_steps)
-        self.rule = make_rule(config.variant, options, stream("weights", config.seed), samples[0])
+        self.rule = make_rule(config.variant, options, generator_for("weights", config.seed), samples[0])
         for task, problem in zip(config.tasks, samples):
             self.rule.check(problem)
             _check_start(task, problem)
         self.rule.network.to(config.device)
         self.estimator = ESTIMATORS[config.estimator](self.rule, config, self.world)
-        self.untrained = self.rule.flat()
+        self.untrained = self.rule.flatten()
         self.theta = self.untrained.clone().requires_grad_()
         self.average = self.untrained.clone()
         self.best = self.untrained.clone()
@@ -146,7 +146,7 @@ class Learner:
         is_validated = self.config.validate_every > 0
         weights = self.best if is_validated else self.average
         validation = self.best_validation if is_validated else self.validate(self.average)
-        self.rule.network.load_state_dict(self.rule.named(weights), strict=False)
+        self.rule.network.load_state_dict(self.rule.unflatten(weights), strict=False)
         description = {
             "meta_training": self.config.identity | {"num_outer_steps_taken": self.step},
             "meta_training_minutes": round(self.seconds / 60, 1),
@@ -176,7 +176,9 @@ class Learner:
         config = self.config
         horizons = (horizon or config.max_horizon,) * 2
         seed = () if split == "validation" else (config.seed,)
-        problem = find_task(task).sample(config.num_problems, horizons, split, stream("problem", split, *seed, *keys))
+        problem = find_task(task).sample(
+            config.num_problems, horizons, split, generator_for("problem", split, *seed, *keys)
+        )
         if problem.num_problems != config.num_problems:
             raise ValueError(
                 f"the task {task} was asked for {config.num_problems} problems and drew {problem.num_problems}: "
@@ -192,14 +194,14 @@ class Learner:
     def _new_episode(self, slot: int, number: int, horizon: int | None = None) -> Episode:
         """The episode ``number`` of a slot; its horizon is drawn up to the longest at the present outer step."""
         config = self.config
-        generator = stream("episode", config.seed, slot, number)
+        generator = generator_for("episode", config.seed, slot, number)
         shares = torch.tensor([find_task(task).share for task in config.tasks])
         task = config.tasks[int(torch.multinomial(shares, 1, generator=generator))]
         low, high = math.log(config.min_horizon), math.log(config.longest_horizon(self.step))
         drawn = round(math.exp(low + (high - low) * float(torch.rand((), generator=generator))))
         horizon = horizon or drawn
         draw = partial(self._sample, task, "train", slot, number, horizon=horizon)
-        return Episode(slot, number, horizon, draw, partial(stream, "batch", config.seed, slot, number))
+        return Episode(slot, number, horizon, draw, partial(generator_for, "batch", config.seed, slot, number))
 
     def _renew_episodes(self) -> None:
         for slot, episode in enumerate(self.episodes):
@@ -226,8 +228,8 @@ class Learner:
     def _validation_losses(self, flat: Tensor) -> Tensor:
         values = torch.zeros(len(self.config.tasks) * self.config.num_validation, dtype=torch.float64)
         for index, problem in self._validation_problems:
-            batches = partial(stream, "validation", index)
-            weights = self.rule.named(flat.expand(problem.num_problems, -1))
+            batches = partial(generator_for, "validation", index)
+            weights = self.rule.unflatten(flat.expand(problem.num_problems, -1))
             with torch.no_grad():
                 runs = begin(self.rule, problem, 1)
                 window = advance(self.rule, weights, problem, runs, problem.horizon, batches)
@@ -354,7 +356,7 @@ class Learner:
 
 
 def _check_start(task: str, problem: InnerProblem) -> None:
-    inputs, targets = problem.sample_batch(stream("check", task))
+    inputs, targets = problem.sample_batch(generator_for("check", task))
     with torch.no_grad():
         losses = problem.losses(problem.params, inputs, targets)
     if losses.shape != (problem.num_problems,):

@@ -106,11 +106,11 @@ class Rule(ABC):
                 raise ValueError(f"frozen={pattern!r} matches no meta-parameter; there are {sorted(set(labels))}")
         return torch.tensor([float(not any(fnmatch.fnmatch(label, f) for f in frozen)) for label in labels])
 
-    def flat(self) -> Tensor:
+    def flatten(self) -> Tensor:
         """The weights of the network, ``[num_parameters]``."""
         return torch.cat([param.detach().reshape(-1) for param in self.network.parameters()])
 
-    def named(self, flat: Tensor) -> Tensors:
+    def unflatten(self, flat: Tensor) -> Tensors:
         """Flat weights ``[..., num_parameters]`` by name."""
         shapes = {name: param.shape for name, param in self.network.named_parameters()}
         parts = torch.split(flat, [shape.numel() for shape in shapes.values()], dim=-1)

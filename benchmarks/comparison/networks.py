@@ -1,25 +1,34 @@
-"""Networks of comparisons."""
+"""Networks of comparisons that several tasks share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.tasks.data import ALPHABET
+from teleport_optim.tasks.networks import perceptron, rescale, seeded
 
-__all__ = ["CharRecurrent", "CharTransformer", "ResidualBlock", "VisionTransformer", "perceptron"]
+__all__ = ["CharRecurrent", "CharTransformer", "ResidualBlock", "VisionTransformer", "badly_scaled_perceptron"]
 
 
-def perceptron(widths: Sequence[int], make_activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """Linear layers of these widths, inputs and outputs included, with activations in between."""
-    layers: list[nn.Module] = []
-    for num_inputs, num_outputs in pairwise(widths):
-        layers += [nn.Linear(num_inputs, num_outputs), make_activation()]
-    return nn.Sequential(*layers[:-1])
+def badly_scaled_perceptron(widths: Sequence[int], sigma: float) -> Callable[[int], nn.Sequential]:
+    """Make a ReLU perceptron from a seed, and multiply its hidden units at random, which keeps its function.
+
+    Args:
+        widths: Widths of the layers, inputs and outputs included.
+        sigma: Standard deviation of the log-factors.
+    """
+
+    def make(seed: int) -> nn.Sequential:
+        model = seeded(partial(perceptron, widths, nn.ReLU))(seed)
+        rescale(model, torch.zeros(2, widths[0]), sigma, seed)
+        return model
+
+    return make
 
 
 class ResidualBlock(nn.Module):

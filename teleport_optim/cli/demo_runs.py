@@ -1,4 +1,4 @@
-"""The demo: one network, trained by four optimizers from the same initial values on the same minibatches.
+"""Training runs of the demo: one network, trained by four optimizers from the same initial values on the same minibatches.
 
 The network and its data take no part in meta-training. It is trained from two starts: the usual one, and one where
 every hidden unit was multiplied by a random factor and what reads it divided by it. Both are the same function.
@@ -9,20 +9,18 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from teleport_optim.cli.training import Recipe, adamw, learned, train
 from teleport_optim.controller.network import MetaOptimizer
-from teleport_optim.evaluation.problem import Data, rescale
-from teleport_optim.evaluation.rivals import adamw, learned
-from teleport_optim.evaluation.training import Recipe, minibatch, noisy
-from teleport_optim.tasks.data import digits
+from teleport_optim.tasks.data import Data, add_noise, digits, minibatches
+from teleport_optim.tasks.networks import perceptron, rescale, seeded
 
 __all__ = [
     "LEARNING_RATES",
@@ -33,7 +31,6 @@ __all__ = [
     "compare",
     "demo_data",
     "make_network",
-    "plot",
     "run_training",
     "steps_to_target",
 ]
@@ -41,7 +38,7 @@ __all__ = [
 WIDTHS = (64, 128, 96, 128, 10)
 """Widths of the perceptron's layers. Meta-training's hidden layers have at most 56 units."""
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""Where AdamW's learning rate is looked for."""
+"""Learning rates that are tried for AdamW."""
 NUM_RUNS = len(LEARNING_RATES) + 3
 """Training runs of one comparison, for each seed."""
 
@@ -51,14 +48,14 @@ _MEASURE_EVERY = 5
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What one training run gave.
+    """Result of one training run.
 
     Attributes:
         steps: Steps taken at each measurement of the loss, increasing.
         losses: Training loss there; infinite where it has diverged.
         teleport_sizes: RMS log-scale of every step's teleport; zeros for other optimizers.
         accuracy: Share of the test examples that are classified correctly at the end; NaN for regression.
-        milliseconds: Mean time of a whole training step: forward, backward and optimizer.
+        milliseconds: Mean time of a whole training step: minibatch, forward, backward and optimizer.
     """
 
     steps: tuple[int, ...]
@@ -69,13 +66,13 @@ class TrainingRun:
 
 
 def demo_data() -> Data:
-    """The digits that no meta-training sees, with noise on every minibatch that keeps the training loss away from zero."""
+    """Digits that no meta-training sees; noise on every minibatch keeps the training loss away from zero."""
     return Data(*digits("demo"), *digits("test"), noise=0.5)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer under its name, and its runs, one for each seed."""
+    """Name of an optimizer, and its runs, one for each seed."""
 
     name: str
     runs: tuple[TrainingRun, ...]
@@ -83,7 +80,7 @@ class Contender:
     """Whether it is the one that others are measured against."""
 
     def median(self, quantity: Callable[[TrainingRun], float]) -> float:
-        """The median over seeds of a number."""
+        """Median of a number over seeds."""
         return statistics.median(quantity(run) for run in self.runs)
 
     @property
@@ -109,19 +106,14 @@ def steps_to_target(run: TrainingRun, target: float) -> float:
 
 
 def make_network(seed: int, rescaling: float = 0.0) -> nn.Sequential:
-    """A ReLU perceptron with torch's initial values.
+    """Make a ReLU perceptron with torch's initial values.
 
     Args:
         seed: Decides the initial values; torch's global generator is left as it was.
         rescaling: Standard deviation of the log-factors by which hidden units are multiplied, without a change of the
             function.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for num_inputs, num_outputs in pairwise(WIDTHS):
-            layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
+    model = seeded(partial(perceptron, WIDTHS, nn.ReLU))(seed)
     if rescaling:
         rescale(model, torch.zeros(2, WIDTHS[0]), rescaling, seed)
     return model
@@ -142,25 +134,20 @@ def run_training(
     is no minibatch's.
 
     Args:
-        model: What is trained; it is not changed.
-        recipe: The optimizer.
-        data: What it is trained on.
+        model: Initial network; it is not changed.
+        recipe: Makes the optimizer.
+        data: Examples.
         steps: Length of the run.
         seed: Decides the minibatches and their noise, which are the same for every optimizer.
         report: Called after every step with the training loss last measured.
     """
     model = copy.deepcopy(model)
     optimizer = recipe(model, steps)
-    measured_inputs = noisy(data.inputs, data.noise, torch.Generator().manual_seed(2**32))
-    generator = torch.Generator().manual_seed(seed)
+    measured_inputs = add_noise(data.inputs, data.noise, torch.Generator().manual_seed(2**32))
+    batches = minibatches(data, _BATCH_SIZE, torch.Generator().manual_seed(seed))
     measured, losses, sizes, seconds = [0], [_loss(model, measured_inputs, data)], [], 0.0
-    for step in range(1, steps + 1):
-        batch, batch_targets = minibatch(data, _BATCH_SIZE, generator)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        data.loss(model(batch), batch_targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        seconds += time.perf_counter() - start
+    for step, spent in zip(range(1, steps + 1), train(model, optimizer, data.loss, batches)):
+        seconds += spent
         sizes.append(getattr(optimizer, "teleport_size", 0.0))
         if step % _MEASURE_EVERY == 0 or step == steps:
             measured.append(step)
@@ -193,18 +180,18 @@ def compare(
 ) -> tuple[Contender, ...]:
     """Train networks with every optimizer.
 
-    AdamW's rate is the one of ``LEARNING_RATES`` with the lowest median of the final training loss, chosen on the very
+    AdamW's learning rate is the one of ``LEARNING_RATES`` with the lowest median of the final training loss, chosen on the very
     runs that are reported.
 
     Args:
         networks: Initial networks, one for each seed; the position in the list is the seed of the minibatches.
-        data: What they are trained on.
+        data: Examples.
         steps: Length of every run.
-        checkpoint: What the learned optimizer loads.
+        checkpoint: Weights of the learned optimizer: shipped name, path, or hf:// address.
         report: Called after every step with the name of the optimizer and the training loss last measured.
 
     Returns:
-        AdamW as it comes, AdamW tuned, the unlearned prior, and the learned optimizer.
+        Default AdamW, AdamW tuned, the rule with nothing learned, and the learned optimizer.
     """
 
     def contender(name: str, recipe: Recipe, *, is_reference: bool = False) -> Contender:
@@ -228,38 +215,3 @@ def compare(
         contender("prior, not learned", learned(MetaOptimizer(), teleport=False)),
         contender("learned, untuned", learned(checkpoint)),
     )
-
-
-_COLOURS = ("#9aa0a6", "#1f5fbf", "#e08a1e", "#c2185b")
-
-
-def plot(comparisons: Sequence[tuple[str, Sequence[Contender]]], path: str | Path) -> None:
-    """Draw the loss curves of comparisons, each under its title, and below them the learned optimizer's teleports.
-
-    Args:
-        comparisons: Titles, each with what :func:`compare` gave.
-        path: The picture to write; its suffix decides the format.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4 * len(comparisons), 5.0), layout="constrained")
-    axes = figure.subplots(2, len(comparisons), squeeze=False, sharex=True, sharey="row", height_ratios=(4, 1))
-    for (title, contenders), (upper, lower) in zip(comparisons, axes.T):
-        for contender, colour in zip(contenders, _COLOURS):
-            width = 2.4 if contender is contenders[-1] else 1.6
-            upper.plot(contender.runs[0].steps, contender.curve, color=colour, linewidth=width, label=contender.name)
-            if contender.is_reference:
-                upper.axhline(contender.final_loss, color=colour, linewidth=0.9, linestyle=":")
-        upper.set(yscale="log", title=title)
-        upper.legend(frameon=False)
-        sizes = [statistics.median(sizes) for sizes in zip(*(run.teleport_sizes for run in contenders[-1].runs))]
-        moments = [step for step, size in enumerate(sizes) if size > 0]
-        lower.vlines(moments, 0, [sizes[step] for step in moments], color=_COLOURS[-1], linewidth=1.4)
-        lower.set_xlabel("step")
-        for panel in (upper, lower):
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(alpha=0.25, linewidth=0.6)
-    axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylim(bottom=0.0)
-    axes[1, 0].set_ylabel("teleport:\nRMS of log s")
-    figure.savefig(path, dpi=150)

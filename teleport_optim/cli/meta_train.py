@@ -1,4 +1,4 @@
-"""The command ``meta-train``: starts and resumes runs, shows how they go, and tells beforehand what they cost."""
+"""Sub-command ``meta-train``: start and resume runs, show how they go, and tell beforehand what they cost."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from teleport_optim.commands import (
+from teleport_optim.cli.arguments import import_from_here
+from teleport_optim.cli.errors import (
     INTERRUPTED,
     CommandError,
     complain,
-    import_from_here,
     mistakes,
     require,
     run_command,
@@ -145,7 +145,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _output(path: Path | None, config: Config) -> Path:
-    """Where the checkpoint is to be written; what could keep it from being written in the end is found now."""
+    """Path of the checkpoint; what could keep it from being written in the end is found now."""
     if path is None:
         return Path(config.run_dir) / "checkpoint.safetensors"
     if path.suffix != ".safetensors":

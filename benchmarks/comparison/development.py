@@ -11,34 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.evaluation.data import NUM_EXAMPLES, split_rows, standardised, windows
-from teleport_optim.evaluation.networks import (
+from benchmarks.comparison.data import NUM_EXAMPLES, ill_conditioned, reconstructed_digits, split_rows, windows
+from benchmarks.comparison.networks import (
     CharRecurrent,
     CharTransformer,
     ResidualBlock,
     VisionTransformer,
-    perceptron,
+    badly_scaled_perceptron,
 )
-from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
-from teleport_optim.tasks.data import digits
+from benchmarks.comparison.task import EvaluationTask
+from teleport_optim.tasks.data import Data, digits, standardise
+from teleport_optim.tasks.networks import perceptron, seeded
 
 __all__ = ["DEVELOPMENT", "DEVELOPMENT_WIDE"]
+
+
+_reconstructed_digits = cache(partial(reconstructed_digits, "train", "validation"))
+_ill_conditioned = cache(partial(ill_conditioned, 40, 6, smallest=-1.5, seed=79))
+_windows = cache(partial(windows, "train", 32))
 
 
 @cache
 def _digits() -> Data:
     return Data(*digits("train"), *digits("validation"), noise=0.4)
-
-
-@cache
-def _reconstructed_digits() -> Data:
-    (inputs, _), (test_inputs, _) = digits("train"), digits("validation")
-    return Data(inputs, inputs, test_inputs, test_inputs, F.mse_loss)
-
-
-@cache
-def _windows() -> Data:
-    return windows("train", 32)
 
 
 @cache
@@ -49,7 +44,7 @@ def _sines() -> Data:
     projections = inputs @ torch.randn(14, 5, generator=generator) / 14**0.5
     values = torch.sin(2 * projections).sum(dim=1) + projections[:, 0] * projections[:, 1]
     values = values + 0.2 * torch.randn(len(values), generator=generator)
-    return split_rows(inputs, standardised(values[:, None]), loss=F.mse_loss)
+    return split_rows(inputs, standardise(values[:, None]), loss=F.mse_loss)
 
 
 @cache
@@ -60,17 +55,6 @@ def _teacher_classes() -> Data:
     hidden = torch.tanh(2 * inputs @ torch.randn(24, 40, generator=generator) / 24**0.5)
     labels = (hidden @ torch.randn(40, 8, generator=generator)).argmax(dim=1)
     return split_rows(inputs * torch.exp(0.5 * torch.randn(24, generator=generator)), labels)
-
-
-@cache
-def _ill_conditioned() -> Data:
-    """Random classes of features whose covariance has a condition number of 1e3."""
-    generator = torch.Generator().manual_seed(79)
-    whitened = torch.randn(NUM_EXAMPLES, 40, generator=generator)
-    scores = whitened @ torch.randn(40, 6, generator=generator) / 3
-    labels = torch.multinomial(scores.softmax(dim=1), 1, generator=generator).squeeze(1)
-    rotation, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator))
-    return split_rows(whitened * 2 * torch.logspace(0, -1.5, 40) @ rotation, labels)
 
 
 def _convolutional(first: int, second: int, side: int) -> nn.Module:
@@ -99,12 +83,6 @@ class _Residual(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         output: Tensor = self.head(self.blocks(self.stem(pixels.view(-1, 1, 8, 8))).mean(dim=(2, 3)))
         return output
-
-
-def _badly_scaled(seed: int) -> nn.Module:
-    model = seeded(partial(perceptron, (64, 80, 80, 80, 10), nn.ReLU))(seed)
-    rescale(model, torch.zeros(2, 64), 1.5, seed)
-    return model
 
 
 _TASKS = (
@@ -192,7 +170,7 @@ _TASKS = (
     EvaluationTask(
         "rescaled",
         "ReLU perceptron of 3 hidden layers of 80 with badly scaled hidden units, noisy digits",
-        _badly_scaled,
+        badly_scaled_perceptron((64, 80, 80, 80, 10), 1.5),
         _digits,
         steps=300,
     ),

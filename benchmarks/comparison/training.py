@@ -1,4 +1,4 @@
-"""One training run, and what is read off it."""
+"""Training runs of a comparison, and the figures that are read from them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import copy
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
-from teleport_optim.evaluation.problem import Data, EvaluationTask
+from benchmarks.comparison.task import EvaluationTask
+from teleport_optim.cli.training import Recipe, Stepper, train
+from teleport_optim.tasks.data import Data, add_noise, minibatches
 
 __all__ = [
     "FASTEST",
     "SLOWEST",
-    "Recipe",
     "Run",
-    "Stepper",
     "horizon_speed",
     "milliseconds_per_step",
-    "minibatch",
-    "noisy",
     "peak_megabytes",
     "run_training",
     "speed_up",
@@ -46,24 +43,8 @@ FASTEST, SLOWEST = _FASTER[-1], _SLOWER[-1]
 """Horizon speeds beyond these are not measured and count as these."""
 
 
-class Stepper(Protocol):
-    """What a training loop needs of an optimizer, schedule included."""
-
-    def zero_grad(self) -> object:
-        """Forget the gradients."""
-        ...
-
-    def step(self) -> object:
-        """Take one step."""
-        ...
-
-
-Recipe = Callable[[nn.Module, int], Stepper]
-"""A model and the number of steps to an optimizer."""
-
-
 class Run(NamedTuple):
-    """What one training run gave.
+    """Result of one training run.
 
     Attributes:
         steps: Steps taken at each measurement of the training loss, from 0 on.
@@ -79,7 +60,7 @@ class Run(NamedTuple):
 
     @property
     def final_loss(self) -> float:
-        """The mean over the last twentieth of the run."""
+        """Mean loss over the last twentieth of the run."""
         last = [loss for step, loss in zip(self.steps, self.losses) if step >= _TAIL * self.steps[-1]]
         return statistics.fmean(last)
 
@@ -91,8 +72,8 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
     these two.
 
     Args:
-        task: What is trained.
-        recipe: The optimizer.
+        task: Network and data.
+        recipe: Makes the optimizer.
         steps: Length of the run.
         seed: Decides the initial values and the minibatches, which are the same for every optimizer.
         only_end: Measure nothing but what the final loss needs, which is faster and does not change the training.
@@ -100,27 +81,30 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
     data = task.make_data()
     model = task.make_model(seed)
     optimizer = recipe(model, steps)
-    generator = torch.Generator().manual_seed(seed)
     fixed = torch.Generator().manual_seed(2**32)
     rows = torch.randperm(len(data.inputs), generator=fixed)[:_MAX_MEASURED]
-    measured = (noisy(data.inputs[rows], data.noise, fixed), data.targets[rows])
+    measured = (add_noise(data.inputs[rows], data.noise, fixed), data.targets[rows])
     every = max(1, steps // 80)
     seconds: list[float] = []
     marks: list[int] = []
     losses: list[float] = []
     held_out = math.inf
-    for step in range(steps + 1):
-        if step > 0:
-            start = time.perf_counter()
-            _step(task, data, model, optimizer, generator)
-            seconds.append(time.perf_counter() - start)
+
+    def measure(step: int) -> None:
+        nonlocal held_out
         if only_end and step < _TAIL * steps:
-            continue
+            return
         if step % every == 0 or step == steps:
             marks.append(step)
             losses.append(_loss(model, optimizer, data, *measured, training=True))
         if step > 0 and step % max(1, steps // 10) == 0:
             held_out = min(held_out, _loss(model, optimizer, data, data.test_inputs, data.test_targets, training=False))
+
+    measure(0)
+    batches = minibatches(data, task.batch_size, torch.Generator().manual_seed(seed))
+    for step, spent in zip(range(1, steps + 1), train(model, optimizer, data.loss, batches)):
+        seconds.append(spent)
+        measure(step)
     setup = max(0.0, seconds[0] - statistics.median(seconds))
     return Run(tuple(marks), tuple(losses), held_out, setup)
 
@@ -128,40 +112,40 @@ def run_training(task: EvaluationTask, recipe: Recipe, *, steps: int, seed: int,
 def milliseconds_per_step(
     task: EvaluationTask, recipes: Mapping[str, Recipe], *, steps: int, repeats: int = 2
 ) -> dict[str, float]:
-    """Time of a whole training step (forward, backward, optimizer) under every recipe, which take turns step by step.
+    """Time a whole training step (minibatch, forward, backward, optimizer) of every recipe; recipes take turns step by step.
 
-    The mean over the steps of a run but the first of the least time that each took in ``repeats`` runs, so that what is done
-    every so often counts, and what a busy machine does in between does not.
+    Every step counts with the least time that it took in ``repeats`` runs, so that a busy machine does not. The result is the
+    mean over all steps of a run but the first, so that rare work of the optimizer counts.
     """
     data = task.make_data()
     seconds: dict[str, list[list[float]]] = {name: [] for name in recipes}
     for _ in range(repeats):
         models = {name: task.make_model(0) for name in recipes}
         optimizers = {name: recipe(models[name], steps) for name, recipe in recipes.items()}
-        generator = torch.Generator().manual_seed(0)
+        batches = minibatches(data, task.batch_size, torch.Generator().manual_seed(0))
+        loops = {name: train(models[name], optimizers[name], data.loss, batches) for name in recipes}
         for own in seconds.values():
             own.append([])
         for _ in range(steps):
-            for name, own in seconds.items():
-                start = time.perf_counter()
-                _step(task, data, models[name], optimizers[name], generator)
-                own[-1].append(time.perf_counter() - start)
+            for name, loop in loops.items():
+                seconds[name][-1].append(next(loop))
     return {name: 1e3 * statistics.fmean(map(min, list(zip(*own))[1:])) for name, own in seconds.items()}
 
 
 def peak_megabytes(task: EvaluationTask, recipe: Recipe, *, steps: int) -> float:
-    """The most memory that a training step takes beside the parameters: activations, gradients, state, all that torch allocates.
+    """Measure the most memory that a training step takes beside the parameters: activations, gradients, state, all of torch's.
 
-    Of the second and the third step, so that setting up does not count.
+    The second and the third step are measured, so that setting up does not count.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Without a GPU the profiler says so on every use.
-    data, model, generator = task.make_data(), task.make_model(0), torch.Generator().manual_seed(0)
+    data, model = task.make_data(), task.make_model(0)
+    batches = minibatches(data, task.batch_size, torch.Generator().manual_seed(0))
     with profile(profile_memory=True) as first:
-        optimizer = recipe(model, steps)
-        _step(task, data, model, optimizer, generator)
+        loop = train(model, recipe(model, steps), data.loss, batches)
+        next(loop)
     with profile(profile_memory=True) as later:
-        for _ in range(2):
-            _step(task, data, model, optimizer, generator)
+        next(loop)
+        next(loop)
     return (sum(_allocations(first)) + max(accumulate(_allocations(later)))) / 1e6
 
 
@@ -173,7 +157,7 @@ def _allocations(profiler: profile) -> list[int]:
 
 
 def horizon_speed(final_loss: Callable[[float], float], target: float) -> float:
-    """How many times shorter than the reference's a run may be that ends where the reference does.
+    """Estimate how many times shorter than the reference's a run may be that ends where the reference does.
 
     Runs of 1/1.5, 1/2, 1/2.5, 1/3 and 1/4 of the length are tried, each told its length, as long as they end at the target or
     below it, so that a short run that is lucky after a longer one that was not does not count. Where the run of full length
@@ -205,14 +189,14 @@ def horizon_speed(final_loss: Callable[[float], float], target: float) -> float:
 
 
 def _between(reached: float, missed: float, final_loss: Callable[[float], float], target: float) -> float:
-    """The speed between two at which the loss would be the target."""
+    """Interpolate the speed at which the loss would be the target."""
     low, middle, high = (math.log(max(loss, 1e-12)) for loss in (final_loss(reached), target, final_loss(missed)))
     share = (middle - low) / (high - low) if high > low else 0.0
     return float(reached * (missed / reached) ** share)
 
 
 def speed_up(run: Run, reference: Run) -> float:
-    """How many times fewer steps ``run`` takes than ``reference`` to the final loss of ``reference``.
+    """Count how many times fewer steps ``run`` takes than ``reference`` to the final loss of ``reference``.
 
     The steps counted are those after which the loss stays at the target or below it, so that a lucky dip does not count; the
     reference against itself gives 1. Where ``run`` never gets there it is the share of its steps that the reference takes
@@ -239,29 +223,11 @@ def _steps_to(run: Run, target: float) -> float:
     return reached
 
 
-def _step(task: EvaluationTask, data: Data, model: nn.Module, optimizer: Stepper, generator: torch.Generator) -> None:
-    inputs, targets = minibatch(data, task.batch_size, generator)
-    optimizer.zero_grad()
-    data.loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-
-
-def minibatch(data: Data, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs, with noise, and targets of examples drawn with replacement."""
-    rows = torch.randint(len(data.inputs), (size,), generator=generator)
-    return noisy(data.inputs[rows], data.noise, generator), data.targets[rows]
-
-
-def noisy(inputs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """``inputs`` with Gaussian noise of this standard deviation."""
-    return inputs + noise * torch.randn(inputs.shape, generator=generator) if noise else inputs
-
-
 @torch.no_grad()
 def _loss(
     model: nn.Module, optimizer: Stepper, data: Data, inputs: Tensor, targets: Tensor, *, training: bool
 ) -> float:
-    """The mean loss; in training mode buffers stay as they are."""
+    """Mean loss; buffers stay as they are."""
     if hasattr(optimizer, "eval"):  # Schedule-Free keeps other weights for evaluation.
         optimizer.eval()
     buffers = copy.deepcopy(dict(model.named_buffers()))

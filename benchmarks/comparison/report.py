@@ -1,4 +1,4 @@
-"""A comparison as Markdown tables and pictures."""
+"""Markdown tables and pictures of a comparison."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.evaluation.comparison import Score, TaskResult
-from teleport_optim.evaluation.rivals import OURS, REFERENCE
-from teleport_optim.evaluation.training import FASTEST, SLOWEST
+from benchmarks.comparison.baselines import OURS, REFERENCE
+from benchmarks.comparison.comparison import Score, TaskResult
+from benchmarks.comparison.training import FASTEST, SLOWEST
 
 __all__ = ["plot", "score_table", "task_table"]
 
 
 def score_table(results: Sequence[TaskResult], *, with_horizon: bool = True) -> str:
-    """One row for every optimizer over all tasks; for ablations without the horizon speed and its wall-clock.
+    """Table with one row for every optimizer over all tasks; for ablations without the horizon speed and its wall-clock.
 
     A mean with a task that counts as 4 because it is beyond is marked "≥", one with a task that counts as 1/2 because it is
     below "≤", one with both "≈".
@@ -50,7 +50,7 @@ def _mark(*, is_least: bool, is_most: bool) -> str:
 
 
 def task_table(result: TaskResult) -> str:
-    """One row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
+    """Table with one row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
     headings = ["optimizer", "rate", "final loss", "lowest to highest", "held-out loss"]
     headings += ["horizon speed", "open-ended speed", "ms per step", "peak memory, MB", "set-up, s"]
     rows = []
@@ -60,7 +60,7 @@ def task_table(result: TaskResult) -> str:
         rows.append(
             [
                 name,
-                f"{result.rates[name]:.3g}" if name in result.rates else "",
+                f"{result.lrs[name]:.3g}" if name in result.lrs else "",
                 f"{statistics.median(finals):.4g}",
                 f"{min(finals):.4g} to {max(finals):.4g}",
                 f"{result.median(name, lambda run: run.held_out):.4g}",
@@ -80,7 +80,7 @@ def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(results: Sequence[TaskResult], path: Path) -> None:
-    """Median training loss over steps on every task, and the performance profile: on how many a horizon speed is reached."""
+    """Draw the median training loss on every task, and the performance profile: on how many a horizon speed is reached."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(results) + 1)

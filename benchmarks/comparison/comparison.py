@@ -1,4 +1,4 @@
-"""A comparison: all tasks, all optimizers, several seeds; kept on disk run by run, so that it can be interrupted."""
+"""Comparison of all optimizers on all tasks with several seeds; kept on disk run by run, so that it can be interrupted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.controller.checkpoints import find_checkpoint
-from teleport_optim.evaluation.problem import EvaluationTask
-from teleport_optim.evaluation.rivals import ABLATIONS, LIGHT, OURS, REFERENCE, Rival, rivals, tuned_rate
-from teleport_optim.evaluation.training import (
+from benchmarks.comparison.ablations import ABLATIONS
+from benchmarks.comparison.baselines import LIGHT, OURS, REFERENCE, Baseline, baselines, tune_lr
+from benchmarks.comparison.task import EvaluationTask
+from benchmarks.comparison.training import (
     FASTEST,
     SLOWEST,
-    Recipe,
     Run,
     horizon_speed,
     milliseconds_per_step,
@@ -26,6 +25,8 @@ from teleport_optim.evaluation.training import (
     run_training,
     speed_up,
 )
+from teleport_optim.cli.training import Recipe
+from teleport_optim.controller.checkpoints import find_checkpoint
 
 __all__ = ["Comparison", "Score", "TaskResult"]
 
@@ -33,19 +34,19 @@ _PARAMETERS = " (parameters)"
 """Follows the name of an optimizer that averages, in the key of a run in which it did not."""
 
 TUNING_SEED = 1000
-"""The seed on which rates are tuned; those that are reported are 0, 1, 2, ..."""
+"""Seed on which learning rates are tuned; those that are reported are 0, 1, 2, ..."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave.
+    """Result of one task.
 
     Attributes:
         task: Its name.
         runs: By optimizer, one run for each seed: of the parameters as they are, where the optimizer has a horizon speed.
         averaged: The same of optimizers that average, measured in the average.
         horizon_speeds: By optimizer, one for each of the first seeds; nothing of optimizers for which it is not measured.
-        rates: The tuned rates, by optimizer.
+        lrs: Tuned learning rates, by optimizer.
         milliseconds: Of a training step, by optimizer, all in one run, of half the length: what is done ever less often counts
             for more than it should.
         megabytes: The most memory that a training step takes, by optimizer.
@@ -53,14 +54,14 @@ class TaskResult:
 
     task: str
     runs: dict[str, list[Run]]
-    rates: dict[str, float]
+    lrs: dict[str, float]
     milliseconds: dict[str, float]
     megabytes: dict[str, float]
     averaged: dict[str, list[Run]] = field(default_factory=dict)
     horizon_speeds: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, optimizer: str, quantity: Callable[[Run], float]) -> float:
-        """The median over seeds of a number."""
+        """Median of a number over seeds."""
         return statistics.median(map(quantity, self.runs[optimizer]))
 
     def horizon_speed(self, optimizer: str) -> float | None:
@@ -92,7 +93,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Score:
-    """What one optimizer reached over all tasks; speeds and ratios are geometric means over the reference's.
+    """Figures of one optimizer over all tasks; speeds and ratios are geometric means over the reference's.
 
     Attributes:
         horizon_speed: How many times shorter a run may be that ends where the reference does; None where it is not measured.
@@ -121,7 +122,7 @@ class Score:
 
     @classmethod
     def of(cls, optimizer: str, results: Iterable[TaskResult]) -> Score:
-        """The score of an optimizer."""
+        """Score of an optimizer."""
         results = list(results)
 
         def ratio(quantity: Callable[[Run], float]) -> float:
@@ -158,17 +159,17 @@ def _geometric_mean(values: Iterable[float]) -> float:
 
 @dataclass
 class Comparison:
-    """Runs what is not yet in a folder, and reads what is.
+    """Comparison in a folder: runs that are there are read, others are made.
 
     Attributes:
         folder: Where every run is kept, as a line of JSON.
-        tasks: What is trained.
-        checkpoint: What the learned optimizer loads.
+        tasks: Networks with their data, by name.
+        checkpoint: Weights of the learned optimizer: shipped name, path, or hf:// address.
         num_seeds: Runs of every optimizer on every task.
         num_horizon_seeds: On how many of these seeds runs of other lengths are made, for the horizon speed.
         share: Length of the runs as a share of the usual.
         others: More optimizers, by name.
-        report: Told what is being run.
+        report: Called with a line of text before every run.
     """
 
     folder: Path
@@ -192,20 +193,20 @@ class Comparison:
         self._light_sha256 = _digest("light")
 
     @property
-    def rivals(self) -> dict[str, Rival]:
-        """The optimizers by name."""
+    def baselines(self) -> dict[str, Baseline]:
+        """Optimizers by name."""
         extra = {
-            name: Rival(lambda lr, recipe=recipe: recipe, has_horizon=True)  # type: ignore[misc]
+            name: Baseline(lambda lr, recipe=recipe: recipe, has_horizon=True)  # type: ignore[misc]
             for name, recipe in self.others.items()
         }
-        return rivals(self.checkpoint) | extra
+        return baselines(self.checkpoint) | extra
 
     def results(self) -> list[TaskResult]:
-        """Every task's result; what is missing is run."""
+        """Results of all tasks; what is missing is run."""
         return [self._result(task) for task in self.tasks.values()]
 
     def ablations(self) -> list[TaskResult]:
-        """The learned optimizer with one part taken away at a time, beside the reference; no times.
+        """Results of the learned optimizer with one part taken away at a time, beside the reference; no times.
 
         What is measured at every moment of a run is the average of the iterates, where there is one.
         """
@@ -216,7 +217,7 @@ class Comparison:
             runs = {name: [self._run(task, name, r, seed, 0.0) for seed in self._seeds] for name, r in recipes.items()}
             runs = {REFERENCE: full.runs[REFERENCE], OURS: full.averaged[OURS], **runs}
             ones = dict.fromkeys(runs, 1.0)
-            results.append(TaskResult(task.name, runs, rates={}, milliseconds=ones, megabytes=ones))
+            results.append(TaskResult(task.name, runs, lrs={}, milliseconds=ones, megabytes=ones))
         return results
 
     @property
@@ -227,21 +228,21 @@ class Comparison:
         runs: dict[str, list[Run]] = {}
         averaged: dict[str, list[Run]] = {}
         horizon_speeds: dict[str, list[float]] = {}
-        rates: dict[str, float] = {}
+        lrs: dict[str, float] = {}
         recipes: dict[str, Recipe] = {}
-        for name, rival in self.rivals.items():
-            rate = 0.0
-            if rival.first_rate is not None:
-                rate = rates[name] = self._tuned(task, name, rival, rival.first_rate)
-            recipes[name] = rival.make(rate)
-            form = _PARAMETERS if rival.averaged else ""
-            runs[name] = [self._run(task, name, recipes[name], seed, rate, form) for seed in self._seeds]
-            if rival.averaged:
-                recipes[name] = rival.averaged(rate)  # what is timed keeps the average, as it does by default
-                averaged[name] = [self._run(task, name, recipes[name], seed, rate) for seed in self._seeds]
-        for name, rival in self.rivals.items():
-            if rival.has_horizon:
-                horizon_speeds[name] = self._horizon_speeds(task, name, rival, rates.get(name, 0.0), runs)
+        for name, baseline in self.baselines.items():
+            lr = 0.0
+            if baseline.first_lr is not None:
+                lr = lrs[name] = self._tune(task, name, baseline, baseline.first_lr)
+            recipes[name] = baseline.make(lr)
+            form = _PARAMETERS if baseline.averaged else ""
+            runs[name] = [self._run(task, name, recipes[name], seed, lr, form) for seed in self._seeds]
+            if baseline.averaged:
+                recipes[name] = baseline.averaged(lr)  # what is timed keeps the average, as it does by default
+                averaged[name] = [self._run(task, name, recipes[name], seed, lr) for seed in self._seeds]
+        for name, baseline in self.baselines.items():
+            if baseline.has_horizon:
+                horizon_speeds[name] = self._horizon_speeds(task, name, baseline, lrs.get(name, 0.0), runs)
         self.report(f"{task.name}: time of a step")
         key = f"{task.name} {self._sha256} {self._light_sha256} {' '.join(sorted(self.others))}"
         steps = self._steps(task)
@@ -249,34 +250,34 @@ class Comparison:
         megabytes = self._kept(
             f"memory {key}", lambda: {name: peak_megabytes(task, r, steps=steps) for name, r in recipes.items()}
         )
-        return TaskResult(task.name, runs, rates, milliseconds, megabytes, averaged, horizon_speeds)
+        return TaskResult(task.name, runs, lrs, milliseconds, megabytes, averaged, horizon_speeds)
 
     def _steps(self, task: EvaluationTask) -> int:
         return max(20, round(self.share * task.steps))
 
-    def _tuned(self, task: EvaluationTask, name: str, rival: Rival, first: float) -> float:
-        def score(rate: float) -> float:
-            return self._run(task, name, rival.make(rate), TUNING_SEED, rate).final_loss
+    def _tune(self, task: EvaluationTask, name: str, baseline: Baseline, first: float) -> float:
+        def score(lr: float) -> float:
+            return self._run(task, name, baseline.make(lr), TUNING_SEED, lr).final_loss
 
-        return tuned_rate(score, first)
+        return tune_lr(score, first)
 
-    def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, rate: float, form: str = "") -> Run:
+    def _run(self, task: EvaluationTask, name: str, recipe: Recipe, seed: int, lr: float, form: str = "") -> Run:
         steps = self._steps(task)
-        key = self._key(task, steps, name, seed, rate, form)
+        key = self._key(task, steps, name, seed, lr, form)
         marks, losses, *rest = self._kept(key, lambda: run_training(task, recipe, steps=steps, seed=seed))
         return Run(tuple(marks), tuple(losses), *rest)
 
     def _horizon_speeds(
-        self, task: EvaluationTask, name: str, rival: Rival, rate: float, runs: Mapping[str, list[Run]]
+        self, task: EvaluationTask, name: str, baseline: Baseline, lr: float, runs: Mapping[str, list[Run]]
     ) -> list[float]:
-        """The horizon speed on each of the first seeds; of runs of other lengths no more than the final loss is kept."""
-        recipe, form = rival.make(rate), _PARAMETERS if rival.averaged else ""
+        """Horizon speed on each of the first seeds; of runs of other lengths no more than the final loss is kept."""
+        recipe, form = baseline.make(lr), _PARAMETERS if baseline.averaged else ""
 
         def final_loss(speed: float, seed: int) -> float:
             if speed == 1.0:
                 return runs[name][seed].final_loss
             steps = max(1, round(self._steps(task) / speed))
-            key = f"{self._key(task, steps, name, seed, rate, form)} | final loss"
+            key = f"{self._key(task, steps, name, seed, lr, form)} | final loss"
             run = partial(run_training, task, recipe, steps=steps, seed=seed, only_end=True)
             return float(self._kept(key, lambda: run().final_loss))
 
@@ -285,12 +286,12 @@ class Comparison:
             for seed, reference in zip(self._seeds[: self.num_horizon_seeds], runs[REFERENCE])
         ]
 
-    def _key(self, task: EvaluationTask, steps: int, name: str, seed: int, rate: float, form: str) -> str:
-        """What a run is kept under; it is said that it comes next."""
-        known = dict.fromkeys(rivals(), "") | {OURS: self._sha256, LIGHT: self._light_sha256}
+    def _key(self, task: EvaluationTask, steps: int, name: str, seed: int, lr: float, form: str) -> str:
+        """Key under which a run is kept; reports that the run comes next."""
+        known = dict.fromkeys(baselines(), "") | {OURS: self._sha256, LIGHT: self._light_sha256}
         digest = known.get(name, self._sha256)  # of what the run depends on
-        self.report(f"{task.name}: {name}{form}, {steps} steps, seed {seed}" + (f", rate {rate:.4g}" if rate else ""))
-        return f"{task.name} {steps} | {name}{form} {rate:.4g} {digest} | {seed}"
+        self.report(f"{task.name}: {name}{form}, {steps} steps, seed {seed}" + (f", lr {lr:.4g}" if lr else ""))
+        return f"{task.name} {steps} | {name}{form} {lr:.4g} {digest} | {seed}"
 
     def _kept(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self._known:

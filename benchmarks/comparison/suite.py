@@ -1,4 +1,4 @@
-"""The tasks of comparisons: networks and data that meta-training never sees.
+"""Tasks that are reported: networks and data that meta-training never sees.
 
 None of them shares data or a hidden size with meta-training or with the choice of a checkpoint. They train on the digits of
 the demo, on the text of the "test" split, or on examples that are made here.
@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.evaluation.data import NUM_EXAMPLES, split_rows, standardised, windows
-from teleport_optim.evaluation.networks import (
+from benchmarks.comparison.data import NUM_EXAMPLES, ill_conditioned, reconstructed_digits, split_rows, windows
+from benchmarks.comparison.networks import (
     CharRecurrent,
     CharTransformer,
     ResidualBlock,
     VisionTransformer,
-    perceptron,
+    badly_scaled_perceptron,
 )
-from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
-from teleport_optim.tasks.data import digits
+from benchmarks.comparison.task import EvaluationTask
+from teleport_optim.tasks.data import Data, digits, standardise
+from teleport_optim.tasks.networks import perceptron, seeded
 
 __all__ = ["FAR", "SUITE"]
 
@@ -34,17 +35,17 @@ _RESCALING = 2.0
 # --------------------------------------------------------------------------------------------------------------- data
 
 
+_reconstructed_digits = cache(partial(reconstructed_digits, "demo", "test"))
+_ill_conditioned = cache(partial(ill_conditioned, 60, 8, smallest=-2.0, seed=5))
+_short_windows = cache(partial(windows, "test", 32))
+_windows_of_forty = cache(partial(windows, "test", 40))
+_long_windows = cache(partial(windows, "test", 48))
+
+
 @cache
 def _digits() -> Data:
-    """The digits that no meta-training sees, with noise as large as most of their pixels' variation."""
+    """Digits that no meta-training sees, with noise as large as most of their pixels' variation."""
     return Data(*digits("demo"), *digits("test"), noise=0.5)
-
-
-@cache
-def _reconstructed_digits() -> Data:
-    """Digits as their own targets."""
-    (inputs, _), (test_inputs, _) = digits("demo"), digits("test")
-    return Data(inputs, inputs, test_inputs, test_inputs, F.mse_loss)
 
 
 @cache
@@ -83,7 +84,7 @@ def _friedman() -> Data:
     first, second, third, fourth, fifth = columns[:, :5].unbind(dim=1)
     values = 10 * torch.sin(math.pi * first * second) + 20 * (third - 0.5) ** 2 + 10 * fourth + 5 * fifth
     values = values + torch.randn(values.shape, generator=generator)
-    return split_rows(standardised(columns), standardised(values[:, None]), loss=F.mse_loss)
+    return split_rows(standardise(columns), standardise(values[:, None]), loss=F.mse_loss)
 
 
 @cache
@@ -98,7 +99,7 @@ def _mixture() -> Data:
     useful = centres[clusters] + torch.einsum("ni,nij->nj", noise, shapes[clusters])
     columns = torch.cat([useful, torch.randn(count, 10, generator=generator)], dim=1)
     sizes = torch.exp(0.5 * torch.randn(20, generator=generator))
-    return split_rows(sizes * standardised(columns), clusters % 6)
+    return split_rows(sizes * standardise(columns), clusters % 6)
 
 
 @cache
@@ -110,33 +111,7 @@ def _teacher() -> Data:
     second = 1.5 * torch.randn(128, 128, generator=generator) / math.sqrt(128)
     readout = torch.randn(128, 6, generator=generator)
     outputs = torch.tanh(torch.tanh(inputs @ first) @ second) @ readout
-    return split_rows(inputs, standardised(outputs), loss=F.mse_loss)
-
-
-@cache
-def _ill_conditioned() -> Data:
-    """Random classes, decided by all directions alike, of features whose covariance has a condition number of 1e4."""
-    generator = torch.Generator().manual_seed(5)
-    whitened = torch.randn(NUM_EXAMPLES, 60, generator=generator)
-    scores = whitened @ torch.randn(60, 8, generator=generator) / 3
-    labels = torch.multinomial(scores.softmax(dim=1), 1, generator=generator).squeeze(1)
-    rotation, _ = torch.linalg.qr(torch.randn(60, 60, generator=generator))
-    return split_rows(whitened * 2 * torch.logspace(0, -2, 60) @ rotation, labels)
-
-
-@cache
-def _short_windows() -> Data:
-    return windows("test", 32)
-
-
-@cache
-def _windows_of_forty() -> Data:
-    return windows("test", 40)
-
-
-@cache
-def _long_windows() -> Data:
-    return windows("test", 48)
+    return split_rows(inputs, standardise(outputs), loss=F.mse_loss)
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -168,13 +143,6 @@ def _residual() -> nn.Module:
         nn.Flatten(),
         nn.Linear(32, 10),
     )
-
-
-def _badly_scaled(seed: int) -> nn.Module:
-    """A perceptron whose hidden units were multiplied at random, and what reads them divided: the same function."""
-    model = seeded(partial(perceptron, (64, 112, 112, 112, 112, 10), nn.ReLU))(seed)
-    rescale(model, torch.zeros(2, 64), _RESCALING, seed)
-    return model
 
 
 def _shufflenet() -> nn.Module:
@@ -267,7 +235,7 @@ _TASKS = (
     EvaluationTask(
         "badly_scaled",
         "ReLU perceptron of 4 hidden layers of 112 with badly scaled hidden units, noisy digits",
-        _badly_scaled,
+        badly_scaled_perceptron((64, 112, 112, 112, 112, 10), _RESCALING),
         _digits,
         steps=500,
     ),

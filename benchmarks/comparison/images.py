@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.evaluation.networks import ResidualBlock, perceptron
-from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
+from benchmarks.comparison.networks import ResidualBlock
+from benchmarks.comparison.task import EvaluationTask
+from teleport_optim.tasks.data import Data
+from teleport_optim.tasks.networks import perceptron, seeded
 
 __all__ = ["image_tasks"]
 
