@@ -100,6 +100,8 @@ class _Blocks(NamedTuple):
 
 
 MAX_LABELS = 16
+_MAX_COMPARED = 2**14
+"""Labels of more entries are not compared with others."""
 
 Letters = Sequence[Any]
 """A name for each axis of a tensor; axes of two tensors with the same name are the same index."""
@@ -124,6 +126,7 @@ class Theory(ABC):
         self._data: set[str] = set()
         self._parameters: dict[str, list[tuple[Labels, ...] | None]] = {}
         self._blocked: dict[tuple[str, int], _Blocks] = {}
+        self._shared: dict[tuple[Any, ...], Labels] = {}
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -258,6 +261,13 @@ class Theory(ABC):
             return False
         return all(self.units.are_fixed(one.units) for own in axes for one in own or ())
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether no parameter moves, and none can be made to, so that nothing is left to be found."""
+        if any(own is None for axes in self._parameters.values() for own in axes):
+            return False
+        return all(self.units.are_fixed(slot.units) for slot in self.slots)
+
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""
         for labels in self.settle(value):
@@ -310,6 +320,13 @@ class Theory(ABC):
     @abstractmethod
     def record(self, node: int, labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
         """Remember that channels pass through a node of the graph; returns the labels that can move on."""
+
+    def shared(self, labels: Labels) -> Labels:
+        """The same labels, as the one object for all that are equal, by which they are known again."""
+        if labels.units.size > _MAX_COMPARED:
+            return labels
+        key = (labels.units.shape, labels.units.tobytes(), labels.roles.tobytes(), labels.sign)
+        return self._shared.setdefault(key, labels)
 
     def lets_through(self, tags: frozenset[str]) -> bool:
         return self.name in tags

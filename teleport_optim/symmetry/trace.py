@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -46,7 +46,7 @@ _ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
 """What an assignment to ``.data`` asks; the assignment itself is no operation."""
 _LONG = 3000
 """Operations from which on a model is followed with smaller inputs only."""
-_LIFTS = frozenset({"lift", "lift_fresh", "lift_fresh_copy"})
+_LIFTS = frozenset({"lift", "lift_fresh"})
 _GROUPED_PRODUCT = "_grouped_mm"
 """A product of experts, of which torch tells the shape for some types only."""
 _MAX_OUTPUTS = 2**16
@@ -105,6 +105,9 @@ class _Operation(NamedTuple):
         name = schema.name.split("::")[-1]
         if name not in _NAMED_IN_PLACE:
             name = name if name.startswith("_") and not name.endswith("_") else name.rstrip("_") or name
+        twin = name.removeprefix("unsafe_").removesuffix("_copy")
+        if twin in RULES:  # the same, but for whether the result shares memory
+            name = twin
         written = (a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         return cls(
             name,
@@ -137,6 +140,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._node = 0
         self._operations: dict[Any, _Operation] = {}
         self._still: dict[int, tuple[Value, set[str]]] = {}
+        self._applied: dict[Hashable, list[list[tuple[Labels, ...]]]] = {}
         self._known: dict[int, tuple[Tensor, Value]] = {}
         self._aliases: dict[int, list[Tensor]] = {}
 
@@ -237,7 +241,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if not outputs:
             return result
-        self._record(operation, args, kwargs, tensors, values, outputs)
+        self._record(operation, args, kwargs, values, outputs, (func, *key))
         return result
 
     def _scouted(self, tensor: Tensor) -> Value:
@@ -285,7 +289,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             return self.fakes.run(func, args, compute, tensors, tuple(key), layouts)
         except TypeError:
-            if _is_hashable(key):
+            if _is_hashable(tuple(key)):
                 raise
         return compute()
 
@@ -294,11 +298,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation: _Operation,
         args: Any,
         kwargs: Any,
-        tensors: list[Tensor],
         values: list[Value],
         outputs: list[Tensor],
+        key: tuple[Any, ...],
     ) -> None:
-        """Tell the theories of an operation, and take note of what they know of its results."""
+        """Tell the theories of an operation, and take note of what they know of its results.
+
+        Args:
+            operation: The operation.
+            args: Its positional arguments.
+            kwargs: Its other arguments.
+            values: What is known of its tensors.
+            outputs: The tensors that it returns.
+            key: What it is and takes, but for its tensors.
+        """
         self._node += 1
         call = self._call(operation, args, kwargs, outputs)
         written = self._written(operation, args, kwargs)
@@ -308,8 +321,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.introduce(outputs[0], view)
                 return
         different = list({id(value): value for value in values}.values())
-        labels = self._apply(call, different, operation.is_known)
-        source = values[0] if tensors and operation.name in COPIES else None
+        labels = self._apply(call, values, operation.is_known, key)
+        source = values[0] if values and operation.name in COPIES else None
         fill, data = (source.fill, source.data) if source else (self._fill(call), None)
         reads_inputs = any(value.reads_inputs for value in different)
         results = []
@@ -347,31 +360,46 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [self._as_values(entry) for entry in argument]
         return argument
 
-    def _apply(self, call: Call, values: list[Value], is_known: bool) -> list[list[tuple[Labels, ...]]]:
+    def _apply(
+        self, call: Call, values: list[Value], is_known: bool, key: tuple[Any, ...]
+    ) -> list[list[tuple[Labels, ...]]]:
+        """For each theory, the labels of what an operation returns.
+
+        The same operation of the same channels demands nothing new: in training mode, most of a model does what it does in
+        evaluation mode. So each is followed once.
+        """
         nothing: list[tuple[Labels, ...]] = [()] * len(call.shapes)
         if call.name in CREATIONS:
             return [nothing for _ in self.theories]
-        is_still = [all(self._rests(value, theory) for value in values) for theory in self.theories]
+        different = list({id(value): value for value in values}.values())
+        is_still = [all(self._rests(value, theory) for value in different) for theory in self.theories]
         if all(is_still):
             return [nothing for _ in self.theories]
         if not is_known:
             self.refuse(self.module, f"{call.name} is not an operation whose symmetries are known")
+        full = (self.module, *key, *call.shapes, *is_still, *map(_facts, values))
+        is_usual = all(value.data is None for value in values) and _is_hashable(full)
+        if is_usual and full in self._applied:
+            return self._applied[full]
         results = []
         for theory, rests in zip(self.theories, is_still):
             if rests:
                 results.append(nothing)
                 continue
             if is_known:
-                outputs = self._follow(call, theory, values)
+                outputs = self._follow(call, theory, different)
                 # each output is a place of its own
                 result = [theory.record(call.node * _MAX_OUTPUTS + k, labels) for k, labels in enumerate(outputs, 1)]
+                result = [tuple(map(theory.shared, labels)) for labels in result]
             else:
                 result = nothing
-                for value in values:
+                for value in different:
                     theory.freeze(value)
-            for value in values:
+            for value in different:
                 theory.close(value)
             results.append(result)
+        if is_usual:
+            self._applied[full] = results
         return results
 
     def _rests(self, value: Value, theory: Theory) -> bool:
@@ -476,9 +504,14 @@ def _storage_of(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _is_hashable(key: list[Any]) -> bool:
+def _facts(value: Value) -> Hashable:
+    """All that a rule sees of a tensor without data of its own."""
+    return value.shape, value.source, value.fill, *value.labels.values()
+
+
+def _is_hashable(key: tuple[Any, ...]) -> bool:
     try:
-        hash(tuple(key))
+        hash(key)
     except TypeError:
         return False
     return True
@@ -578,9 +611,7 @@ def _run(
         surroundings = Surroundings([*model.modules(), *shared, *runs.shared], fakes.is_ours)
         try:
             for is_training in (False, True):
-                for output in runs.outputs(is_training):
-                    for leaf in leaves(output):
-                        recorder.freeze(leaf)
+                runs.follow(is_training)
                 for leaf in _attributes(twin) | lasting:  # what the model keeps for its next calls
                     recorder.freeze_content(leaf)
         finally:
@@ -615,8 +646,8 @@ class _Runs:
         self._sizes = frozenset(size for size in sizes_of(inputs) or () if size is not None)
         self.shared = self._copy(inputs)[2]
 
-    def outputs(self, is_training: bool) -> list[Any]:
-        """Follow the copy in one mode; returns what it returns, once for each way.
+    def follow(self, is_training: bool) -> None:
+        """Follow the copy in one mode, on each way; what it returns does not move.
 
         Raises:
             Untraceable: if it cannot be followed.
@@ -627,12 +658,13 @@ class _Runs:
         states = random_states(self._twin)
         try:
             with Watch(self._recorder.pin, self._sizes, self._recorder.fakes.of) as watch:
-                outputs = [self._first()]
+                self._freeze(self._first())
                 first = self._recorder.scout
                 if watch.asks_for_gradients:
-                    outputs.append(self._with_gradients(watch))
-                if watch.asks_for_sizes:
-                    outputs += self._with_other_sizes(first, in_both=watch.compares_sizes)
+                    self._freeze(self._with_gradients(watch))
+                # where nothing moves, other sizes cannot tell more
+                if watch.asks_for_sizes and not all(theory.is_exhausted for theory in self._recorder.theories):
+                    self._with_other_sizes(first, in_both=watch.compares_sizes)
         except Untraceable:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -647,7 +679,10 @@ class _Runs:
                 f"it draws from Python's or numpy's random numbers in {mode} mode, on which its path may depend: draw with "
                 f"torch, on tensors"
             )
-        return outputs
+
+    def _freeze(self, output: Any) -> None:
+        for leaf in leaves(output):
+            self._recorder.freeze(leaf)
 
     def _copy(self, inputs: Inputs) -> tuple[Inputs, list[Tensor], list[object]]:
         """Inputs without data, their tensors, and what they share with the given ones."""
@@ -704,8 +739,8 @@ class _Runs:
         finally:
             watch.with_gradients = False
 
-    def _with_other_sizes(self, first: Scout, *, in_both: bool) -> list[Any]:
-        """Follow a copy whose path may depend on the sizes of its inputs with others that it takes; returns its outputs.
+    def _with_other_sizes(self, first: Scout, *, in_both: bool) -> None:
+        """Follow a copy whose path may depend on the sizes of its inputs with others that it takes.
 
         Whether it takes another path is looked at first, which costs less than to follow it.
 
@@ -716,7 +751,6 @@ class _Runs:
         Raises:
             Untraceable: if the parameters that it reads depend on the sizes.
         """
-        outputs: list[Any] = []
         for candidates in other_sizes(self._inputs):
             other, second = self._taken(candidates)
             if other is None:
@@ -729,14 +763,18 @@ class _Runs:
                     raise Untraceable("which of its parameters it reads depends on the sizes of its inputs")
             self._recorder.readings.pin_choices(first.choices ^ second.choices)
             if second.differs(first):
-                outputs.append(self._follow(other))
+                self._freeze(self._follow(other))
             if not in_both or first.num_operations > _LONG:
                 break
-        return outputs
 
     def _taken(self, candidates: Iterable[Inputs]) -> tuple[Inputs | None, Scout]:
         """The first of some inputs that the copy takes, and its path."""
+        refused: set[tuple[tuple[int, ...], ...]] = set()
         for inputs in candidates:
+            shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor))
+            if shapes in refused:
+                continue
+            refused.add(shapes)
             try:
                 self._follow(inputs, is_scouting=True)
             except SearchStopped:
