@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teleport_optim.symmetry.labels import Array, Labels, Units
+from teleport_optim.symmetry.labels import Array, Labels, Units, stretched
 
 __all__ = [
     "EVEN",
@@ -115,9 +115,11 @@ class Theory(ABC):
         units: The channels.
         slots: The parameters that move, and with which channels.
         changes_numbers: Whether the group changes the entries of tensors, and not only their places.
+        learns_once: Whether an operation of the same channels tells nothing new when it is met once more.
     """
 
     changes_numbers = True
+    learns_once = True
 
     def __init__(self, name: str, units: Units) -> None:
         self.name = name
@@ -162,7 +164,7 @@ class Theory(ABC):
         name, own_axis = self._locate(value, axis)
         bound = []
         for one in labels:
-            units, roles = (np.broadcast_to(array.ravel(), value.shape[axis]) for array in (one.units, one.roles))
+            units, roles = (stretched(array.ravel(), (value.shape[axis],)) for array in (one.units, one.roles))
             self.slots.append(Slot(name, own_axis, None, units, roles, power * one.sign))
             # who reads a variance sees the factor as often as its power says
             bound += [Labels(units, roles, one.sign)] * (power if self.changes_numbers else 1)
@@ -353,8 +355,8 @@ def place(labels: Labels, letters: Letters, target: Letters) -> Labels:
     dropped = [axis for axis in range(labels.rank) if axis not in kept]
 
     def move(array: Array) -> Array:
-        array = array.transpose([*kept, *dropped]).reshape([array.shape[axis] for axis in kept])
-        return np.expand_dims(array, [k for k, axis in enumerate(order) if axis is None])
+        shape = [1 if axis is None else array.shape[axis] for axis in order]
+        return array.transpose([*kept, *dropped]).reshape(shape)
 
     return labels.map(move)
 

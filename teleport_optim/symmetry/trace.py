@@ -140,7 +140,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._node = 0
         self._operations: dict[Any, _Operation] = {}
         self._still: dict[int, tuple[Value, set[str]]] = {}
-        self._applied: dict[Hashable, list[list[tuple[Labels, ...]]]] = {}
+        self._applied: dict[Hashable, list[tuple[Labels, ...]]] = {}
         self._known: dict[int, tuple[Tensor, Value]] = {}
         self._aliases: dict[int, list[Tensor]] = {}
 
@@ -365,8 +365,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> list[list[tuple[Labels, ...]]]:
         """For each theory, the labels of what an operation returns.
 
-        The same operation of the same channels demands nothing new: in training mode, most of a model does what it does in
-        evaluation mode. So each is followed once.
+        In training mode, most of a model does what it does in evaluation mode. Where the same operation of the same channels
+        demands nothing new, it is followed once.
         """
         nothing: list[tuple[Labels, ...]] = [()] * len(call.shapes)
         if call.name in CREATIONS:
@@ -377,20 +377,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [nothing for _ in self.theories]
         if not is_known:
             self.refuse(self.module, f"{call.name} is not an operation whose symmetries are known")
-        full = (self.module, *key, *call.shapes, *is_still, *map(_facts, values))
-        is_usual = all(value.data is None for value in values) and _is_hashable(full)
-        if is_usual and full in self._applied:
-            return self._applied[full]
+        is_usual = all(value.data is None for value in values) and _is_hashable(key)
         results = []
         for theory, rests in zip(self.theories, is_still):
             if rests:
                 results.append(nothing)
                 continue
+            is_learnt = is_usual and theory.learns_once
+            full = (theory.name, self.module, *key, *call.shapes, *(_facts(value, theory) for value in values))
+            if is_learnt and full in self._applied:
+                results.append(self._applied[full])
+                continue
             if is_known:
                 outputs = self._follow(call, theory, different)
                 # each output is a place of its own
                 result = [theory.record(call.node * _MAX_OUTPUTS + k, labels) for k, labels in enumerate(outputs, 1)]
-                result = [tuple(map(theory.shared, labels)) for labels in result]
+                if is_learnt:
+                    result = self._applied[full] = [tuple(map(theory.shared, labels)) for labels in result]
             else:
                 result = nothing
                 for value in different:
@@ -398,8 +401,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in different:
                 theory.close(value)
             results.append(result)
-        if is_usual:
-            self._applied[full] = results
         return results
 
     def _rests(self, value: Value, theory: Theory) -> bool:
@@ -504,9 +505,9 @@ def _storage_of(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _facts(value: Value) -> Hashable:
+def _facts(value: Value, theory: Theory) -> Hashable:
     """All that a rule sees of a tensor without data of its own."""
-    return value.shape, value.source, value.fill, *value.labels.values()
+    return value.shape, value.source, value.fill, value.labels.get(theory.name)
 
 
 def _is_hashable(key: tuple[Any, ...]) -> bool:
