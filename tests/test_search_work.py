@@ -12,7 +12,6 @@ from strategies import reasons_of
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
-from teleport_optim.symmetry.operations import RULES
 
 
 def deep(num_layers: int) -> nn.Module:
@@ -58,27 +57,6 @@ def test_twice_the_operations_are_twice_the_work(make: Callable[[int], nn.Module
 
     small, large = work(40), work(80)
     assert 1.1 * small < large < 2.2 * small
-
-
-def num_rules(monkeypatch: pytest.MonkeyPatch, name: str, model: nn.Module, inputs: Any) -> int:
-    """How often the rule of an operation is applied in a search for scalings."""
-    rule, count = RULES[name], 0
-
-    def counting(*args: Any) -> Any:
-        nonlocal count
-        count += 1
-        return rule(*args)
-
-    monkeypatch.setitem(RULES, name, counting)
-    find_symmetries(model, inputs, groups=["scaling"])
-    return count
-
-
-def test_an_operation_of_the_same_channels_is_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 5)
-    assert num_rules(monkeypatch, "linear", deep(9), x) == 10  # and not once more in training mode
-    with_dropout = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 2))
-    assert num_rules(monkeypatch, "dropout", with_dropout, x) == 2  # which it is not in both modes
 
 
 def test_what_only_training_mode_does_is_followed() -> None:

@@ -28,8 +28,6 @@ class Exchange(Theory):
         moves_heads: Whether heads are exchanged instead of the channels within them.
     """
 
-    learns_once = False  # channels that have been united since are told apart by where they lie
-
     def __init__(self, name: str) -> None:
         super().__init__(name, Units(parity_matters=name == "linear", use_roles=True))
         self.records: list[tuple[int, Array, Array, Array]] = []

@@ -100,8 +100,6 @@ class _Blocks(NamedTuple):
 
 
 MAX_LABELS = 16
-_MAX_COMPARED = 2**14
-"""Labels of more entries are not compared with others."""
 
 Letters = Sequence[Any]
 """A name for each axis of a tensor; axes of two tensors with the same name are the same index."""
@@ -115,11 +113,9 @@ class Theory(ABC):
         units: The channels.
         slots: The parameters that move, and with which channels.
         changes_numbers: Whether the group changes the entries of tensors, and not only their places.
-        learns_once: Whether an operation of the same channels tells nothing new when it is met once more.
     """
 
     changes_numbers = True
-    learns_once = True
 
     def __init__(self, name: str, units: Units) -> None:
         self.name = name
@@ -128,7 +124,6 @@ class Theory(ABC):
         self._data: set[str] = set()
         self._parameters: dict[str, list[tuple[Labels, ...] | None]] = {}
         self._blocked: dict[tuple[str, int], _Blocks] = {}
-        self._shared: dict[tuple[Any, ...], Labels] = {}
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -322,13 +317,6 @@ class Theory(ABC):
     @abstractmethod
     def record(self, node: int, labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
         """Remember that channels pass through a node of the graph; returns the labels that can move on."""
-
-    def shared(self, labels: Labels) -> Labels:
-        """The same labels, as the one object for all that are equal, by which they are known again."""
-        if labels.units.size > _MAX_COMPARED:
-            return labels
-        key = (labels.units.shape, labels.units.tobytes(), labels.roles.tobytes(), labels.sign)
-        return self._shared.setdefault(key, labels)
 
     def lets_through(self, tags: frozenset[str]) -> bool:
         return self.name in tags

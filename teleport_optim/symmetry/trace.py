@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -140,7 +140,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._node = 0
         self._operations: dict[Any, _Operation] = {}
         self._still: dict[int, tuple[Value, set[str]]] = {}
-        self._applied: dict[Hashable, list[tuple[Labels, ...]]] = {}
         self._known: dict[int, tuple[Tensor, Value]] = {}
         self._aliases: dict[int, list[Tensor]] = {}
 
@@ -241,7 +240,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if not outputs:
             return result
-        self._record(operation, args, kwargs, values, outputs, (func, *key))
+        self._record(operation, args, kwargs, tensors, values, outputs)
         return result
 
     def _scouted(self, tensor: Tensor) -> Value:
@@ -289,7 +288,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             return self.fakes.run(func, args, compute, tensors, tuple(key), layouts)
         except TypeError:
-            if _is_hashable(tuple(key)):
+            if _is_hashable(key):
                 raise
         return compute()
 
@@ -298,20 +297,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation: _Operation,
         args: Any,
         kwargs: Any,
+        tensors: list[Tensor],
         values: list[Value],
         outputs: list[Tensor],
-        key: tuple[Any, ...],
     ) -> None:
-        """Tell the theories of an operation, and take note of what they know of its results.
-
-        Args:
-            operation: The operation.
-            args: Its positional arguments.
-            kwargs: Its other arguments.
-            values: What is known of its tensors.
-            outputs: The tensors that it returns.
-            key: What it is and takes, but for its tensors.
-        """
+        """Tell the theories of an operation, and take note of what they know of its results."""
         self._node += 1
         call = self._call(operation, args, kwargs, outputs)
         written = self._written(operation, args, kwargs)
@@ -321,8 +311,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.introduce(outputs[0], view)
                 return
         different = list({id(value): value for value in values}.values())
-        labels = self._apply(call, values, operation.is_known, key)
-        source = values[0] if values and operation.name in COPIES else None
+        labels = self._apply(call, different, operation.is_known)
+        source = values[0] if tensors and operation.name in COPIES else None
         fill, data = (source.fill, source.data) if source else (self._fill(call), None)
         reads_inputs = any(value.reads_inputs for value in different)
         results = []
@@ -360,45 +350,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [self._as_values(entry) for entry in argument]
         return argument
 
-    def _apply(
-        self, call: Call, values: list[Value], is_known: bool, key: tuple[Any, ...]
-    ) -> list[list[tuple[Labels, ...]]]:
-        """For each theory, the labels of what an operation returns.
-
-        In training mode, most of a model does what it does in evaluation mode. Where the same operation of the same channels
-        demands nothing new, it is followed once.
-        """
+    def _apply(self, call: Call, values: list[Value], is_known: bool) -> list[list[tuple[Labels, ...]]]:
         nothing: list[tuple[Labels, ...]] = [()] * len(call.shapes)
         if call.name in CREATIONS:
             return [nothing for _ in self.theories]
-        different = list({id(value): value for value in values}.values())
-        is_still = [all(self._rests(value, theory) for value in different) for theory in self.theories]
+        is_still = [all(self._rests(value, theory) for value in values) for theory in self.theories]
         if all(is_still):
             return [nothing for _ in self.theories]
         if not is_known:
             self.refuse(self.module, f"{call.name} is not an operation whose symmetries are known")
-        is_usual = all(value.data is None for value in values) and _is_hashable(key)
         results = []
         for theory, rests in zip(self.theories, is_still):
             if rests:
                 results.append(nothing)
                 continue
-            is_learnt = is_usual and theory.learns_once
-            full = (theory.name, self.module, *key, *call.shapes, *(_facts(value, theory) for value in values))
-            if is_learnt and full in self._applied:
-                results.append(self._applied[full])
-                continue
             if is_known:
-                outputs = self._follow(call, theory, different)
+                outputs = self._follow(call, theory, values)
                 # each output is a place of its own
                 result = [theory.record(call.node * _MAX_OUTPUTS + k, labels) for k, labels in enumerate(outputs, 1)]
-                if is_learnt:
-                    result = self._applied[full] = [tuple(map(theory.shared, labels)) for labels in result]
             else:
                 result = nothing
-                for value in different:
+                for value in values:
                     theory.freeze(value)
-            for value in different:
+            for value in values:
                 theory.close(value)
             results.append(result)
         return results
@@ -505,14 +479,9 @@ def _storage_of(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _facts(value: Value, theory: Theory) -> Hashable:
-    """All that a rule sees of a tensor without data of its own."""
-    return value.shape, value.source, value.fill, value.labels.get(theory.name)
-
-
-def _is_hashable(key: tuple[Any, ...]) -> bool:
+def _is_hashable(key: list[Any]) -> bool:
     try:
-        hash(key)
+        hash(tuple(key))
     except TypeError:
         return False
     return True
