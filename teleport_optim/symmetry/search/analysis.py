@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teleport_optim.symmetry.search.channels import Array, Labels, Units
+from teleport_optim.symmetry.search.channels import Array, Labels, Units, stretched
 
 __all__ = [
     "EVEN",
@@ -159,7 +159,7 @@ class Theory(ABC):
         name, own_axis = self._locate(value, axis)
         bound = []
         for one in labels:
-            units, roles = (np.broadcast_to(array.ravel(), value.shape[axis]) for array in (one.units, one.roles))
+            units, roles = (stretched(array.ravel(), (value.shape[axis],)) for array in (one.units, one.roles))
             self.slots.append(Slot(name, own_axis, None, units, roles, power * one.sign))
             # who reads a variance sees the factor as often as its power says
             bound += [Labels(units, roles, one.sign)] * (power if self.changes_numbers else 1)
@@ -258,6 +258,13 @@ class Theory(ABC):
             return False
         return all(self.units.are_fixed(one.units) for own in axes for one in own or ())
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether no parameter moves, and none can be made to, so that nothing is left to be found."""
+        if any(own is None for axes in self._parameters.values() for own in axes):
+            return False
+        return all(self.units.are_fixed(slot.units) for slot in self.slots)
+
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""
         for labels in self.settle(value):
@@ -336,8 +343,8 @@ def place(labels: Labels, letters: Letters, target: Letters) -> Labels:
     dropped = [axis for axis in range(labels.rank) if axis not in kept]
 
     def move(array: Array) -> Array:
-        array = array.transpose([*kept, *dropped]).reshape([array.shape[axis] for axis in kept])
-        return np.expand_dims(array, [k for k, axis in enumerate(order) if axis is None])
+        shape = [1 if axis is None else array.shape[axis] for axis in order]
+        return array.transpose([*kept, *dropped]).reshape(shape)
 
     return labels.map(move)
 

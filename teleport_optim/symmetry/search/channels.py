@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FIXED", "Labels", "Units", "broadcast_axes", "coordinates", "mix"]
+__all__ = ["FIXED", "Labels", "Units", "broadcast_axes", "coordinates", "mix", "stretched"]
 
 Array = NDArray[Any]
 
@@ -47,6 +48,11 @@ def coordinates(shape: Sequence[int], axes: Sequence[int]) -> Array:
     return result
 
 
+def stretched(array: Array, shape: tuple[int, ...]) -> Array:
+    """An array broadcast to ``shape``; most often it has that shape, and numpy takes long to find that out."""
+    return array if array.shape == shape else np.broadcast_to(array, shape)
+
+
 def broadcast_axes(array: Array) -> tuple[int, ...]:
     """The axes along which an array changes."""
     return tuple(axis for axis, size in enumerate(array.shape) if size != 1)
@@ -73,7 +79,7 @@ class Labels:
         roles = np.zeros_like(units, dtype=np.uint64) if roles is None else roles
         return cls(units.reshape(shape), roles.reshape(shape), sign)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[int, ...]:
         """The axes along which the labels change."""
         return broadcast_axes(self.units)
@@ -240,7 +246,7 @@ class Units:
     def unite(self, one: Labels, other: Labels) -> None:
         """Let the entries of two labels, whose shapes broadcast, move alike."""
         shape = np.broadcast_shapes(one.units.shape, other.units.shape)
-        first, second = ([np.broadcast_to(array, shape).ravel() for array in (x.units, x.roles)] for x in (one, other))
+        first, second = ([stretched(array, shape).ravel() for array in (x.units, x.roles)] for x in (one, other))
         sign = one.sign * other.sign
         roots_a, roles_a, signs_a = self.find(*first)
         roots_b, roles_b, signs_b = self.find(*second)

@@ -46,7 +46,7 @@ _ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
 """What an assignment to ``.data`` asks; the assignment itself is no operation."""
 _LONG = 3000
 """Operations from which on a model is followed with smaller inputs only."""
-_LIFTS = frozenset({"lift", "lift_fresh", "lift_fresh_copy"})
+_LIFTS = frozenset({"lift", "lift_fresh"})
 _GROUPED_PRODUCT = "_grouped_mm"
 """A product of experts, of which torch tells the shape for some types only."""
 _MAX_OUTPUTS = 2**16
@@ -105,6 +105,9 @@ class _Operation(NamedTuple):
         name = schema.name.split("::")[-1]
         if name not in _NAMED_IN_PLACE:
             name = name if name.startswith("_") and not name.endswith("_") else name.rstrip("_") or name
+        twin = name.removeprefix("unsafe_").removesuffix("_copy")
+        if twin in RULES:  # the same, but for whether the result shares memory
+            name = twin
         written = (a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         return cls(
             name,
@@ -578,9 +581,7 @@ def _run(
         surroundings = Surroundings([*model.modules(), *shared, *runs.shared], fakes.is_ours)
         try:
             for is_training in (False, True):
-                for output in runs.outputs(is_training):
-                    for leaf in leaves(output):
-                        recorder.freeze(leaf)
+                runs.follow(is_training)
                 for leaf in _attributes(twin) | lasting:  # what the model keeps for its next calls
                     recorder.freeze_content(leaf)
         finally:
@@ -615,8 +616,8 @@ class _Runs:
         self._sizes = frozenset(size for size in sizes_of(inputs) or () if size is not None)
         self.shared = self._copy(inputs)[2]
 
-    def outputs(self, is_training: bool) -> list[Any]:
-        """Follow the copy in one mode; returns what it returns, once for each way.
+    def follow(self, is_training: bool) -> None:
+        """Follow the copy in one mode, on each way; what it returns does not move.
 
         Raises:
             Untraceable: if it cannot be followed.
@@ -627,12 +628,13 @@ class _Runs:
         states = random_states(self._twin)
         try:
             with Watch(self._recorder.pin, self._sizes, self._recorder.fakes.of) as watch:
-                outputs = [self._first()]
+                self._freeze(self._first())
                 first = self._recorder.scout
                 if watch.asks_for_gradients:
-                    outputs.append(self._with_gradients(watch))
-                if watch.asks_for_sizes:
-                    outputs += self._with_other_sizes(first, in_both=watch.compares_sizes)
+                    self._freeze(self._with_gradients(watch))
+                # where nothing moves, other sizes cannot tell more
+                if watch.asks_for_sizes and not all(theory.is_exhausted for theory in self._recorder.theories):
+                    self._with_other_sizes(first, in_both=watch.compares_sizes)
         except Untraceable:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -647,7 +649,10 @@ class _Runs:
                 f"it draws from Python's or numpy's random numbers in {mode} mode, on which its path may depend: draw with "
                 f"torch, on tensors"
             )
-        return outputs
+
+    def _freeze(self, output: Any) -> None:
+        for leaf in leaves(output):
+            self._recorder.freeze(leaf)
 
     def _copy(self, inputs: Inputs) -> tuple[Inputs, list[Tensor], list[object]]:
         """Inputs without data, their tensors, and what they share with the given ones."""
@@ -704,8 +709,8 @@ class _Runs:
         finally:
             watch.with_gradients = False
 
-    def _with_other_sizes(self, first: Scout, *, in_both: bool) -> list[Any]:
-        """Follow a copy whose path may depend on the sizes of its inputs with others that it takes; returns its outputs.
+    def _with_other_sizes(self, first: Scout, *, in_both: bool) -> None:
+        """Follow a copy whose path may depend on the sizes of its inputs with others that it takes.
 
         Whether it takes another path is looked at first, which costs less than to follow it.
 
@@ -716,7 +721,6 @@ class _Runs:
         Raises:
             Untraceable: if the parameters that it reads depend on the sizes.
         """
-        outputs: list[Any] = []
         for candidates in other_sizes(self._inputs):
             other, second = self._taken(candidates)
             if other is None:
@@ -729,14 +733,18 @@ class _Runs:
                     raise Untraceable("which of its parameters it reads depends on the sizes of its inputs")
             self._recorder.readings.pin_choices(first.choices ^ second.choices)
             if second.differs(first):
-                outputs.append(self._follow(other))
+                self._freeze(self._follow(other))
             if not in_both or first.num_operations > _LONG:
                 break
-        return outputs
 
     def _taken(self, candidates: Iterable[Inputs]) -> tuple[Inputs | None, Scout]:
         """The first of some inputs that the copy takes, and its path."""
+        refused: set[tuple[tuple[int, ...], ...]] = set()
         for inputs in candidates:
+            shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor))
+            if shapes in refused:
+                continue
+            refused.add(shapes)
             try:
                 self._follow(inputs, is_scouting=True)
             except SearchStopped:

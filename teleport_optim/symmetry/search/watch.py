@@ -321,16 +321,21 @@ def _resized(
     return resized
 
 
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
+
+
 def random_states(model: nn.Module) -> list[Any]:
     """The states of Python's and numpy's random numbers, those of generators that modules keep among them."""
     states: list[Any] = [random.getstate(), _plain(np.random.get_state())]  # noqa: NPY002 - what models draw from
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-                states.append(value.getstate())
+            if not isinstance(value, _GENERATORS):
+                continue
+            if isinstance(value, random.Random):
+                states += [] if isinstance(value, random.SystemRandom) else [value.getstate()]
             elif isinstance(value, np.random.RandomState):
                 states.append(_plain(value.get_state()))
-            elif isinstance(value, np.random.Generator):
+            else:
                 states.append(str(value.bit_generator.state))
     return states
 
