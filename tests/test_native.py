@@ -209,7 +209,6 @@ def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
         {"weight_decay": 0.1},
         {"checkpoint": "light"},
         {"checkpoint": MetaOptimizer(4, block_rows=1)},
-        {"guard": True},
         {"teleport": False},
     ],
     ids=str,
@@ -347,7 +346,7 @@ def test_it_is_not_needed() -> None:
 import sys
 sys.modules["teleport_optim.optim.kernels._native"] = None
 import torch, teleport_optim
-from teleport_optim import native
+from teleport_optim.optim.kernels import native
 assert native._native is None
 model = torch.nn.Linear(3, 2)
 optimizer = teleport_optim.LearnedTeleportOptimizer.for_model(model, total_steps=5)

@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_optimizer import X, Y, network, train
+from test_optimizer import network, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -39,6 +39,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, OptimizerStateError
+from teleport_optim.optim.optimizer import TeleportOptimizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
@@ -46,7 +47,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
 ]
 
-SAMPLE = Path(__file__).parent / "samples" / "optimizer_state_0.1.pt"
 ROWS = ("hidden", "outputs", "log_grad_rms")
 FLOAT32 = (*ROWS, "step", "skipped")
 _ADDED = {"initial_lr"}
@@ -80,7 +80,7 @@ MAKERS: dict[str, Make] = {
     "horizon": horizon,
     "all learned": all_learned,
     "open-ended": LearnedTeleportOptimizer.for_model,
-    "guarded": lambda model: LearnedTeleportOptimizer.for_model(model, guard=True),
+    "nothing learned": lambda model: TeleportOptimizer(model.parameters(), model=model, total_steps=200),
     "two groups": lambda model: LearnedTeleportOptimizer(two_groups(model), model=model, total_steps=200),
     "bfloat16": horizon,
     "AdamW": adamw,
@@ -159,7 +159,7 @@ class Run:
             part.load_state_dict(state[name])
 
 
-def resume_everywhere(case: str) -> tuple[int, float]:
+def resume_everywhere(case: str) -> float:
     """Break a run of 200 steps off at 20 random ones, and resume from each up to the next one."""
     stops = [*sorted(random.Random(case).sample(range(1, 200), 20)), 200]
     run, saved, largest = Run.of(case), None, 0.0
@@ -172,15 +172,12 @@ def resume_everywhere(case: str) -> tuple[int, float]:
             assert resumed.train(first, last) == sizes
             assert same(resumed.state(), run.state()), f"steps {first} to {last}"
         saved = through_file(run.state())
-    stats = getattr(run.optimizer, "stats", lambda: None)()
-    return (stats.num_guarded_steps if stats else 0), largest
+    return largest
 
 
 @every_case
 def test_a_run_is_resumed_bit_for_bit_anywhere(case: str) -> None:
-    num_guarded, largest = resume_everywhere(case)
-    assert (num_guarded > 0) == (case == "guarded")
-    assert (largest > 1e-3) == (case != "AdamW")
+    assert (resume_everywhere(case) > 1e-3) == (case != "AdamW")
 
 
 RESUME = """
@@ -211,10 +208,10 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert same(run.state(), after[case]), case
 
 
-@pytest.mark.parametrize("lost", ["nothing", "exp_avg", "average_offset", *ROWS, "num_steps", "guard", "scheduler"])
+@pytest.mark.parametrize("lost", ["nothing", "exp_avg", "average_offset", *ROWS, "num_steps", "scheduler"])
 def test_whatever_is_lost_is_missed(lost: str) -> None:
     """The control of the tests above: every part of the state matters, up to the control and teleport of step 80 at the latest."""
-    case, start = ("guarded", 50) if lost == "guard" else ("all learned", 48)
+    case, start = "all learned", 48
     run = Run.of(case)
     run.train(0, start)
     saved = through_file(run.state())
@@ -223,8 +220,6 @@ def test_whatever_is_lost_is_missed(lost: str) -> None:
         saved["scheduler"]["last_epoch"] = 0
     elif lost == "num_steps":
         group["num_steps"] -= 3
-    elif lost == "guard":
-        group.update({key: math.inf for key in group if key.startswith("guard_log")})
     elif lost != "nothing":
         for slots in saved["optimizer"]["state"].values():
             slots[lost] = torch.zeros_like(slots[lost])
@@ -413,78 +408,44 @@ def test_copies_share_nothing_and_go_on_bit_for_bit(case: str, clone: Callable[[
     assert same(run.state(), other.state())
 
 
-def test_a_sample_of_version_0_1_is_loaded_and_trains_on() -> None:
-    """Its momenta and counts are those that were saved, and all that was saved matters; the rule is another one now."""
-    sample = torch.load(SAMPLE, weights_only=True)
-
-    def trained(change: Callable[[dict[Any, Any]], object]) -> dict[str, Tensor]:
-        saved = copy.deepcopy(sample["optimizer"])
-        saved["param_groups"][0]["total_steps"] = 120
-        change(saved)
-        model = network(seed=9)
-        model.load_state_dict(sample["model"])
-        optimizer = all_learned(model)
-        optimizer.load_state_dict(saved)
-        stats = optimizer.stats()
-        assert (stats.num_steps, stats.num_skipped_steps, stats.num_guarded_steps) == (13, 0, 0)
-        assert len(optimizer.state) == len(list(model.parameters()))
-        for row, param in enumerate(model.parameters()):
-            slots, own = optimizer.state[param], saved["state"][row]
-            assert_sound(param, slots)
-            assert same(slots["exp_avg"], own["exp_avg"].bfloat16())
-            assert not slots["average_offset"].any()
-            assert same(slots["step"], own["step"])
-            rows = {key: saved["state"]["meta_optimizer"][key][row] for key in ROWS}
-            assert rows["outputs"].shape == (6,)
-            rows["outputs"] = torch.cat([rows["outputs"][:2], rows["outputs"][3:]])
-            assert same({key: slots[key] for key in ROWS}, rows)
-        assert same(optimizer.state_dict()["state"], through_file(optimizer.state_dict())["state"])
-        before = F.cross_entropy(model(X), Y).item()
-        train(model, optimizer, 107)  # to where the meta-optimizer is asked again, and after
-        assert F.cross_entropy(model(X), Y).item() < 0.9 * before
-        assert all(param.isfinite().all() for param in model.parameters())
-        return model.state_dict()
-
-    def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-        return max(float((first[name] - value).abs().max()) for name, value in second.items())
-
-    expected = trained(lambda saved: None)
-    assert distance(trained(lambda saved: None), expected) == 0.0
-    assert distance(trained(lambda saved: saved["state"]["meta_optimizer"]["hidden"].zero_()), expected) > 1e-3
-    assert distance(trained(lambda saved: saved["state"]["meta_optimizer"]["outputs"].zero_()), expected) > 1e-3
-    assert distance(trained(lambda saved: saved["state"][2]["exp_avg"].zero_()), expected) > 1e-3
-
-
-@pytest.mark.parametrize("is_flat", [False, True], ids=["by number", "by name"])
-def test_states_with_six_outputs_load_without_the_third(is_flat: bool) -> None:
-    """As earlier versions saved them; whatever the third output was, training goes on as from a state of today."""
-
-    def six(slots: dict[str, Tensor], third: float) -> dict[str, Tensor]:
-        outputs = slots["outputs"]
-        return {**slots, "outputs": torch.cat([outputs[:2], torch.tensor([third]), outputs[2:]])}
-
+def test_states_of_before_the_first_release_are_refused_with_a_sentence() -> None:
+    """They kept the rows of all tensors together; what to do instead is said, and nothing has changed."""
     model = network()
     optimizer = horizon(model)
-    train(model, optimizer, 33)
-    saved = through_file(optimizer.state_dict())
-    if is_flat:
-        names = saved["param_groups"][0]["param_names"]
-        saved["state"] = {names[index]: slots for index, slots in saved["state"].items()}
-        saved["param_groups"][0]["params"] = list(names)
-    ends = []
-    for third in (None, 0.0, 7.0):
-        old = copy.deepcopy(saved)
-        if third is not None:
-            old["state"] = {key: six(slots, third) for key, slots in old["state"].items()}
-        before, other = copy.deepcopy(old), network(seed=9)
-        other.load_state_dict(model.state_dict())
-        resumed = horizon(other)
-        resumed.load_state_dict(old)
-        assert same(old, before)
-        assert same(resumed.state_dict(), optimizer.state_dict())
-        train(other, resumed, 12)
-        ends.append((other.state_dict(), resumed.state_dict()))
-    assert all(same(end, ends[0]) for end in ends)
+    train(model, optimizer, 3)
+    old = through_file(optimizer.state_dict())
+    old["state"]["meta_optimizer"] = {key: torch.stack([own[key] for own in old["state"].values()]) for key in ROWS}
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(OptimizerStateError, match="before the first release cannot be loaded: load the weights"):
+        optimizer.load_state_dict(old)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_states_with_six_outputs_are_refused() -> None:
+    model = network()
+    optimizer = horizon(model)
+    train(model, optimizer, 3)
+    old = through_file(optimizer.state_dict())
+    for slots in old["state"].values():
+        slots["outputs"] = torch.cat([slots["outputs"], torch.zeros(1)])
+    with pytest.raises(OptimizerStateError, match=r"outputs of parameter 0 is \(6,\)"):
+        optimizer.load_state_dict(old)
+
+
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_a_state_of_another_controller_is_refused(is_learned: bool) -> None:
+    """What a controller remembers is missing in a state without one; without a controller it is kept and does nothing."""
+    model = network()
+    rule = TeleportOptimizer(model.parameters(), model=model, total_steps=200)
+    learned = LearnedTeleportOptimizer(model.parameters(), model=model, total_steps=200)
+    train(model, rule if is_learned else learned, 3)
+    if is_learned:
+        with pytest.raises(OptimizerStateError, match="it is of another optimizer"):
+            learned.load_state_dict(rule.state_dict())
+    else:
+        rule.load_state_dict(learned.state_dict())
+        train(model, rule, 3)
+        assert rule.stats().num_steps == 6
 
 
 # Random use.
@@ -518,14 +479,14 @@ LATER = ("bend", "layers.4.weight", "tilt")
 class Pair:
     """A network, the optimizer that teleports it, and a second one of the same parameters that does not."""
 
-    def __init__(self, total_steps: int | None, guard: bool, groups: tuple[str, ...] = ()) -> None:
+    def __init__(self, total_steps: int | None, average: bool, groups: tuple[str, ...] = ()) -> None:
         self.model = Net()
         named = {name: param for name, param in self.model.named_parameters() if name not in LATER}
         first = [param for name, param in named.items() if name.startswith("layers.0")]
         rest = [param for name, param in named.items() if not name.startswith("layers.0")]
         options: dict[str, Any] = {"model": self.model, "total_steps": total_steps, "example_inputs": INPUTS}
         self.optimizers = [
-            LearnedTeleportOptimizer([{"params": first}, {"params": rest, "lr": 0.5}], guard=guard, **options),
+            LearnedTeleportOptimizer([{"params": first}, {"params": rest, "lr": 0.5}], average=average, **options),
             LearnedTeleportOptimizer(named.values(), teleport=False, **options),
         ]
         for name in groups:
@@ -567,9 +528,9 @@ class Pair:
 class RandomUse(RuleBasedStateMachine):
     """Whatever is done is done to two pairs: one that goes on and one that was made of what it had saved."""
 
-    @initialize(total_steps=st.sampled_from([None, 30, 1000]), guard=st.booleans())
-    def start(self, total_steps: int | None, guard: bool) -> None:
-        self.options = (total_steps, guard)
+    @initialize(total_steps=st.sampled_from([None, 30, 1000]), average=st.booleans())
+    def start(self, total_steps: int | None, average: bool) -> None:
+        self.options = (total_steps, average)
         self.groups: tuple[str, ...] = ()
         self.pair = Pair(*self.options)
         self.twin = Pair(*self.options)
@@ -689,16 +650,20 @@ class RandomUse(RuleBasedStateMachine):
                 slots = optimizer.state.get(param, {})
                 if slots:
                     assert_sound(param, slots)
+                    assert ("average_offset" in slots) == optimizer._has_average
                 assert int(slots.get("step", 0)) == counts["own"].get(name, 0)
                 assert int(slots.get("skipped", 0)) == counts["own skipped"].get(name, 0)
 
 
 def assert_sound(param: Tensor, slots: dict[str, Tensor]) -> None:
-    counts = {"fingerprint", "average_start", "average_end"}
-    assert set(slots) >= {"exp_avg", "average_offset", *counts, *FLOAT32}
-    assert all(slots[key].dtype == torch.int64 and slots[key].shape == () for key in counts)
-    assert 0 <= slots["average_start"] <= slots["average_end"]
-    assert slots["exp_avg"].shape == slots["average_offset"].shape == param.shape
+    assert set(slots) >= {"exp_avg", *FLOAT32}
+    assert slots["exp_avg"].shape == param.shape
+    if "average_offset" in slots:
+        counts = {"fingerprint", "average_start", "average_end"}
+        assert set(slots) >= counts
+        assert all(slots[key].dtype == torch.int64 and slots[key].shape == () for key in counts)
+        assert 0 <= slots["average_start"] <= slots["average_end"]
+        assert slots["average_offset"].shape == param.shape
     assert all(slots[key].dtype == torch.float32 for key in FLOAT32)
     assert all(slots[key].isfinite().all() for key in slots if key != "log_grad_rms")
     assert not slots["log_grad_rms"].isinf().any()
@@ -804,7 +769,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "seven outputs": (changed("state", 0, "outputs", to=torch.zeros(7)), r"outputs of parameter 0 is \(7,\)"),
     "six integer outputs": (changed("state", 0, "outputs", to=torch.zeros(6, dtype=torch.int64)), "of real numbers"),
     "six outputs without data": (changed("state", 0, "outputs", to=torch.zeros(6, device="meta")), "of real numbers"),
-    "six outputs, one NaN": (changed("state", 0, "outputs", to=torch.tensor([0, 0, 0, 0, 0, math.nan])), "cannot be"),
+    "outputs, one NaN": (changed("state", 0, "outputs", to=torch.tensor([0, 0, 0, 0, math.nan])), "cannot be"),
     "other hidden size": (changed("state", 0, "hidden", to=torch.zeros(6)), r"hidden of parameter 0 is \(6,\)"),
     "no tensor": (changed("state", 0, "exp_avg", to=None), "exp_avg of parameter 0 is NoneType"),
     "a missing slot": (lambda s: s["state"][0].pop("hidden"), "it is of another optimizer or a newer version"),
@@ -820,6 +785,10 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "parameters of evaluation mode outside of it": (
         changed("state", 0, "iterate", to=torch.ones(10, 6)),
         "holds 'iterate', but was not saved in evaluation mode",
+    ),
+    "evaluation mode without parameters to go back to": (
+        changed("param_groups", 0, "is_eval", to=True),
+        "expected .*'iterate'",
     ),
     "a tensor for slots": (changed("state", 0, to=torch.ones(3)), "state of parameter 0 holds Tensor"),
     "none for slots": (changed("state", 0, to=None), "state of parameter 0 holds NoneType"),
@@ -839,7 +808,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "too many steps": (changed("param_groups", 0, "num_steps", to=10**300), "num_steps .* is 1000"),
     "steps in words": (changed("param_groups", 0, "num_steps", to="13"), "num_steps .* is '13'"),
     "true steps": (changed("param_groups", 0, "num_steps", to=True), "num_steps .* is True"),
-    "no guard": (changed("param_groups", 0, "guard_first_loss", to=math.nan), "guard_first_loss .* is nan"),
+    "no level": (changed("param_groups", 0, "total_steps_level", to=math.nan), "total_steps_level .* is nan"),
     "groups that differ": (changed("param_groups", 1, "num_steps", to=7), "differ in what they share"),
     "runs that differ": (changed("param_groups", 1, "total_steps", to=7), "differ in what they share"),
     "a negative lr": (changed("param_groups", 0, "lr", to=-1.0), "cannot be used: Invalid learning rate: -1.0"),
@@ -861,7 +830,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(what: str) -> None:
     change, message = REFUSED[what]
     model, other = network(), network()
     optimizer, control = (
-        LearnedTeleportOptimizer(position_groups(own), model=own, total_steps=60, guard=True) for own in (model, other)
+        LearnedTeleportOptimizer(position_groups(own), model=own, total_steps=60) for own in (model, other)
     )
     train(model, optimizer, 37)
     train(other, control, 37)
@@ -986,7 +955,7 @@ def damage(saved: dict[str, Any], rng: random.Random) -> None:
 def fuzzed() -> tuple[list[tuple[nn.Module, LearnedTeleportOptimizer]], list[dict[str, Any]]]:
     """Optimizers that load, each for the state dict of the same index."""
     pairs, saved = [], []
-    for make in (MAKERS["open-ended"], MAKERS["two groups"], MAKERS["guarded"], lambda own: make_plain(own)):
+    for make in (MAKERS["open-ended"], MAKERS["two groups"], horizon, lambda own: make_plain(own)):
         model, other = network(), network(seed=4)
         optimizer, target = make(model), make(other)
         assert isinstance(target, LearnedTeleportOptimizer)
@@ -994,7 +963,6 @@ def fuzzed() -> tuple[list[tuple[nn.Module, LearnedTeleportOptimizer]], list[dic
         train(other, target, 3)
         pairs.append((other, target))
         saved.append(copy.deepcopy(optimizer.state_dict()))
-    saved[-1] = torch.load(SAMPLE, weights_only=True)["optimizer"]
     return pairs, saved
 
 
@@ -1052,7 +1020,7 @@ def test_damage_at_random_is_refused_or_loads_wholly() -> None:
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_memory_stays_flat(is_saved: bool, is_leaking: bool) -> None:
     param = nn.Parameter(torch.ones(3, 2))
-    optimizer = LearnedTeleportOptimizer([param], total_steps=None, guard=True)
+    optimizer = LearnedTeleportOptimizer([param], total_steps=None)
     kept = []
     sizes: list[tuple[int, int]] = []
     num_steps = 500 if is_leaking or is_saved else 10_000

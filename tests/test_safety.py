@@ -22,7 +22,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.controls import PRIOR_MOMENTUM
-from teleport_optim.optim.guard import Guard
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from teleport_optim.testing import sequential_models
 
@@ -93,9 +92,7 @@ def losses_with_bad_gradients(seed: int) -> tuple[float, float, int]:
     model = seeded(make, seed)
     x = torch.randn(64, 5, generator=generator)
     y = torch.randint(3, (64,), generator=generator) if is_classifier else torch.randn(64, 3, generator=generator)
-    optimizer = LearnedTeleportOptimizer.for_model(
-        model, total_steps=source.choice([None, 60]), guard=source.random() < 0.5
-    )
+    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=source.choice([None, 60]))
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
@@ -117,70 +114,6 @@ def test_none_of_a_hundred_networks_diverges_under_bad_gradients() -> None:
     results = [losses_with_bad_gradients(seed) for seed in range(100)]
     assert sum(skipped for *_, skipped in results) > 300
     assert [seed for seed, (first, last, _) in enumerate(results) if not last < first] == []
-
-
-def test_the_guard_does_nothing_where_nothing_diverges() -> None:
-    ends = []
-    for guard in (False, True):
-        model = network()
-        optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=60, guard=guard)
-        ends.append(train(model, optimizer, 60))
-        assert optimizer.stats().num_guarded_steps == 0
-    assert ends[0] == ends[1]
-
-
-@pytest.mark.parametrize("with_loss", [False, True])
-def test_the_guard_takes_safe_steps_while_batches_are_bad(with_loss: bool) -> None:
-    moved = {}
-    for guard in (False, True):
-        model = network()
-        optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=150, guard=guard)
-        train(model, optimizer, 30)
-        start = copy.deepcopy(model.state_dict())
-
-        def closure(model: nn.Module = model, optimizer: LearnedTeleportOptimizer = optimizer) -> float:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(100.0 * model(100.0 * X), (Y + 1) % 3)
-            loss.backward()
-            return loss.item()
-
-        for _ in range(10):
-            if with_loss:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
-        moved[guard] = math.sqrt(sum(float((model.state_dict()[key] - start[key]).square().sum()) for key in start))
-        assert optimizer.stats().num_guarded_steps == (10 if guard else 0)
-        train(model, optimizer, 110)
-        assert optimizer.stats().num_guarded_steps >= (20 if guard else 0)
-        assert F.cross_entropy(model(X), Y).item() < (
-            0.1 if guard else 1.0
-        )  # Units may have died where none was on guard.
-    assert moved[True] < 0.3 * moved[False]
-
-
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=50))
-def test_the_guard_lets_gradients_grow_by_less_than_ten_times(norms: list[float]) -> None:
-    guard, peak = Guard(), math.inf
-    for norm in norms:
-        guard = guard.watch(norm, None)
-        is_alarm = norm > 10.0 * peak * 1.0001
-        assert not is_alarm or guard.num_safe_steps == 20
-        peak = norm if math.isinf(peak) else max(peak * math.exp(-0.02), min(norm, 10.0 * peak))
-
-
-def test_the_guard_watches_losses() -> None:
-    guard = Guard().watch(1.0, 2.0).watch(1.0, 2.15)
-    assert guard.num_safe_steps == 0
-    assert guard.watch(1.0, 2.25).num_safe_steps == 20
-    assert guard.watch(1.0, math.nan).num_safe_steps == 20
-    assert Guard().watch(1.0, math.inf).num_safe_steps == 20
-    safe = guard.watch(1.0, 3.0)
-    for left in (*range(19, -1, -1), 0):
-        safe = safe.watch(1.0, 2.0)
-        assert safe.num_safe_steps == left
-    assert Guard().watch(0.0, None) == Guard()
 
 
 @settings(max_examples=20, deadline=None)
@@ -260,7 +193,7 @@ def rms_where_it_moves(step: Tensor) -> float:
 def test_stats_tell_what_the_steps_did() -> None:
     model = network()
     optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=2 * TELEPORT_INTERVAL)
-    assert optimizer.stats() == (0, 0, 0, 0.0, {})
+    assert optimizer.stats() == (0, 0, 0.0, {})
     train(model, optimizer, TELEPORT_INTERVAL)
     train(model, optimizer, 1)
     assert optimizer.stats().teleport_size == optimizer.teleport_size > 0
@@ -270,7 +203,7 @@ def test_stats_tell_what_the_steps_did() -> None:
     stats = optimizer.stats()
     num_steps = TELEPORT_INTERVAL + 2
     assert (stats.num_steps, stats.num_skipped_steps) == (num_steps, 0)
-    assert (stats.num_guarded_steps, stats.teleport_size) == (0, 0.0)
+    assert stats.teleport_size == 0.0
     assert len({own.momentum for own in stats.tensors.values()}) == 1
     assert list(stats.tensors) == [name for name, _ in model.named_parameters()]
     for name, param in model.named_parameters():
@@ -280,22 +213,6 @@ def test_stats_tell_what_the_steps_did() -> None:
         assert abs(math.log(own.momentum / (1.0 - own.momentum)) - PRIOR_LOGIT) < 2.0
         assert all(-1.0 < value < 1.0 for value in (own.balance, own.gradient_balance))
         assert (own.decay > 0) == name.endswith("weight")
-
-
-def test_stats_of_a_safe_step_are_those_of_that_step() -> None:
-    model = network()
-    optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=40, guard=True)
-    train(model, optimizer, 12)
-    before = model[4].weight.detach().clone()
-    usual = optimizer.stats().tensors["4.weight"]
-    (100.0 * F.cross_entropy(100.0 * model(100.0 * X), (Y + 1) % 3)).backward()
-    optimizer.step()
-    own = optimizer.stats().tensors["4.weight"]
-    assert optimizer.stats().num_guarded_steps == 1
-    step = model[4].weight.detach() - (1.0 - own.decay) * before
-    assert step.square().mean().sqrt().item() == pytest.approx(own.rate, rel=1e-3)
-    assert own.rate < 0.3 * usual.rate
-    assert own.momentum == pytest.approx(PRIOR_MOMENTUM)
 
 
 def test_stats_are_logged(tmp_path: Path) -> None:
@@ -309,7 +226,7 @@ def test_stats_are_logged(tmp_path: Path) -> None:
             written[tag] = (scalar_value, global_step)
 
     optimizer.log(Writer())
-    assert len(written) == 4 + 7 * 6
+    assert len(written) == 3 + 7 * 6
     assert written["optimizer/num_steps"] == (3, 3)
     assert written["optimizer_momentum/2.weight"] == (optimizer.stats().tensors["2.weight"].momentum, 3)
     optimizer.log(Writer(), step=7, prefix="mine")

@@ -126,7 +126,7 @@ def test_an_optimizer_of_a_single_tensor_does_not_search(monkeypatch: pytest.Mon
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("there is nothing to be found")
 
-    monkeypatch.setattr("teleport_optim.optim.optimizer.find_symmetries", fail)
+    monkeypatch.setattr("teleport_optim.optim.binding.find_symmetries", fail)
     model, x = nn.Linear(4, 1, bias=False), torch.randn(3, 4)
     assert train(model, lambda: model(x)) == []
     assert not any(isinstance(hook, InputWatch) for hook in model._forward_pre_hooks.values())
@@ -291,13 +291,13 @@ def deep(width: int, depth: int) -> nn.Sequential:
 
 @pytest.mark.skipif(not are_plain([]), reason="the step in C is not built")
 def test_a_step_that_teleports_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teleport_optim.optim.rule.TELEPORT_INTERVAL", 2)
+    monkeypatch.setattr("teleport_optim.optim.schedule.TELEPORT_INTERVAL", 2)
     assert max(peaks_of_steps(deep(512, 10), torch.randn(2, 512), 3)) < 10e6  # beside 10 MB of parameters
     wide = nn.Sequential(nn.Embedding(16_000, 256), nn.ReLU(), nn.Linear(256, 4))
     assert max(peaks_of_steps(wide, torch.tensor([[3, 5]]), 3)) < 10e6  # beside a tensor of 16 MB
 
 
 def test_a_teleport_with_torch_needs_no_more_memory_than_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teleport_optim.optim.rule.TELEPORT_INTERVAL", 2)
+    monkeypatch.setattr("teleport_optim.optim.schedule.TELEPORT_INTERVAL", 2)
     first, usual, second = peaks_of_steps(deep(192, 12).double(), torch.randn(2, 192).double(), 3)
     assert max(first, second) < 1.25 * usual

@@ -63,8 +63,7 @@ def our_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerI
         "maximize": {"maximize": True},
         "maximize, weight_decay": {"maximize": True, "weight_decay": 0.1},
         "total_steps": {"total_steps": 60},
-        "guard": {"guard": True},
-        "guard, total_steps, maximize": {"guard": True, "total_steps": 60, "maximize": True},
+        "average, total_steps, maximize": {"average": False, "total_steps": 60, "maximize": True},
         "no teleport": {"teleport": False},
         "nothing learned": {"checkpoint": MetaOptimizer()},
     }

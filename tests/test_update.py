@@ -278,7 +278,8 @@ def test_the_meta_optimizer_is_asked_ever_less_often_and_its_controls_are_held_i
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
     meta_optimizer = trained_meta_optimizer()
     optimizer = LearnedTeleportOptimizer.for_model(model, checkpoint=meta_optimizer)
-    optimizer._meta_optimizer.register_forward_pre_hook(lambda *_: asked.append(len(held)))
+    assert isinstance(optimizer._controller, MetaOptimizer)
+    optimizer._controller.register_forward_pre_hook(lambda *_: asked.append(len(held)))
     held: list[list[Tensor]] = []
     for _ in range(165):
         optimizer.zero_grad()

@@ -59,16 +59,14 @@ class Progress(NamedTuple):
         return counts | horizon
 
     @classmethod
-    def pop_from(cls, group: dict[str, Any]) -> Progress:
-        """Take the entries out of a group again."""
+    def pop_from(cls, group: dict[str, Any], num_steps: int) -> Progress:
+        """Take the entries out of a group again.
+
+        torch.distributed.checkpoint drops them where it flattens a state: then ``num_steps`` counts, and the run has begun.
+        """
         values: dict[str, Any] = {}
-        for key, default in cls().entries().items():
-            if key not in group:
-                raise OptimizerStateError(
-                    f"the parameter groups hold no {key}: the state is of another optimizer, or of a version of this one from "
-                    "before the first release, which cannot be loaded. Load the weights, and begin with a new optimizer"
-                )
-            value = group.pop(key)
+        for key, default in cls(num_steps=num_steps, is_balanced=num_steps > 0).entries().items():
+            value = group.pop(key, default)
             if not _is_like(value, default):
                 raise OptimizerStateError(f"{key} in a parameter group is {value!r}, expected a number as {default!r}")
             values[key] = type(default)(value)
@@ -159,14 +157,19 @@ def read_state_dict(
     state: dict[Tensor, Slots] = defaultdict(dict)  # A tensor without state gets it at its first step.
     for key, slots in saved_state.items():
         if key not in params:
-            raise OptimizerStateError(f"there is state for {key!r}, which is in no parameter group")
+            old = " (states of before the first release cannot be loaded: load the weights, and begin with a new optimizer)"
+            raise OptimizerStateError(
+                f"there is state for {key!r}, which is in no parameter group{old if key == 'meta_optimizer' else ''}"
+            )
         if not isinstance(slots, Mapping) or slots:
             _check_keys(key, slots, ("exp_avg", *_COUNTS, *(() if hidden is None else ROW_KEYS)))
+    counts = [own["step"] for own in saved_state.values() if isinstance(own, Mapping) and "step" in own]
+    num_steps = max(map(int, counts), default=0)
     new_groups = []
     all_progress = set()
     for saved, group in zip(saved_groups, groups):
         new = copy.deepcopy({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-        all_progress.add(Progress.pop_from(new))
+        all_progress.add(Progress.pop_from(new, num_steps))
         own = {key: group[key] for key in ("params", "param_names") if key in group}
         try:
             check_group({**group, **new, **own})
@@ -225,7 +228,7 @@ def _read_slots(
         slots = {name: value for name, value in slots.items() if name not in AVERAGE_SLOTS}
     elif not slots.keys() & set(AVERAGE_SLOTS):  # Saved without an average: it begins here.
         slots = {**slots, **{name: expected[name] for name in AVERAGE_SLOTS}}
-    if progress.is_eval and ITERATE in slots:
+    if progress.is_eval:
         expected[ITERATE] = param.detach()
     _check_keys(key, slots, expected)
     if ITERATE in slots and ITERATE not in expected:
