@@ -787,7 +787,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "holds 'iterate', but was not saved in evaluation mode",
     ),
     "evaluation mode without parameters to go back to": (
-        changed("param_groups", 0, "is_eval", to=True),
+        lambda s: [group.update(is_eval=True) for group in s["param_groups"]],
         "expected .*'iterate'",
     ),
     "a tensor for slots": (changed("state", 0, to=torch.ones(3)), "state of parameter 0 holds Tensor"),

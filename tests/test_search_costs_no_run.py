@@ -279,7 +279,7 @@ def peaks_of_steps(model: nn.Module, x: Tensor, steps: int) -> list[int]:
     for step in range(steps):
         if step == 0:
             for parameter in model.parameters():
-                optimizer._new_slots(parameter)  # the state itself does not count
+                optimizer._slots_of(parameter)  # the state itself does not count
         peaks.append(peak_of(optimizer.step))
         assert (optimizer.teleport_size > 0) == (step % 2 == 0)
     return peaks
