@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.alignment import Barrier, align, interpolation_barrier
-from teleport_optim.tasks.data import digits
+from teleport_optim.meta_training.tasks.data import digits
 
 __all__ = ["NETWORKS", "Residual", "main", "plot"]
 

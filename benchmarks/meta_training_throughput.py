@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
+from teleport_optim.meta_training.tasks import InnerProblem
+from teleport_optim.meta_training.tasks.networks import cross_entropy
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.streams import stream
-from teleport_optim.tasks import InnerProblem
-from teleport_optim.tasks.networks import cross_entropy
 
 __all__ = ["main"]
 

@@ -18,10 +18,10 @@ import torch
 from teleport_optim.checkpoints import load_checkpoint
 from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
+from teleport_optim.meta_training.tasks import NETWORK_TASKS, find_task
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.streams import stream
-from teleport_optim.tasks import NETWORK_TASKS, find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["final_loss", "main"]
 

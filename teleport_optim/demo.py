@@ -22,7 +22,7 @@ from teleport_optim.evaluation.problem import Data, rescale
 from teleport_optim.evaluation.rivals import adamw, learned
 from teleport_optim.evaluation.training import Recipe, minibatch, noisy
 from teleport_optim.meta_optimizer import MetaOptimizer
-from teleport_optim.tasks.data import digits
+from teleport_optim.meta_training.tasks.data import digits
 
 __all__ = [
     "LEARNING_RATES",

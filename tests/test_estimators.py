@@ -15,10 +15,10 @@ from teleport_optim import update
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES, Config
 from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, Estimator, meta_loss, step_weights
 from teleport_optim.meta_training.rules import VARIANTS, ControllerRule, Rule, RuleOptions, make_rule
+from teleport_optim.meta_training.tasks import InnerProblem, find_task
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.meta_training.world import World
 from teleport_optim.streams import stream
-from teleport_optim.tasks import InnerProblem, find_task
 
 HORIZON = 6
 INTERVAL = 10

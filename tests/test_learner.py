@@ -16,9 +16,9 @@ from torch import Tensor
 from teleport_optim import load_checkpoint
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES, PRESETS, Config, config_of_run, read_config
 from teleport_optim.meta_training.learner import Learner
+from teleport_optim.meta_training.tasks import InnerProblem, find_task
+from teleport_optim.meta_training.tasks.perceptrons import DigitsMLP
 from teleport_optim.streams import stream
-from teleport_optim.tasks import InnerProblem, find_task
-from teleport_optim.tasks.perceptrons import DigitsMLP
 
 TINY = Config(
     tasks=("digits_mlp", "teacher_regression"),

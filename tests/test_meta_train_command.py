@@ -48,7 +48,7 @@ NETWORKS = TINY | {"tasks": "teacher_regression"}
 
 TASKS = """
 import os, signal, time
-from teleport_optim.tasks.functions import Ellipse
+from teleport_optim.meta_training.tasks.functions import Ellipse
 
 class Mine(Ellipse):
     name = "mine"

@@ -27,7 +27,7 @@ from benchmarks.paper.harness import (
 )
 from benchmarks.paper.tables import insert
 from benchmarks.paper.training import PAPER, rule_of, train
-from teleport_optim.tasks import find_task
+from teleport_optim.meta_training.tasks import find_task
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -19,18 +19,26 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
+from teleport_optim.meta_training.tasks import FUNCTION_TASKS, NETWORK_TASKS, TASKS, InnerProblem, find_task
+from teleport_optim.meta_training.tasks import data as data_module
+from teleport_optim.meta_training.tasks.data import ALPHABET, digits, paragraphs, table, text
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.functions import FunctionTask
+from teleport_optim.meta_training.tasks.networks import initial_params, rescale_units
+from teleport_optim.meta_training.tasks.perceptrons import draw_perceptron
+from teleport_optim.meta_training.tasks.problem import WORST
+from teleport_optim.meta_training.tasks.sequences import CausalAttention, GRULayer, LSTMLayer
+from teleport_optim.meta_training.tasks.splits import (
+    CHANNELS,
+    DIGIT_ROWS,
+    SEQUENCE_WIDTHS,
+    SPLITS,
+    TABLES,
+    WIDTHS,
+    text_split,
+)
 from teleport_optim.streams import stream
 from teleport_optim.symmetry import find_symmetries
-from teleport_optim.tasks import FUNCTION_TASKS, NETWORK_TASKS, TASKS, InnerProblem, find_task
-from teleport_optim.tasks import data as data_module
-from teleport_optim.tasks.data import ALPHABET, digits, paragraphs, table, text
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.functions import FunctionTask
-from teleport_optim.tasks.networks import initial_params, rescale_units
-from teleport_optim.tasks.perceptrons import draw_perceptron
-from teleport_optim.tasks.problem import WORST
-from teleport_optim.tasks.sequences import CausalAttention, GRULayer, LSTMLayer
-from teleport_optim.tasks.splits import CHANNELS, DIGIT_ROWS, SEQUENCE_WIDTHS, SPLITS, TABLES, WIDTHS, text_split
 
 HORIZONS = (5, 50)
 PLANE_TASKS = [name for name in FUNCTION_TASKS if TASKS[name].dim == 2]
@@ -517,7 +525,7 @@ def test_the_registry_is_complete() -> None:
 
 
 MODULE = """
-from teleport_optim.tasks import Task
+from teleport_optim.meta_training.tasks import Task
 
 class Mine(Task):
     name = "mine"
@@ -552,7 +560,11 @@ class Other:
         ),
         (":Mine", ValueError, "':Mine' cannot be imported"),
         ("my_own_tasks:Yours", ValueError, r"has no 'Yours'; the tasks in it are \[.*'Mine'"),
-        ("my_own_tasks:Other", TypeError, "is not a task family: it must be a subclass of teleport_optim.tasks.Task"),
+        (
+            "my_own_tasks:Other",
+            TypeError,
+            "is not a task family: it must be a subclass of teleport_optim.meta_training.tasks.Task",
+        ),
         ("my_own_tasks:Nameless", TypeError, "has no name: set the class attribute 'name'"),
         ("my_own_tasks:Unfinished", TypeError, "cannot be made without arguments: .*abstract"),
     ],

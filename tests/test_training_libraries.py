@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from teleport_optim import LearnedTeleportOptimizer
-from teleport_optim.tasks.data import digits
+from teleport_optim.meta_training.tasks.data import digits
 from teleport_optim.update import is_due
 
 pytestmark = [

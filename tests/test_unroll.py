@@ -14,10 +14,10 @@ from torch.nn.utils import vector_to_parameters
 from teleport_optim import LearnedTeleportOptimizer, update
 from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
+from teleport_optim.meta_training.tasks import NETWORK_TASKS, InnerProblem, find_task
+from teleport_optim.meta_training.tasks.problem import WORST, log_relative
 from teleport_optim.meta_training.unroll import Window, advance, begin
 from teleport_optim.streams import stream
-from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
-from teleport_optim.tasks.problem import WORST, log_relative
 
 BATCHES = partial(stream, "batch")
 

@@ -11,7 +11,7 @@ from benchmarks.paper.families import label, tested_schedule
 from benchmarks.paper.figures import line_figure
 from benchmarks.paper.harness import Study, gradients, largest_gradient, orbit_points
 from benchmarks.paper.tables import markdown, number, percent
-from teleport_optim.tasks.problem import InnerProblem
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 
 __all__ = ["alignment", "run", "short_axis", "tables"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.paper.harness import Trajectory
-from teleport_optim.tasks.problem import InnerProblem
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 
 __all__ = ["draw_curves", "draw_trajectories", "line_figure"]
 

@@ -13,7 +13,7 @@ from benchmarks.paper.families import tested_schedule
 from benchmarks.paper.figures import draw_curves
 from benchmarks.paper.harness import Study, Trajectory, gradient_descent, gradients, separation, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
-from teleport_optim.tasks.problem import InnerProblem
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 
 __all__ = ["balanced", "permutation_spread", "run", "tables"]
 

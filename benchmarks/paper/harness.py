@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.paper.training import PAPER, rule_of, train
 from teleport_optim.meta_training.config import Config
+from teleport_optim.meta_training.tasks import find_task
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Orbit
 from teleport_optim.meta_training.unroll import EXPLOSION, advance, begin
 from teleport_optim.streams import stream
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem, Orbit
 
 __all__ = [
     "NEVER",

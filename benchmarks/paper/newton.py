@@ -18,9 +18,9 @@ from benchmarks.paper.families import FAMILIES, label, tested_schedule
 from benchmarks.paper.figures import line_figure
 from benchmarks.paper.harness import Study, gradient_descent
 from benchmarks.paper.tables import markdown, number, percent
+from teleport_optim.meta_training.tasks import find_task
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.streams import stream
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["counterexample", "lemma", "run", "symmetry_slope", "tables"]
 

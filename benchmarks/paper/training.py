@@ -17,10 +17,10 @@ from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.estimators import meta_loss
 from teleport_optim.meta_training.learner import Learner
 from teleport_optim.meta_training.rules import Rule, RuleOptions, make_rule
+from teleport_optim.meta_training.tasks import find_task
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import advance, begin
 from teleport_optim.streams import stream
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["PAPER", "SCHEDULE", "join_problems", "rule_of", "train"]
 

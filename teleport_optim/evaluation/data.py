@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.evaluation.problem import Data
-from teleport_optim.tasks.data import ALPHABET, text
+from teleport_optim.meta_training.tasks.data import ALPHABET, text
 
 __all__ = ["NUM_EXAMPLES", "split_rows", "standardised", "windows"]
 

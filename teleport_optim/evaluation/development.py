@@ -20,7 +20,7 @@ from teleport_optim.evaluation.networks import (
     perceptron,
 )
 from teleport_optim.evaluation.problem import Data, EvaluationTask, rescale, seeded
-from teleport_optim.tasks.data import digits
+from teleport_optim.meta_training.tasks.data import digits
 
 __all__ = ["DEVELOPMENT", "DEVELOPMENT_WIDE"]
 

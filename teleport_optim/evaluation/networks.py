@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.tasks.data import ALPHABET
+from teleport_optim.meta_training.tasks.data import ALPHABET
 
 __all__ = ["CharRecurrent", "CharTransformer", "ResidualBlock", "VisionTransformer", "perceptron"]
 

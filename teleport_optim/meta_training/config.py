@@ -12,7 +12,7 @@ from typing import Any
 
 from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.rules import VARIANTS
-from teleport_optim.tasks import NETWORK_TASKS, find_task
+from teleport_optim.meta_training.tasks import NETWORK_TASKS, find_task
 
 __all__ = ["ESTIMATOR_NAMES", "OBJECTIVES", "PRESETS", "Config", "config_of_run", "read_config"]
 

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.estimators import Episode
 from teleport_optim.meta_training.learner import Learner
+from teleport_optim.meta_training.tasks import find_task
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import Runs, advance, begin
 from teleport_optim.streams import stream
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
     "Cost",

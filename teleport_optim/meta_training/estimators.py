@@ -17,10 +17,10 @@ from torch import Tensor
 
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.rules import Rule
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import Runs, Window, advance, begin
 from teleport_optim.meta_training.world import World
 from teleport_optim.streams import stream
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
     "ESTIMATORS",

@@ -20,11 +20,11 @@ from teleport_optim.meta_optimizer import MetaOptimizer
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, meta_loss
 from teleport_optim.meta_training.rules import RuleOptions, make_rule
+from teleport_optim.meta_training.tasks import find_task
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import Runs, advance, begin
 from teleport_optim.meta_training.world import World
 from teleport_optim.streams import stream
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["CONFIG_FILE", "LOG_FILE", "Learner", "OuterStep"]
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_optimizer import Controls, MetaOptimizer
-from teleport_optim.tasks.problem import InnerProblem, Orbit
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Orbit
 from teleport_optim.update import Hyper, UpdateState, update
 
 __all__ = ["VARIANTS", "ControllerRule", "PaperRule", "Rule", "RuleOptions", "make_rule"]

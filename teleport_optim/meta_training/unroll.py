@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from teleport_optim.meta_training.rules import Rule, Tensors
-from teleport_optim.tasks.problem import InnerProblem
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 
 __all__ = ["Batches", "Runs", "Window", "advance", "begin"]
 

@@ -17,9 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.symmetry import SymmetrySpec
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.orbits import (
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.orbits import (
     AffineMap,
     ChannelScaling,
     CoordinatePermutation,
@@ -28,7 +27,8 @@ from teleport_optim.tasks.orbits import (
     QuadraticMap,
     Rotation,
 )
-from teleport_optim.tasks.problem import InnerProblem, Orbit, Task, bounded, log_relative
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Orbit, Task, bounded, log_relative
+from teleport_optim.symmetry import SymmetrySpec
 
 __all__ = [
     "ConvexQuadratic",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from teleport_optim.tasks.convolutional import DigitsBatchNormCNN, DigitsCNN
-from teleport_optim.tasks.functions import (
+from teleport_optim.meta_training.tasks.convolutional import DigitsBatchNormCNN, DigitsCNN
+from teleport_optim.meta_training.tasks.functions import (
     ConvexQuadratic,
     Ellipse,
     FixedEllipse,
@@ -20,11 +20,16 @@ from teleport_optim.tasks.functions import (
     Rosenbrock,
     ScaledProducts,
 )
-from teleport_optim.tasks.perceptrons import DigitsAutoencoder, DigitsMLP, TeacherClassification, TeacherRegression
-from teleport_optim.tasks.problem import InnerProblem, Orbit, Task
-from teleport_optim.tasks.sequences import CharRecurrent, CharTransformer
-from teleport_optim.tasks.splits import SPLITS
-from teleport_optim.tasks.tabular import Tabular
+from teleport_optim.meta_training.tasks.perceptrons import (
+    DigitsAutoencoder,
+    DigitsMLP,
+    TeacherClassification,
+    TeacherRegression,
+)
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Orbit, Task
+from teleport_optim.meta_training.tasks.sequences import CharRecurrent, CharTransformer
+from teleport_optim.meta_training.tasks.splits import SPLITS
+from teleport_optim.meta_training.tasks.tabular import Tabular
 
 __all__ = ["FUNCTION_TASKS", "NETWORK_TASKS", "SPLITS", "TASKS", "InnerProblem", "Orbit", "Task", "find_task"]
 
@@ -94,7 +99,9 @@ def _import_task(path: str) -> Task:
         )
     task_class = getattr(module, class_name)
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
-        raise TypeError(f"{path!r} is not a task family: it must be a subclass of teleport_optim.tasks.Task")
+        raise TypeError(
+            f"{path!r} is not a task family: it must be a subclass of teleport_optim.meta_training.tasks.Task"
+        )
     if not isinstance(getattr(task_class, "name", None), str):
         raise TypeError(f"{path!r} has no name: set the class attribute 'name' to a string")
     try:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from teleport_optim.action import act
 from teleport_optim.groups import GROUPS
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
     "ACTIVATIONS",

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from teleport_optim.tasks.problem import Orbit
+from teleport_optim.meta_training.tasks.problem import Orbit
 
 __all__ = [
     "AffineMap",

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from teleport_optim.tasks.splits import DIGIT_ROWS, text_split
+from teleport_optim.meta_training.tasks.splits import DIGIT_ROWS, text_split
 
 __all__ = ["ALPHABET", "Table", "digits", "paragraphs", "table", "text"]
 
