@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
-from teleport_optim.meta_training.tasks import InnerProblem
+from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.meta_training import InnerProblem
+from teleport_optim.meta_training.rules import ControllerRule
 from teleport_optim.meta_training.tasks.networks import cross_entropy
-from teleport_optim.meta_training.unroll import advance, begin
+from teleport_optim.meta_training.unroll import init_unroll, unroll
 from teleport_optim.streams import stream
 
 __all__ = ["main"]
@@ -72,15 +73,15 @@ def throughputs(num_runs: int, num_steps: int, repeats: int) -> dict[str, float]
     """Inner steps per second of every contender: medians of ``repeats`` rounds, in each of which all take turns."""
     problem = perceptron()
     num_candidates = num_runs // problem.num_problems
-    rule = ControllerRule(RuleOptions(), stream("weights"))
-    flat = rule.flat() + 0.01 * torch.randn(num_candidates, len(rule.flat()), generator=stream("candidates"))
-    weights = rule.named(flat.repeat_interleave(problem.num_problems, dim=0))
-    runs = begin(rule, problem, num_candidates)
+    rule = ControllerRule(MetaOptimizer(generator=stream("weights")))
+    flat = rule.flatten() + 0.01 * torch.randn(num_candidates, len(rule.flatten()), generator=stream("candidates"))
+    weights = rule.unflatten(flat.repeat_interleave(problem.num_problems, dim=0))
+    runs = init_unroll(rule, problem, num_candidates)
     inputs, targets = (x.repeat(num_candidates, *[1] * (x.dim() - 1)) for x in problem.sample_batch(stream("batch")))
 
-    def unroll() -> None:
+    def whole_unroll() -> None:
         with torch.no_grad():
-            advance(rule, weights, problem, runs, num_steps, partial(stream, "batch"))
+            unroll(rule, weights, problem, runs, num_steps, partial(stream, "batch"))
 
     def repeated(step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -90,7 +91,7 @@ def throughputs(num_runs: int, num_steps: int, repeats: int) -> dict[str, float]
         return run
 
     contenders: dict[str, Callable[[], None]] = {
-        "whole unroll": unroll,
+        "whole unroll": whole_unroll,
         "bare gradients as the unroll takes them": repeated(partial(problem.gradients, runs.params, inputs, targets)),
         "bare gradients by hand": repeated(partial(bare_by_hand, runs.params, inputs, targets)),
         "bare gradients with torch.func.vmap(grad)": repeated(

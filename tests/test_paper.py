@@ -12,6 +12,7 @@ import torch
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import newton
 from benchmarks.paper.ellipse_directions import short_axis
+from benchmarks.paper.functions import FUNCTIONS
 from benchmarks.paper.groups import balanced, permutation_spread
 from benchmarks.paper.harness import (
     NEVER,
@@ -27,7 +28,6 @@ from benchmarks.paper.harness import (
 )
 from benchmarks.paper.tables import insert
 from benchmarks.paper.training import PAPER, rule_of, train
-from teleport_optim.meta_training.tasks import find_task
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -65,7 +65,7 @@ def test_meta_seeds_do_not_meet_and_are_kept(study: Study) -> None:
     alone = train(config, [1], study.cache / "alone")
     together = train(config, [0, 1, 2], study.cache)
     torch.testing.assert_close(alone[0], together[1])
-    untrained = rule_of(replace(config, seed=1), study.problem("ellipse")).flat()
+    untrained = rule_of(replace(config, seed=1), study.problem("ellipse")).flatten()
     assert not torch.equal(untrained, together[1])
     written = sorted(study.cache.glob("*.pt"))
     times = [file.stat().st_mtime_ns for file in written]
@@ -158,7 +158,7 @@ def test_permutations_keep_the_gradient_norm_and_balance_keeps_the_loss(study: S
     u, v = balanced(scaled, scaled.params["x"]).chunk(2, dim=-1)
     torch.testing.assert_close(u.abs(), v.abs())
     inputs, _ = scaled.sample_batch(torch.Generator())
-    value = find_task("scaled_products").value  # type: ignore[attr-defined]
+    value = FUNCTIONS["scaled_products"].value
     torch.testing.assert_close(value(torch.cat([u, v], dim=-1), inputs), value(scaled.params["x"], inputs))
 
 

@@ -1,4 +1,4 @@
-"""What all families of networks share: initial values, minibatches, noise, the scale of the loss and the horizon."""
+"""Parts of all families of networks: initial values, minibatches, noise, the scale of the loss and the horizon."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from teleport_optim.action import act
 from teleport_optim.groups import GROUPS
 from teleport_optim.meta_training.tasks.draws import Draw
-from teleport_optim.meta_training.tasks.problem import InnerProblem
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Loss, SampleBatch
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 __all__ = [
     "ACTIVATIONS",
-    "Loss",
-    "SampleBatch",
     "cross_entropy",
     "draw_activation",
     "draw_rows",
@@ -26,9 +24,6 @@ __all__ = [
     "rescale_units",
     "with_label_noise",
 ]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-SampleBatch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "relu": (nn.ReLU, 0.5),
