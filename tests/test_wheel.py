@@ -23,6 +23,11 @@ optimizer = teleport_optim.LearnedTeleportOptimizer(model.parameters(), model=mo
 model(torch.ones(3, 2)).square().sum().backward()
 optimizer.step()
 assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+assert not [name for name in sys.modules if name.startswith("teleport_optim.meta_training")]
+from teleport_optim.meta_training import TASKS, Config, Learner
+
+assert Config().tasks == tuple(TASKS)
 """
 
 
@@ -41,6 +46,7 @@ def test_wheel_loads_the_default_checkpoint_and_takes_a_step(tmp_path: Path) -> 
     assert "teleport_optim/pretrained/default.safetensors" in names
     assert "teleport_optim/pretrained/default.json" in names
     assert "teleport_optim/py.typed" in names
+    assert not [name for name in names if "paper" in name or name.startswith("benchmarks")]
     target = tmp_path / "installed"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     run(sys.executable, *install, cwd=tmp_path)

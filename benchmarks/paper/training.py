@@ -22,7 +22,7 @@ from teleport_optim.meta_training.sampling import draw_problem
 from teleport_optim.meta_training.unroll import Runs, init_unroll, unroll
 from teleport_optim.streams import stream
 
-__all__ = ["PAPER", "SCHEDULE", "PaperConfig", "family_of", "join_problems", "learner_of", "rule_of", "train"]
+__all__ = ["PAPER", "SCHEDULE", "PaperConfig", "family_of", "join_problems", "learner_of", "rule_of", "train", "window"]
 
 SCHEDULE = (2, 5, 8, 11, 14, 17)
 """The paper's set Z: the steps after which a teleport follows, counted from 0."""
@@ -216,7 +216,7 @@ def _backpropagate(config: PaperConfig, seeds: Sequence[int]) -> Tensor:
         number += 1
         runs = init_unroll(rule, problem, 1)
         while runs.step < horizon and num_updates < config.num_outer_steps:
-            losses, runs = _window(config, rule, rule.unflatten(weights), problem, runs)
+            losses, runs = window(config, rule, rule.unflatten(weights), problem, runs)
             weights.grad = _gradients(losses, weights, config.clip)
             optimizer.step()
             runs = runs.detach()
@@ -224,7 +224,7 @@ def _backpropagate(config: PaperConfig, seeds: Sequence[int]) -> Tensor:
     return weights.detach()
 
 
-def _window(
+def window(
     config: PaperConfig, rule: Rule, weights: Tensors, problem: FunctionProblem, runs: Runs
 ) -> tuple[Tensor, Runs]:
     """The meta-losses of the next window, ``[num_runs]``, and the runs after it.
