@@ -14,10 +14,10 @@ from typing import Any
 from teleport_optim.layout import BLOCK_ROWS
 from teleport_optim.meta_training.tasks import TASKS, find_task
 
-__all__ = ["ESTIMATOR_NAMES", "OBJECTIVES", "PRESETS", "Config", "log_uniform_horizon", "parse_config", "read_config"]
+__all__ = ["ESTIMATOR_NAMES", "PRESETS", "Config", "log_uniform_horizon", "parse_config", "read_config"]
 
 ESTIMATOR_NAMES = ("es", "pes", "pes+tbptt", "tbptt", "tbptt_first_order")
-OBJECTIVES = ("normalised", "plain")
+_OBJECTIVES = ("normalised", "plain")
 
 _PLACES = ("run_dir", "device")
 """Where a run is and on what it runs: keys that may differ when it is resumed."""
@@ -111,7 +111,7 @@ class Config:
             raise ValueError(f"averaging must lie in [0, 1), got {self.averaging}")
         if self.max_horizon < self.min_horizon:
             raise ValueError(f"max_horizon must be at least min_horizon, got {self.max_horizon} < {self.min_horizon}")
-        choices = {"estimator": ESTIMATOR_NAMES, "objective": OBJECTIVES}
+        choices = {"estimator": ESTIMATOR_NAMES, "objective": _OBJECTIVES}
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: {_nearest(getattr(self, name), valid)}")

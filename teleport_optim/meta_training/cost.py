@@ -29,7 +29,6 @@ __all__ = [
     "measure_task",
     "num_runs",
     "total_cost",
-    "total_steps",
 ]
 
 _FEWEST_STEPS, _MOST_STEPS = 5, 20
@@ -105,11 +104,6 @@ def _mean_window(shortest: int, longest: int, truncation: int) -> float:
     return sum(horizons) / sum(math.ceil(horizon / truncation) for horizon in horizons)
 
 
-def total_steps(config: Config, num_outer_steps: int) -> float:
-    """Expected length of a training run in an outer step, summed over the first ``num_outer_steps`` of them."""
-    return sum(mean_window(config, step) for step in range(num_outer_steps))
-
-
 def bytes_between_processes(config: Config, num_parameters: int) -> int:
     """Bytes that every process sends in one outer step: three numbers per pair, or the whole gradient, in float64.
 
@@ -125,7 +119,7 @@ def bytes_between_processes(config: Config, num_parameters: int) -> int:
 
 def total_cost(config: Config, tasks: Sequence[TaskCost], num_parameters: int) -> Cost:
     """The cost of a run from that of its tasks."""
-    steps = total_steps(config, config.num_outer_steps)
+    steps = sum(mean_window(config, step) for step in range(config.num_outer_steps))
     mean_seconds = sum(task.share * task.seconds_per_step for task in tasks)
     mean_draw = sum(task.share * task.seconds_per_draw for task in tasks)
     num_episodes = steps / statistics.fmean(

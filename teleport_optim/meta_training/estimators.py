@@ -151,7 +151,7 @@ class EvolutionStrategies(Estimator):
                 values[index, pairs.start : pairs.stop] = self._values(theta, noise[pairs.start : pairs.stop], episode)
             displacements.append(noise if episode.displacement is None else episode.displacement + noise)
             episode.displacement = displacements[-1]
-        plus, minus, exploded = self.group.sum(values).unbind(-1)
+        plus, minus, exploded = self.group.sum(values).unbind(-1)  # Pairs of other processes are zeros here.
         is_usable = torch.isfinite(plus - minus)
         differences = torch.where(is_usable, plus - minus, 0.0)
         if self.config.equal_tasks:
@@ -207,6 +207,7 @@ class TruncatedBackpropagation(Estimator):
         return {"mean": range(1) if index % self.group.size == self.group.rank else range(0)}
 
     def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
+        # Behind the gradient: objective, the weight that it has, and the share of exploded runs. One sum carries them all.
         total = torch.zeros(len(theta) + 3, dtype=torch.float64)
         for episode in episodes:
             if not self.local_candidates(episode.index)["mean"]:
@@ -216,7 +217,7 @@ class TruncatedBackpropagation(Estimator):
             losses, is_exploded = self._unroll("mean", flat, episode, second_order=self._is_second_order)
             is_usable = torch.isfinite(losses.detach())
             grads = torch.zeros_like(flat)
-            if losses.requires_grad:  # Not in a window in which the network is not asked.
+            if losses.requires_grad:  # They do not in a window without a control step: no weight has a part in it.
                 loss = torch.where(is_usable, losses, 0.0).sum()
                 (grads,) = torch.autograd.grad(loss, flat, materialize_grads=True)
             is_usable = is_usable & torch.isfinite(grads).all(dim=1)
