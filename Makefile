@@ -1,29 +1,30 @@
-# Every target sets up what it needs in .venv first.
+# Every target first installs what it needs in .venv: the demo the extra "cli", all others "dev".
 PYTHON ?= python3
 VENV := .venv
-READY := $(VENV)/.ready
+SOURCES := pyproject.toml teleport_optim/optim/kernels/_native.c
 
 .PHONY: demo test lint format clean
+.NOTPARALLEL: # both installations write to one environment
 
-demo: $(READY)
+demo: $(VENV)/.ready-cli
 	OMP_NUM_THREADS=1 $(VENV)/bin/teleport-optim demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
-lint: $(READY)
+lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-format: $(READY)
+format: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
 
-$(READY): pyproject.toml teleport_optim/_native.c
+$(VENV)/.ready-%: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --editable '.[$*]'
 	touch $@

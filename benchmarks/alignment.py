@@ -9,15 +9,18 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.alignment import Barrier, align, interpolation_barrier
+from teleport_optim.cli.training import train
 from teleport_optim.meta_training.tasks.data import digits
+from teleport_optim.meta_training.tasks.networks import perceptron, seeded
 
 __all__ = ["NETWORKS", "Residual", "main", "plot"]
 
@@ -55,32 +58,31 @@ class Residual(nn.Module):
         return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-def _perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "perceptron, 2 x 512": _perceptron,
+    "perceptron, 2 x 512": partial(perceptron, (64, 512, 512, 10), nn.ReLU),
     "residual convolution + BatchNorm, 5 x 128": Residual,
 }
 """Networks by name."""
 
 
 def _train(build: Callable[[], nn.Module], inputs: Tensor, labels: Tensor, *, epochs: int, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
-    generator = torch.Generator().manual_seed(seed)
+    model = seeded(build)(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    num_batches = len(inputs) // _BATCH_SIZE
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * num_batches, pct_start=0.1)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(inputs), generator=generator)[: num_batches * _BATCH_SIZE].view(num_batches, -1):
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
+    num_steps = epochs * (len(inputs) // _BATCH_SIZE)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps, pct_start=0.1)
+    batches = _epochs(inputs, labels, epochs, torch.Generator().manual_seed(seed))
+    for _ in train(model, optimizer, F.cross_entropy, batches):
+        scheduler.step()
     return model.eval()
+
+
+def _epochs(inputs: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield full minibatches; every example is in at most one of an epoch."""
+    num_batches = len(inputs) // _BATCH_SIZE
+    for _ in range(epochs):
+        order = torch.randperm(len(inputs), generator=generator)[: num_batches * _BATCH_SIZE]
+        for rows in order.view(num_batches, -1):
+            yield inputs[rows], labels[rows]
 
 
 @dataclass(frozen=True)

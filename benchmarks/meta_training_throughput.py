@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training import InnerProblem
 from teleport_optim.meta_training.rules import ControllerRule
 from teleport_optim.meta_training.tasks.networks import cross_entropy
 from teleport_optim.meta_training.unroll import init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["main"]
 
@@ -35,7 +35,7 @@ BATCH_SIZE = 64
 
 def perceptron() -> InnerProblem:
     """Two problems of random data on a perceptron 64-32-32-10."""
-    source = stream("throughput")
+    source = generator_for("throughput")
     inputs = torch.randn(2, 512, 64, generator=source)
     targets = torch.randint(10, (2, 512), generator=source)
     problems = torch.arange(2)[:, None]
@@ -73,15 +73,19 @@ def throughputs(num_runs: int, num_steps: int, repeats: int) -> dict[str, float]
     """Inner steps per second of every contender: medians of ``repeats`` rounds, in each of which all take turns."""
     problem = perceptron()
     num_candidates = num_runs // problem.num_problems
-    rule = ControllerRule(MetaOptimizer(generator=stream("weights")))
-    flat = rule.flatten() + 0.01 * torch.randn(num_candidates, len(rule.flatten()), generator=stream("candidates"))
+    rule = ControllerRule(MetaOptimizer(generator=generator_for("weights")))
+    flat = rule.flatten() + 0.01 * torch.randn(
+        num_candidates, len(rule.flatten()), generator=generator_for("candidates")
+    )
     weights = rule.unflatten(flat.repeat_interleave(problem.num_problems, dim=0))
     runs = init_unroll(rule, problem, num_candidates)
-    inputs, targets = (x.repeat(num_candidates, *[1] * (x.dim() - 1)) for x in problem.sample_batch(stream("batch")))
+    inputs, targets = (
+        x.repeat(num_candidates, *[1] * (x.dim() - 1)) for x in problem.sample_batch(generator_for("batch"))
+    )
 
     def whole_unroll() -> None:
         with torch.no_grad():
-            unroll(rule, weights, problem, runs, num_steps, partial(stream, "batch"))
+            unroll(rule, weights, problem, runs, num_steps, partial(generator_for, "batch"))
 
     def repeated(step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:

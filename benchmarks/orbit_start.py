@@ -3,8 +3,8 @@
 python -m benchmarks.orbit_start [--seeds 3] [--checkpoint default] [--optimizer NAME]
 
 Every hidden unit that can be scaled is multiplied by exp(sigma N(0, 1)) and what reads it divided by it: the same function.
-Prints a Markdown table: the final loss from sigma = 0, then ratios to it, geometric means over seeds. AdamW's rate is tuned
-again for every sigma.
+Prints a Markdown table: the final loss from sigma = 0, then ratios to it, geometric means over seeds. AdamW's learning
+rate is tuned again for every sigma.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from teleport_optim.evaluation.problem import EvaluationTask, rescale
-from teleport_optim.evaluation.rivals import adamw, learned, tuned_rate
-from teleport_optim.evaluation.suite import SUITE
-from teleport_optim.evaluation.training import Recipe, run_training
-from teleport_optim.meta_optimizer import MetaOptimizer
+from benchmarks.comparison.baselines import REFERENCE, tune_lr
+from benchmarks.comparison.comparison import TUNING_SEED
+from benchmarks.comparison.suite import SUITE
+from benchmarks.comparison.task import EvaluationTask
+from benchmarks.comparison.training import run_training
+from teleport_optim.cli.training import Recipe, adamw, learned
+from teleport_optim.controller.network import MetaOptimizer
+from teleport_optim.meta_training.tasks.networks import rescale
 
 __all__ = ["main", "rescaled"]
 
 SIGMAS = (0.0, 1.0, 2.0, 3.0)
 TASKS = ("deep_mlp", "cnn", "resnet")
-_TUNING_SEED = 1000
 
 
 def rescaled(task: EvaluationTask, sigma: float) -> EvaluationTask:
-    """The task from another point of the orbit."""
+    """Start a task from another point of the orbit."""
 
     def make_model(seed: int) -> nn.Module:
         model = task.make_model(seed)
@@ -43,14 +45,14 @@ def rescaled(task: EvaluationTask, sigma: float) -> EvaluationTask:
 
 
 def _tuned_adamw(task: EvaluationTask) -> Recipe:
-    def score(rate: float) -> float:
-        return run_training(task, adamw(rate), steps=task.steps, seed=_TUNING_SEED).final_loss
+    def score(lr: float) -> float:
+        return run_training(task, adamw(lr), steps=task.steps, seed=TUNING_SEED).final_loss
 
-    return adamw(tuned_rate(score, 4e-3))
+    return adamw(tune_lr(score, 4e-3))
 
 
 OPTIMIZERS: dict[str, Callable[[EvaluationTask, str], Recipe]] = {
-    "AdamW cosine, tuned": lambda task, checkpoint: _tuned_adamw(task),
+    REFERENCE: lambda task, checkpoint: _tuned_adamw(task),
     "rule, nothing learned, no teleports": lambda task, checkpoint: learned(MetaOptimizer(), teleport=False),
     "learned": lambda task, checkpoint: learned(checkpoint),
 }

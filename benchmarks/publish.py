@@ -2,7 +2,7 @@
 
 python -m benchmarks.publish [--seeds 5] [--runs DIR] [--without NAME ...] [--ablation-seeds 2] [--ablation-task NAME ...]
 
-What is not yet in the folder of runs (those that are published, or yours) is run first, as by ``teleport-optim bench``.
+What is not yet in the folder of runs (those that are published, or yours) is run first, as by ``python -m benchmarks.comparison``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from teleport_optim.checkpoints import find_checkpoint, read_card, write_atomically
-from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
-from teleport_optim.evaluation.report import plot, score_table, task_table
-from teleport_optim.evaluation.rivals import LIGHT, OURS, REFERENCE
-from teleport_optim.evaluation.suite import SUITE
+from benchmarks.comparison.baselines import LIGHT, OURS, REFERENCE
+from benchmarks.comparison.comparison import Comparison, Score, TaskResult
+from benchmarks.comparison.report import plot, score_table, task_table
+from benchmarks.comparison.suite import SUITE
+from teleport_optim.controller.checkpoints import find_checkpoint, read_card, write_atomically
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ that. "-": not measured ([docs/comparison.md](docs/comparison.md) says how).
 
 
 def _scores(results: list[TaskResult], optimizer: str, command: str) -> dict[str, Any]:
-    """What a card says of an optimizer."""
+    """Scores of an optimizer for its card."""
     horizon = {result.task: round(result.horizon_speed(optimizer) or 0.0, 3) for result in results}
     open_ended = {result.task: round(result.open_ended_speed(optimizer), 3) for result in results}
     quartiles = statistics.quantiles(horizon.values(), n=4, method="inclusive") if len(results) > 1 else []

@@ -15,13 +15,13 @@ from functools import partial
 
 import torch
 
-from teleport_optim.checkpoints import load_checkpoint
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.controller.checkpoints import load_checkpoint
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.rules import ControllerRule
 from teleport_optim.meta_training.tasks import TASKS
 from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["final_loss", "main"]
 
@@ -36,7 +36,7 @@ def final_loss(meta_optimizer: MetaOptimizer, problem: InnerProblem, number: int
     weights = {name: param.detach().unsqueeze(0) for name, param in meta_optimizer.named_parameters()}
     with torch.no_grad():
         runs = init_unroll(rule, problem, 1)
-        result = unroll(rule, weights, problem, runs, problem.horizon, partial(stream, "random tasks", number))
+        result = unroll(rule, weights, problem, runs, problem.horizon, partial(generator_for, "random tasks", number))
     tail = result.losses[0, -max(1, int(_TAIL * problem.horizon)) :]
     return float(tail.mean() / result.runs.initial[0])
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     ratios, worse, diverged = [], [], 0
     for number in range(arguments.count):
         task = list(TASKS.values())[number % len(TASKS)]
-        problem = task.sample(1, (50, 400), "test", stream("random tasks", number))
+        problem = task.sample(1, (50, 400), "test", generator_for("random tasks", number))
         learned, alone = (final_loss(each, problem, number) for each in (trained, untrained))
         if not learned < 1.0:
             worse.append(problem.description)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
+from benchmarks.comparison.baselines import fast_products
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
-from teleport_optim.demo import make_network
-from teleport_optim.evaluation.rivals import fast_products
-from teleport_optim.layout import matrix_shape
+from teleport_optim.cli.demo_runs import make_network
+from teleport_optim.optim.parameters import matrix_shape
 
 __all__ = ["main", "state_bytes"]
 
@@ -57,7 +57,7 @@ class Stateful(Protocol):
 
     @property
     def state(self) -> Mapping[Any, Any]:
-        """What it keeps for every parameter."""
+        """Values that it keeps for every parameter."""
         ...
 
     def step(self) -> object:
@@ -142,7 +142,7 @@ def measure(model: nn.Module, names: Iterable[str] = OPTIMIZERS) -> dict[str, tu
 
 
 def plot_growth(path: Path) -> None:
-    """How the cost of ours and of fused AdamW grows with the number of parameters, and with depth at a fixed width."""
+    """Draw how the cost of ours and of fused AdamW grows with the number of parameters, and with depth at a fixed width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

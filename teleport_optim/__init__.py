@@ -1,11 +1,10 @@
 """A learned optimizer for PyTorch that needs no tuning and uses the symmetries of the model."""
 
-from teleport_optim.action import act, act_dual
 from teleport_optim.alignment import align, interpolation_barrier
-from teleport_optim.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from teleport_optim.meta_optimizer import MetaOptimizer
-from teleport_optim.optimizer import LearnedTeleportOptimizer
-from teleport_optim.optimizer_state import OptimizerStateError
+from teleport_optim.controller.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from teleport_optim.controller.network import MetaOptimizer
+from teleport_optim.learned import LearnedTeleportOptimizer
+from teleport_optim.optim.state import OptimizerStateError
 from teleport_optim.symmetry import (
     Leg,
     Symmetry,
@@ -14,6 +13,7 @@ from teleport_optim.symmetry import (
     find_symmetries,
     verify_symmetries,
 )
+from teleport_optim.symmetry.action import act, act_dual
 
 __all__ = [
     "CheckpointError",

@@ -2,7 +2,7 @@
 
 import sys
 
-from teleport_optim.cli import main
+from teleport_optim.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

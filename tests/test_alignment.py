@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim import alignment
-from teleport_optim.action import act
 from teleport_optim.alignment import AlignmentReport, Barrier, align, interpolation_barrier
 from teleport_optim.symmetry import Inputs, SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.action import act
+from teleport_optim.symmetry.alignment.activations import _Moments
+from teleport_optim.symmetry.alignment.matching import Matching, assignment_solver
 
 
 class Residual(nn.Module):
@@ -162,15 +163,15 @@ def test_the_function_stays_and_networks_come_closer(name: str, by_activations: 
 def test_every_step_improves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Site by site, not only sweep by sweep; and an element that was taken is the better one of both."""
     values: list[tuple[float, bool, float]] = []
-    improve = alignment._Matching.improve
+    improve = Matching.improve
 
-    def watched(self: alignment._Matching, site: Any) -> bool:
+    def watched(self: Matching, site: Any) -> bool:
         before = self.objective()
         is_better = improve(self, site)
         values.append((before, is_better, self.objective()))
         return is_better
 
-    monkeypatch.setattr(alignment._Matching, "improve", watched)
+    monkeypatch.setattr(Matching, "improve", watched)
     align(build(name, 0), build(name, 1), MODELS[name][1])
     assert any(is_better for _, is_better, _ in values)
     assert all(after > before if is_better else after == before for before, is_better, after in values)
@@ -199,7 +200,7 @@ def test_heads_are_matched_whatever_the_order_inside_of_them(seed: int) -> None:
     element = {site.id: torch.arange(site.size).roll(1) for site in spec if site.id != "linear1:permutation"}
     element["self_attn:heads"] = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
     old = {name: parameter.detach() for name, parameter in reference.named_parameters()}
-    matching = alignment._Matching(spec, act(spec, element, old), old, alignment._assignment_solver())
+    matching = Matching(spec, act(spec, element, old), old, assignment_solver())
     assert {site.id for site in matching.single_sites()} == {"linear1:permutation"}
     assert matching.distance() > 1.0
     assert matching.improve(spec["self_attn:heads"])
@@ -210,7 +211,7 @@ def test_heads_are_matched_whatever_the_order_inside_of_them(seed: int) -> None:
 def test_correlation_is_that_of_numpy_over_batches() -> None:
     import numpy
 
-    moments = alignment._Moments()
+    moments = _Moments()
     first, second = numbers(2, 3, 50)
     first, second = first + 4.0, 3.0 * second - 1.0
     second[1] = 7.0

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 
-from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError, native
-from teleport_optim.averaging import fingerprints, swap_in
-from teleport_optim.update import Horizon, averaging_weight
+from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
+from teleport_optim.optim.averaging import swap_in
+from teleport_optim.optim.fingerprints import fingerprints
+from teleport_optim.optim.kernels import native
+from teleport_optim.optim.schedule import Horizon, averaging_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 
@@ -279,7 +281,7 @@ def test_an_interrupt_while_swapping_leaves_nothing_behind(tensors: int, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("teleport_optim.optimizer.swap_in", interrupted)
+        patch.setattr("teleport_optim.optim.optimizer.swap_in", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.eval()
     assert same(weights_of(model), before)

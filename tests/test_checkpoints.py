@@ -30,8 +30,8 @@ from teleport_optim import (
     load_checkpoint,
     save_checkpoint,
 )
-from teleport_optim.checkpoints import FORMAT_VERSION, list_checkpoints, read_card
-from teleport_optim.meta_optimizer import Controls
+from teleport_optim.controller.checkpoints import FORMAT_VERSION, list_checkpoints, read_card
+from teleport_optim.optim.controls import Controls
 
 NUM_MUTATIONS = 20_000
 COMMIT = "0123456789abcdef" * 2 + "01234567"

@@ -8,9 +8,11 @@ import torch
 from mistakes import assert_mistake
 from torch import nn
 
-from teleport_optim import MetaOptimizer, cli, save_checkpoint
-from teleport_optim.checkpoints import list_checkpoints, read_card
-from teleport_optim.cli import load_model, main
+from teleport_optim import MetaOptimizer, save_checkpoint
+from teleport_optim.cli import inspect
+from teleport_optim.cli.arguments import load_model
+from teleport_optim.cli.main import main
+from teleport_optim.controller.checkpoints import list_checkpoints, read_card
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 MODELS = """
@@ -104,7 +106,7 @@ class TestInspect:
     def test_a_long_table_is_cut_unless_all_is_asked_for(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(cli, "_MAX_ROWS", 1)
+        monkeypatch.setattr(inspect, "_MAX_ROWS", 1)
         arguments = ["inspect", "zoo_of_models:mlp", "--input", "5,4", "--no-verify"]
         assert main([*arguments, "--json", "spec.json"]) == 0
         output = capsys.readouterr().out
@@ -119,8 +121,8 @@ class TestInspect:
     ) -> None:
         relu = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         wrong = find_symmetries(relu, torch.randn(5, 4)).of_group("scaling")
-        monkeypatch.setattr(cli, "load_model", lambda path: nn.Sequential(relu[0], nn.GELU(), relu[2]))
-        monkeypatch.setattr(cli, "find_symmetries", lambda model, example: wrong)
+        monkeypatch.setattr(inspect, "load_model", lambda path: nn.Sequential(relu[0], nn.GELU(), relu[2]))
+        monkeypatch.setattr(inspect, "find_symmetries", lambda model, example: wrong)
         assert main(["inspect", "any:thing", "--input", "5,4"]) == 1
         assert "these do not hold: 0:scaling" in capsys.readouterr().out
 

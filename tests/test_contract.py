@@ -17,7 +17,8 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from teleport_optim import LearnedTeleportOptimizer, layout
+from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim.optim import parameters as layout
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),

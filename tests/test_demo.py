@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from teleport_optim import MetaOptimizer, save_checkpoint
-from teleport_optim.demo import (
+from teleport_optim.cli.demo import plot
+from teleport_optim.cli.demo_runs import (
     LEARNING_RATES,
     NUM_RUNS,
     Contender,
@@ -15,13 +16,12 @@ from teleport_optim.demo import (
     compare,
     demo_data,
     make_network,
-    plot,
     run_training,
     steps_to_target,
 )
-from teleport_optim.evaluation.rivals import adamw, cosine, learned
-from teleport_optim.meta_optimizer import Controls
-from teleport_optim.update import TELEPORT_INTERVAL
+from teleport_optim.cli.training import adamw, cosine, learned
+from teleport_optim.optim.controls import Controls
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 
 def run_with(losses: tuple[float, ...]) -> TrainingRun:

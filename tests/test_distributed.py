@@ -25,7 +25,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from teleport_optim import LearnedTeleportOptimizer, find_symmetries, update
+from teleport_optim import LearnedTeleportOptimizer, find_symmetries
+from teleport_optim.optim import rule as update
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 

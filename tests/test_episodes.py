@@ -14,7 +14,7 @@ from teleport_optim.meta_training.episodes import Episodes, LocalCandidates
 from teleport_optim.meta_training.process_group import ProcessGroup
 from teleport_optim.meta_training.rules import ControllerRule
 from teleport_optim.meta_training.run_folder import OuterStep, RunFolder, read_log
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 CONFIG = Config(
     tasks=("teacher_regression",),
@@ -25,8 +25,8 @@ CONFIG = Config(
     max_horizon=90,
     hidden_size=2,
 )
-RULE = ControllerRule(MetaOptimizer(2, stream("weights")))
-CANDIDATES = RULE.flatten() + 0.2 * torch.randn(6, len(RULE.flatten()), generator=stream("candidates"))
+RULE = ControllerRule(MetaOptimizer(2, generator_for("weights")))
+CANDIDATES = RULE.flatten() + 0.2 * torch.randn(6, len(RULE.flatten()), generator=generator_for("candidates"))
 
 
 def local_candidates(rank: int, size: int) -> LocalCandidates:

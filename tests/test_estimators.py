@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.paper.functions import task_path
 from benchmarks.paper.rules import VARIANTS
 from benchmarks.paper.training import PaperConfig, rule_of
-from teleport_optim import MetaOptimizer, update
+from teleport_optim import MetaOptimizer
 from teleport_optim.meta_training.config import ESTIMATOR_NAMES
 from teleport_optim.meta_training.episodes import Episode
 from teleport_optim.meta_training.estimators import ESTIMATORS, Estimator, meta_loss, step_weights
@@ -22,7 +22,8 @@ from teleport_optim.meta_training.process_group import ProcessGroup
 from teleport_optim.meta_training.rules import ControllerRule, Rule
 from teleport_optim.meta_training.tasks import InnerProblem, find_task
 from teleport_optim.meta_training.unroll import init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.optim import schedule
+from teleport_optim.rng import generator_for
 
 HORIZON = 6
 INTERVAL = 10
@@ -48,13 +49,13 @@ DRAWN = {SMOOTH: (0, INTERVAL + 2, " tanh "), TELEPORTING: (24, HORIZON, " relu 
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
+    monkeypatch.setattr(schedule, "TELEPORT_INTERVAL", INTERVAL)
 
 
 @cache
 def draw(task: str) -> InnerProblem:
     seed, horizon, kind = DRAWN.get(task, (3, HORIZON, ""))
-    problem = find_task(task).sample(2, (horizon, horizon), "train", stream("test", seed))
+    problem = find_task(task).sample(2, (horizon, horizon), "train", generator_for("test", seed))
     assert kind in problem.description
     assert problem.knows_horizon
     assert len(problem.layout.spec) == (2 if task == TELEPORTING else 0)
@@ -65,7 +66,7 @@ def setting(config: PaperConfig) -> tuple[Rule, Tensor]:
     """A rule in double precision and weights at which it does something."""
     rule: Rule
     if config.tasks[0] in DRAWN:  # The inputs of the controller are single precision; its controls need not be.
-        network = MetaOptimizer(config.hidden_size, stream("weights", 0)).double()
+        network = MetaOptimizer(config.hidden_size, generator_for("weights", 0)).double()
         start = network.initial_hidden
         network.initial_hidden = lambda num_tensors: start(num_tensors).float()  # type: ignore[method-assign]
         network.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
@@ -74,11 +75,11 @@ def setting(config: PaperConfig) -> tuple[Rule, Tensor]:
         rule = rule_of(config, draw(config.tasks[0]))
         rule.network.double()
     flat = rule.flatten()
-    return rule, flat + 0.2 * torch.randn(flat.shape, generator=stream("theta")).to(flat)
+    return rule, flat + 0.2 * torch.randn(flat.shape, generator=generator_for("theta")).to(flat)
 
 
 def new_episode(config: PaperConfig) -> Episode:
-    return Episode(0, 0, draw(config.tasks[0]).horizon, partial(draw, config.tasks[0]), partial(stream, "batch"))
+    return Episode(0, 0, draw(config.tasks[0]).horizon, partial(draw, config.tasks[0]), partial(generator_for, "batch"))
 
 
 def exact_gradient(config: PaperConfig, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def exact_gradient(config: PaperConfig, rule: Rule, theta: Tensor, directions: T
     with torch.no_grad():
         runs = init_unroll(rule, problem, len(candidates))
         weights = rule.unflatten(candidates.repeat_interleave(problem.num_problems, dim=0))
-        result = unroll(rule, weights, problem, runs, problem.horizon, partial(stream, "batch"))
+        result = unroll(rule, weights, problem, runs, problem.horizon, partial(generator_for, "batch"))
     losses = meta_loss(problem, result, config.objective).reshape(2, len(directions), -1).mean(dim=-1)
     return (losses[0] - losses[1]) / (2 * size)
 
@@ -120,7 +121,7 @@ def test_full_length_backpropagation_equals_finite_differences(variant: str, tas
     )
     rule, theta = setting(config)
     gradient = whole_run(ESTIMATORS["tbptt"](rule, config, ProcessGroup()), config, theta, 0)
-    directions = torch.randn(8, len(theta), generator=stream("directions"), dtype=theta.dtype)
+    directions = torch.randn(8, len(theta), generator=generator_for("directions"), dtype=theta.dtype)
     exact = exact_gradient(config, rule, theta, directions)
     assert exact.abs().max() > 1e-4
     tolerance = 1e-3 if variant == "controller" else 1e-4
@@ -225,7 +226,7 @@ def test_the_meta_loss_of_windows_adds_up() -> None:
         weights = rule.unflatten(theta.expand(2, -1))
         losses = torch.zeros(2, dtype=torch.float64)
         for length in lengths:
-            result = unroll(rule, weights, problem, runs, length, partial(stream, "batch"))
+            result = unroll(rule, weights, problem, runs, length, partial(generator_for, "batch"))
             runs, losses = result.runs, losses + meta_loss(problem, result, CONFIG.objective)
         return losses
 

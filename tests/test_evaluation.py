@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from teleport_optim import LearnedTeleportOptimizer, load_checkpoint
-from teleport_optim.cli import main
-from teleport_optim.evaluation import comparison as comparison_module
-from teleport_optim.evaluation.comparison import Comparison, Score, TaskResult
-from teleport_optim.evaluation.images import image_tasks
-from teleport_optim.evaluation.problem import Data, EvaluationTask, seeded
-from teleport_optim.evaluation.report import plot, score_table, task_table
-from teleport_optim.evaluation.rivals import ABLATIONS, OURS, REFERENCE, Rival, learned, rivals, tuned_rate
-from teleport_optim.evaluation.training import (
+from benchmarks.comparison import comparison as comparison_module
+from benchmarks.comparison.__main__ import main
+from benchmarks.comparison.ablations import ABLATIONS
+from benchmarks.comparison.baselines import OURS, REFERENCE, Baseline, baselines, tune_lr
+from benchmarks.comparison.comparison import Comparison, Score, TaskResult
+from benchmarks.comparison.images import image_tasks
+from benchmarks.comparison.report import plot, score_table, task_table
+from benchmarks.comparison.task import EvaluationTask
+from benchmarks.comparison.training import (
     Run,
     horizon_speed,
     milliseconds_per_step,
@@ -33,7 +33,11 @@ from teleport_optim.evaluation.training import (
     run_training,
     speed_up,
 )
-from teleport_optim.update import TELEPORT_INTERVAL
+from teleport_optim import LearnedTeleportOptimizer, load_checkpoint
+from teleport_optim.cli.training import learned
+from teleport_optim.meta_training.tasks.data import Data
+from teleport_optim.meta_training.tasks.networks import seeded
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 
 def blobs() -> Data:
@@ -152,13 +156,13 @@ def test_the_rate_that_is_found_has_worse_neighbours(power: int, offset: float) 
         asked.append(rate)
         return abs(math.log2(rate) - power - 0.5 * offset)
 
-    best = tuned_rate(score, 1.0)
+    best = tune_lr(score, 1.0)
     assert best == 2.0**power
     assert {best / 2, 2 * best} <= set(asked)
 
 
 def test_where_everything_diverges_the_search_ends() -> None:
-    assert tuned_rate(lambda rate: math.inf, 1.0) == 1.0
+    assert tune_lr(lambda rate: math.inf, 1.0) == 1.0
 
 
 def test_runs_repeat_and_leave_nothing_behind() -> None:
@@ -192,7 +196,7 @@ def test_the_length_is_known_and_the_parameters_are_measured_or_their_average() 
     """What is trained is the same bit for bit, and ends at the same loss; in the middle the average has another."""
     task, x = dataclasses.replace(TASK, make_model=seeded(wide_perceptron)), blobs().inputs
     trained = []
-    parameters, average = rivals()[OURS].make(0.0), (rivals()[OURS].averaged or rivals()[OURS].make)(0.0)
+    parameters, average = baselines()[OURS].make(0.0), (baselines()[OURS].averaged or baselines()[OURS].make)(0.0)
     for recipe in (parameters, average):
         model = task.make_model(0)
         optimizer = recipe(model, 30)
@@ -239,10 +243,10 @@ def test_an_optimizer_with_an_evaluation_mode_is_measured_in_it() -> None:
     assert plain.losses[-1] < 0.9 * math.log(3)
 
 
-@pytest.mark.parametrize("name", rivals())
-def test_every_rival_learns(name: str) -> None:
-    rival = rivals()[name]
-    run = run_training(TASK, rival.make(rival.first_rate or 0.0), steps=60, seed=0)
+@pytest.mark.parametrize("name", baselines())
+def test_every_baseline_learns(name: str) -> None:
+    baseline = baselines()[name]
+    run = run_training(TASK, baseline.make(baseline.first_lr or 0.0), steps=60, seed=0)
     assert run.losses[-1] < 0.9 * run.losses[0]
     assert math.isfinite(run.held_out)
 
@@ -256,7 +260,7 @@ def test_kernels_are_matrices_to_muon_and_the_head_is_adamws(capability: str, mo
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
     model = seeded(network)(0)
-    optimizer = rivals()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
+    optimizer = baselines()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
     x, y = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
     before = [param.detach().clone() for param in model.parameters()]
     for _ in range(2):
@@ -271,7 +275,7 @@ def test_kernels_are_matrices_to_muon_and_the_head_is_adamws(capability: str, mo
     kernel.grad = reference[0].weight.grad.reshape(4, 9)  # type: ignore[index, operator, union-attr]
     muon.step()
     model = seeded(network)(0)
-    optimizer = rivals()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
+    optimizer = baselines()["Muon + AdamW cosine, tuned"].make(0.01)(model, 10)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     weights = (before[0], model[0].weight, kernel)  # type: ignore[index]
@@ -331,7 +335,7 @@ def test_peak_memory_counts_state_and_what_a_step_needs_for_a_moment() -> None:
         lambda: nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
     )
     task = dataclasses.replace(TASK, make_model=wide)
-    ours, adamw = (peak_megabytes(task, recipe, steps=10) for recipe in (learned(), rivals()[REFERENCE].make(0.01)))
+    ours, adamw = (peak_megabytes(task, recipe, steps=10) for recipe in (learned(), baselines()[REFERENCE].make(0.01)))
     saved = 4e-6 * sum(p.numel() for p in wide(0).parameters())
     assert adamw - ours == pytest.approx(saved, rel=0.2)
 
@@ -363,8 +367,8 @@ def test_networks_take_the_images_of_their_data_set(name: str, shape: tuple[int,
     assert image_tasks(tmp_path)[name].make_model(0)(torch.zeros(2, *shape)).shape == (2, 10)
 
 
-def few(*names: str) -> dict[str, Rival]:
-    return {name: rival for name, rival in rivals().items() if name in names}
+def few(*names: str) -> dict[str, Baseline]:
+    return {name: baseline for name, baseline in baselines().items() if name in names}
 
 
 def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +382,7 @@ def test_what_was_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return run_training(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(comparison_module, "run_training", counted)
-    monkeypatch.setattr(comparison_module, "rivals", lambda *_: few(REFERENCE, "AdamW default", "learned, untuned"))
+    monkeypatch.setattr(comparison_module, "baselines", lambda *_: few(REFERENCE, "AdamW default", "learned, untuned"))
     make = lambda **options: Comparison(tmp_path, {"blobs": TASK}, num_seeds=3, **options)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         make().results()
@@ -412,13 +416,13 @@ def test_horizon_speeds_are_those_of_runs_that_are_told_their_length(
         return Run((0, steps // 2, steps), tuple(constants[recipe] / step for step in (1, steps / 2, steps)), 1.0, 0.0)
 
     entrants = {
-        REFERENCE: Rival(lambda lr: "reference", has_horizon=True),
-        "fast": Rival(lambda lr: "fast", has_horizon=True, averaged=lambda lr: "open"),
-        "slow": Rival(lambda lr: "slow", has_horizon=True),
-        "endless": Rival(lambda lr: "open"),
+        REFERENCE: Baseline(lambda lr: "reference", has_horizon=True),
+        "fast": Baseline(lambda lr: "fast", has_horizon=True, averaged=lambda lr: "open"),
+        "slow": Baseline(lambda lr: "slow", has_horizon=True),
+        "endless": Baseline(lambda lr: "open"),
     }
     monkeypatch.setattr(comparison_module, "run_training", made_up)
-    monkeypatch.setattr(comparison_module, "rivals", lambda *_: entrants)
+    monkeypatch.setattr(comparison_module, "baselines", lambda *_: entrants)
     for name in ("milliseconds_per_step", "peak_megabytes"):
         monkeypatch.setattr(comparison_module, name, lambda *args, **options: dict.fromkeys(entrants, 1.0))
     task = dataclasses.replace(TASK, steps=60)
@@ -499,7 +503,7 @@ def my_optimizer(model: nn.Module, steps: int) -> LearnedTeleportOptimizer:
 
 @pytest.mark.slow
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "--quick", "--task", "ill_conditioned", "--output", str(tmp_path)]
+    arguments = ["--quick", "--task", "ill_conditioned", "--output", str(tmp_path)]
     assert main([*arguments, "--ablations", "--optimizer", "test_evaluation:my_optimizer"]) == 0
     report = (tmp_path / "report.md").read_text()
     assert "test_evaluation:my_optimizer" in report
@@ -525,5 +529,5 @@ def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--checkpoint", "nothing"], "no checkpoint"),
         (["--suite", "images", "--data", str(tmp_path)], "the data set MNIST is not in"),
     ):
-        assert main(["bench", "--quick", "--output", str(tmp_path / "report"), *arguments]) == 2
+        assert main(["--quick", "--output", str(tmp_path / "report"), *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teleport_optim.groups import GROUPS, Group
+from teleport_optim.symmetry.groups import GROUPS, Group
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**20)

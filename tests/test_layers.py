@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "teleport_optim"
 
 LAYERS = (
-    ("_native", "commands", "guard", "sharding", "streams"),
+    ("_native", "guard", "rng", "sharding"),
     ("groups",),
     ("symmetry",),
     ("action",),
@@ -19,9 +19,8 @@ LAYERS = (
     ("checkpoints", "first_call", "native"),
     ("averaging",),
     ("optimizer_state",),
-    ("optimizer", "meta_training"),
-    ("evaluation",),
-    ("demo", "integrations"),
+    ("optimizer",),
+    ("integrations", "meta_training"),
     ("cli",),
     ("__main__",),
 )
@@ -30,15 +29,20 @@ LAYERS = (
 NO_IMPORTS_BETWEEN = ({"optimizer", "meta_training"},)
 """Parts that do not know each other although one lies above the other."""
 
+NOT_SHIPPED = ("benchmarks", "examples", "tests")
+"""Folders beside the package."""
+
 MODULES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")} - {PACKAGE / "__init__.py"})
 
 
 def part_of(path: Path) -> str:
+    """The module or folder that a file belongs to; every ``__main__`` starts a command and belongs to the highest part."""
+    if path.stem == "__main__":
+        return path.stem
     return path.relative_to(PACKAGE).parts[0].removesuffix(path.suffix)
 
 
-def imported_parts(source: str) -> set[str]:
-    """The parts of the package that a module imports; an import of the package itself counts as ``"(package)"``."""
+def imported_modules(source: str) -> list[str]:
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -46,8 +50,18 @@ def imported_parts(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             names.append(node.module or "")
-    parts = [name.split(".") for name in names if name.split(".")[0] == PACKAGE.name]
+    return names
+
+
+def imported_parts(source: str) -> set[str]:
+    """The parts of the package that a module imports; an import of the package itself counts as ``"(package)"``."""
+    parts = [name.split(".") for name in imported_modules(source) if name.split(".")[0] == PACKAGE.name]
     return {name[1] if len(name) > 1 else "(package)" for name in parts}
+
+
+def unshipped(source: str) -> list[str]:
+    """The imports of what is in a checkout only."""
+    return [name for name in imported_modules(source) if name.split(".")[0] in NOT_SHIPPED]
 
 
 def misdirected(part: str, source: str) -> set[str]:
@@ -70,11 +84,29 @@ def test_the_table_lists_every_part() -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("groups", "from teleport_optim.action import act"),
-        ("update", "import teleport_optim.optimizer"),
-        ("meta_training", "def f():\n    from teleport_optim.optimizer import LearnedTeleportOptimizer"),
+        ("groups", "from teleport_optim.symmetry.action import act"),
+        ("update", "import teleport_optim.optim.optimizer"),
+        ("meta_training", "def f():\n    from teleport_optim.optim.optimizer import LearnedTeleportOptimizer"),
         ("action", "from teleport_optim import find_symmetries"),
+        ("meta_training", "from teleport_optim.cli.training import train"),
     ],
 )
 def test_a_wrong_import_is_caught(part: str, source: str) -> None:
     assert misdirected(part, source)
+
+
+@pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *MODULES], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_what_is_not_shipped(path: Path) -> None:
+    assert unshipped(path.read_text()) == []
+
+
+def test_an_import_of_what_is_not_shipped_is_caught() -> None:
+    assert unshipped("import benchmarks.comparison.suite")
+    assert unshipped("def f():\n    from benchmarks.comparison import suite")
+    assert not unshipped("from teleport_optim.meta_training.tasks import Task")
+
+
+def test_commands_are_started_from_above_everything() -> None:
+    assert part_of(PACKAGE / "meta_training" / "__main__.py") == "__main__"
+    assert misdirected("meta_training", "from teleport_optim.cli.meta_train import main")
+    assert misdirected("cli", "from teleport_optim.__main__ import main")

@@ -22,7 +22,7 @@ from teleport_optim.meta_training.learner import Learner
 from teleport_optim.meta_training.run_folder import config_of_run
 from teleport_optim.meta_training.tasks import InnerProblem
 from teleport_optim.meta_training.tasks.perceptrons import DigitsMLP
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {
@@ -247,5 +247,5 @@ def test_in_processes_of_their_own(script: str, tmp_path: Path) -> None:
 
 def test_streams_have_their_own_seeds() -> None:
     names: list[tuple[int | str, ...]] = [("a", 1), ("a", 2), ("a", "1"), ("b", 1), ("a", 1, 0), ("a",)]
-    draws = {float(torch.rand((), generator=stream(*name), dtype=torch.float64)) for name in names}
+    draws = {float(torch.rand((), generator=generator_for(*name), dtype=torch.float64)) for name in names}
     assert len(draws) == len(names)

@@ -41,8 +41,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from teleport_optim import LearnedTeleportOptimizer, find_symmetries, update
+from teleport_optim import LearnedTeleportOptimizer, find_symmetries
 from teleport_optim.integrations.lightning import AveragedEvaluation
+from teleport_optim.optim import rule as update
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code

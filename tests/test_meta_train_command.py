@@ -20,8 +20,8 @@ import torch
 from mistakes import assert_mistake
 
 from teleport_optim import load_checkpoint
-from teleport_optim.cli import main as teleport_optim
-from teleport_optim.meta_training import command
+from teleport_optim.cli import meta_train as command
+from teleport_optim.cli.main import main as teleport_optim
 from teleport_optim.meta_training.config import PRESETS, Config
 from teleport_optim.meta_training.cost import Cost, TaskCost, bytes_between_processes, mean_window, num_runs, total_cost
 from teleport_optim.meta_training.learner import Learner

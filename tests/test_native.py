@@ -19,10 +19,14 @@ from hypothesis import given, settings
 from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, native
-from teleport_optim.layout import Layout
-from teleport_optim.native import NativeStep, all_norms, are_plain
-from teleport_optim.update import TELEPORT_INTERVAL, Factors, Pace, active_rows, average_offset, descend, ema
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
+from teleport_optim.optim.kernels import native
+from teleport_optim.optim.kernels.native import NativeStep, all_norms, are_plain
+from teleport_optim.optim.orthogonalise import descend
+from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.records import Factors, Pace
+from teleport_optim.optim.rule import active_rows, average_offset, ema
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
 SIZES = st.integers(0, 40)
@@ -37,8 +41,8 @@ SHAPES = st.one_of(
 def modules() -> list[ModuleType]:
     """What was built: for all processors, and for those with 512-bit vectors, where this is one."""
     names = ["_native", "_native_wide"] if torch.backends.cpu.get_cpu_capability() == "AVX512" else ["_native"]
-    found = [name for name in names if importlib.util.find_spec(f"teleport_optim.{name}")]
-    return [importlib.import_module(f"teleport_optim.{name}") for name in found]
+    found = [name for name in names if importlib.util.find_spec(f"teleport_optim.optim.kernels.{name}")]
+    return [importlib.import_module(f"teleport_optim.optim.kernels.{name}") for name in found]
 
 
 def test_it_is_built_where_there_is_a_compiler() -> None:
@@ -70,7 +74,7 @@ WEIGHT = 0.1
 
 
 def by_torch(tensors: Tensors, known: Factors, layout: Layout) -> None:
-    """The step in place, as :mod:`teleport_optim.update` writes it."""
+    """The step in place, as :mod:`teleport_optim.optim.rule` writes it."""
     averages = [ema(m, g, known.beta) for m, g in zip(tensors.momenta, tensors.grads)]
     masks = [active_rows(name, grad, layout) for name, grad in zip(layout.names, tensors.grads)]
     steps = descend({n: a * mask for n, a, mask in zip(layout.names, averages, masks)}, known, layout)
@@ -341,7 +345,7 @@ def test_bad_arguments_are_refused(arguments: tuple[object, ...]) -> None:
 def test_it_is_not_needed() -> None:
     program = """
 import sys
-sys.modules["teleport_optim._native"] = None
+sys.modules["teleport_optim.optim.kernels._native"] = None
 import torch, teleport_optim
 from teleport_optim import native
 assert native._native is None

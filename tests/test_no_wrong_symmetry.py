@@ -21,7 +21,7 @@ from strategies import reasons_of
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer, act, act_dual
-from teleport_optim.layout import Layout
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 N = 6

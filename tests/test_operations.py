@@ -10,9 +10,10 @@ import torch
 from odd_models import MODELS, Model, N, build, certified, mlp
 from torch import Tensor, nn
 
-from teleport_optim.symmetry import find_symmetries, operations
-from teleport_optim.symmetry.operations import entrywise
-from teleport_optim.symmetry.operations.call import Rule
+from teleport_optim.symmetry import find_symmetries
+from teleport_optim.symmetry.search import operations
+from teleport_optim.symmetry.search.operations import entrywise
+from teleport_optim.symmetry.search.operations.call import Rule
 
 ALL, HOMOGENEOUS, ODD, ANY = "permutation scaling sign", "permutation scaling", "permutation sign", "permutation"
 
@@ -290,7 +291,8 @@ def test_every_operation_with_a_rule_is_met_by_some_test_model(monkeypatch: pyte
         return apply
 
     monkeypatch.setattr(
-        "teleport_optim.symmetry.trace.RULES", {name: watched(name, rule) for name, rule in operations.RULES.items()}
+        "teleport_optim.symmetry.search.trace.RULES",
+        {name: watched(name, rule) for name, rule in operations.RULES.items()},
     )
     for factory, make_inputs, _ in MODELS.values():
         find_symmetries(build(factory), build(make_inputs))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, find_symmetries
-from teleport_optim.update import TELEPORT_INTERVAL
+from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from teleport_optim.evaluation import comparison
-from teleport_optim.evaluation.comparison import Comparison
-from teleport_optim.evaluation.report import score_table
-from teleport_optim.evaluation.suite import SUITE
+from benchmarks.comparison import comparison
+from benchmarks.comparison.comparison import Comparison
+from benchmarks.comparison.report import score_table
+from benchmarks.comparison.suite import SUITE
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -1,5 +1,6 @@
 """A search that fails, or takes too long, costs teleports and one warning, and never a step."""
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from odd_models import Model
 from strategies import reasons_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.profiler import ProfilerActivity, profile
 
 from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim.optim.kernels.native import are_plain
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import InputWatch
 
@@ -123,7 +126,7 @@ def test_an_optimizer_of_a_single_tensor_does_not_search(monkeypatch: pytest.Mon
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("there is nothing to be found")
 
-    monkeypatch.setattr("teleport_optim.optimizer.find_symmetries", fail)
+    monkeypatch.setattr("teleport_optim.optim.optimizer.find_symmetries", fail)
     model, x = nn.Linear(4, 1, bias=False), torch.randn(3, 4)
     assert train(model, lambda: model(x)) == []
     assert not any(isinstance(hook, InputWatch) for hook in model._forward_pre_hooks.values())
@@ -252,3 +255,49 @@ def test_a_batch_of_one_image() -> None:
 def test_no_batch_at_all_is_explained() -> None:
     with pytest.raises(ValueError, match=r"cannot take example_inputs in evaluation mode: .*as you would pass them"):
         find_symmetries(mlp(), torch.randn(1, 5))
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that a call has at a time, above those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def peaks_of_steps(model: nn.Module, x: Tensor, steps: int) -> list[int]:
+    """The peak of every step, of which those of number 0, 2, 4 and so on teleport."""
+    optimizer = LearnedTeleportOptimizer.for_model(model, example_inputs=x)
+    peaks = []
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for step in range(steps):
+        if step == 0:
+            for parameter in model.parameters():
+                optimizer._new_slots(parameter)  # the state itself does not count
+        peaks.append(peak_of(optimizer.step))
+        assert (optimizer.teleport_size > 0) == (step % 2 == 0)
+    return peaks
+
+
+def deep(width: int, depth: int) -> nn.Sequential:
+    return nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())))
+
+
+@pytest.mark.skipif(not are_plain([]), reason="the step in C is not built")
+def test_a_step_that_teleports_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teleport_optim.optim.rule.TELEPORT_INTERVAL", 2)
+    assert max(peaks_of_steps(deep(512, 10), torch.randn(2, 512), 3)) < 10e6  # beside 10 MB of parameters
+    wide = nn.Sequential(nn.Embedding(16_000, 256), nn.ReLU(), nn.Linear(256, 4))
+    assert max(peaks_of_steps(wide, torch.tensor([[3, 5]]), 3)) < 10e6  # beside a tensor of 16 MB
+
+
+def test_a_teleport_with_torch_needs_no_more_memory_than_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teleport_optim.optim.rule.TELEPORT_INTERVAL", 2)
+    first, usual, second = peaks_of_steps(deep(192, 12).double(), torch.randn(2, 192).double(), 3)
+    assert max(first, second) < 1.25 * usual

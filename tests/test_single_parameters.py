@@ -12,7 +12,8 @@ from test_optimizer import X, Y, network, train
 from timm.optim import Lookahead
 from torch import Tensor, nn
 
-from teleport_optim import LearnedTeleportOptimizer, native
+from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim.optim.kernels import native
 
 pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from teleport_optim.checkpoints import find_checkpoint, read_card
-from teleport_optim.evaluation.problem import Data
-from teleport_optim.evaluation.suite import FAR, SUITE
-from teleport_optim.meta_training.tasks.data import digits
+from benchmarks.comparison.suite import FAR, SUITE
+from teleport_optim.controller.checkpoints import find_checkpoint, read_card
+from teleport_optim.meta_training.tasks.data import Data, digits
 from teleport_optim.meta_training.tasks.splits import CHANNELS, SEQUENCE_WIDTHS, WIDTHS
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 

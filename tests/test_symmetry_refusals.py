@@ -10,8 +10,9 @@ from strategies import legs_of, reasons_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from teleport_optim.action import act
-from teleport_optim.symmetry import SymmetrySpec, find_symmetries, trace
+from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.action import act
+from teleport_optim.symmetry.search import trace
 
 ModelFactory = Callable[[], nn.Module]
 

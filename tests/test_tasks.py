@@ -38,7 +38,7 @@ from teleport_optim.meta_training.tasks.splits import (
     WIDTHS,
     text_split,
 )
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 from teleport_optim.symmetry import find_symmetries
 
 HORIZONS = (5, 50)
@@ -51,12 +51,12 @@ each_function = pytest.mark.parametrize("name", FUNCTION_TASKS)
 
 
 def draw_problem(name: str, split: str, seed: int, num_problems: int = 2) -> InnerProblem:
-    return TASKS[name].sample(num_problems, HORIZONS, split, stream(split, seed))
+    return TASKS[name].sample(num_problems, HORIZONS, split, generator_for(split, seed))
 
 
 def as_list(problem: InnerProblem) -> list[Tensor]:
     """Everything that was drawn for a problem, a minibatch included."""
-    return [*problem.params.values(), *problem.sample_batch(stream("batch"))]
+    return [*problem.params.values(), *problem.sample_batch(generator_for("batch"))]
 
 
 # ------------------------------------------------------------------------------------------------------- every task
@@ -78,7 +78,7 @@ def test_a_problem_is_reproducible_and_varied(name: str, split: str) -> None:
 @each_task
 def test_gradients_are_those_of_a_loop_over_the_problems(name: str, split: str) -> None:
     problem = in_float64(draw_problem(name, split, 1, 3))
-    inputs, targets = problem.sample_batch(stream("batch"))
+    inputs, targets = problem.sample_batch(generator_for("batch"))
     assert len(inputs) == len(targets) == 3
     gradients, losses = problem.gradients(problem.params, inputs, targets)
     assert losses.isfinite().all()
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_a_loop_over_the_problems(name: str, split: str) 
 def test_normalised_losses_do_not_depend_on_the_scale_of_the_loss(name: str) -> None:
     problem = in_float64(draw_problem(name, "train", 2))
     scaled = dataclasses.replace(problem, loss=lambda output, target: 1e3 * problem.loss(output, target))
-    batch = problem.sample_batch(stream("batch"))
+    batch = problem.sample_batch(generator_for("batch"))
     moved = [{key: value * factor for key, value in problem.params.items()} for factor in (1.0, 0.9, 0.5)]
     losses, scaled_losses = (
         torch.stack([each.losses(params, *batch) for params in moved], dim=-1) for each in (problem, scaled)
@@ -125,15 +125,15 @@ def test_horizons_lie_between_their_bounds(name: str) -> None:
     assert len(horizons) > 3
     assert min(horizons) >= HORIZONS[0]
     assert max(horizons) <= HORIZONS[1]
-    assert {TASKS[name].sample(1, (7, 7), "train", stream(seed)).horizon for seed in range(5)} == {7}
+    assert {TASKS[name].sample(1, (7, 7), "train", generator_for(seed)).horizon for seed in range(5)} == {7}
     with pytest.raises(ValueError, match=r"horizons must be .* got \(9, 3\)"):
-        TASKS[name].sample(1, (9, 3), "train", stream(0))
+        TASKS[name].sample(1, (9, 3), "train", generator_for(0))
     with pytest.raises(ValueError, match=r"no split 'demo'; tasks have train, validation, test"):
-        TASKS[name].sample(1, HORIZONS, "demo", stream(0))
+        TASKS[name].sample(1, HORIZONS, "demo", generator_for(0))
 
 
 def test_horizons_are_log_uniform_and_reach_both_bounds() -> None:
-    draw = Draw(stream(0), "any", "train")
+    draw = Draw(generator_for(0), "any", "train")
     assert {draw.horizon(3, 5) for _ in range(100)} == {3, 4, 5}
     share = sum(draw.horizon(10, 1000) < 100 for _ in range(1000)) / 1000
     assert share == pytest.approx(0.5, abs=0.06)
@@ -154,7 +154,7 @@ def test_functions_tell_the_horizon(name: str) -> None:
 
 @each_split
 def test_only_training_has_perceptrons_without_a_hidden_layer(split: str) -> None:
-    drawn = [draw_perceptron(Draw(stream(seed), "any", split), 5, 3) for seed in range(100)]
+    drawn = [draw_perceptron(Draw(generator_for(seed), "any", split), 5, 3) for seed in range(100)]
     counts = [sum(isinstance(layer, nn.Linear) for layer in model) for model, _ in drawn]
     assert set(counts) == ({1, 2, 3, 4, 5} if split == "train" else {2, 3, 4, 5})
     for (model, architecture), count in zip(drawn, counts):
@@ -190,16 +190,16 @@ def test_equal_architectures_have_equal_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["teacher_regression", "teacher_classification", *FUNCTION_TASKS])
 def test_procedural_data_differ_between_splits_even_from_one_seed(name: str) -> None:
-    problems = [TASKS[name].sample(8, HORIZONS, split, stream(0)) for split in SPLITS]
+    problems = [TASKS[name].sample(8, HORIZONS, split, generator_for(0)) for split in SPLITS]
     for first, second in itertools.combinations(problems, 2):
         if name in FUNCTION_TASKS:
             assert not torch.isin(first.params["x"], second.params["x"]).any()
-            first_data, second_data = (problem.sample_batch(stream(0))[0] for problem in (first, second))
+            first_data, second_data = (problem.sample_batch(generator_for(0))[0] for problem in (first, second))
             is_drawn = (first_data != first_data[0]).any(dim=0) & (first_data != 0).any(dim=0)
             assert is_drawn.any() == (not name.endswith("_fixed"))
             assert not torch.isin(first_data[:, is_drawn], second_data[:, is_drawn]).any()
         else:
-            assert first.sample_batch(stream(0))[0].shape != second.sample_batch(stream(0))[0].shape
+            assert first.sample_batch(generator_for(0))[0].shape != second.sample_batch(generator_for(0))[0].shape
 
 
 def without_noise(name: str, split: str) -> InnerProblem:
@@ -215,7 +215,7 @@ def are_rows_of(rows: Tensor, source: Tensor) -> Tensor:
 @each_split
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_autoencoder", "digits_cnn", "digits_batchnorm_cnn"])
 def test_tasks_on_digits_use_the_rows_of_their_split(name: str, split: str) -> None:
-    inputs = without_noise(name, split).sample_batch(stream(0))[0].flatten(2)
+    inputs = without_noise(name, split).sample_batch(generator_for(0))[0].flatten(2)
     assert are_rows_of(inputs, digits(split)[0]).all()
     for other in set(DIGIT_ROWS) - {split}:
         assert not are_rows_of(inputs, digits(other)[0]).any()
@@ -232,7 +232,7 @@ def test_splits_of_the_digits_are_disjoint() -> None:
 @each_split
 def test_tables_are_those_of_the_split(split: str) -> None:
     """Every value of an input occurs in one of the split's tables, and hardly any in those of the others."""
-    inputs = without_noise("tabular_mlp", split).sample_batch(stream(0))[0]
+    inputs = without_noise("tabular_mlp", split).sample_batch(generator_for(0))[0]
     for other in SPLITS:
         values = torch.cat([table(name).columns.flatten() for name in TABLES[other]])
         share = torch.isin(inputs, values).double().mean()
@@ -259,7 +259,7 @@ def test_paragraphs_belong_to_one_split() -> None:
 @each_split
 @pytest.mark.parametrize("name", ["char_transformer", "char_recurrent"])
 def test_texts_are_those_of_the_split_and_targets_are_what_follows(name: str, split: str) -> None:
-    inputs, targets = draw_problem(name, split, 0).sample_batch(stream(0))
+    inputs, targets = draw_problem(name, split, 0).sample_batch(generator_for(0))
     assert torch.equal(inputs[..., 1:], targets[..., :-1])
     windows = ["".join(ALPHABET[index] for index in window) for window in inputs.flatten(0, 1).tolist()]
     for other in SPLITS:
@@ -288,7 +288,7 @@ def make_batchnorm_network() -> nn.Sequential:
 
 
 def test_initial_values_are_of_the_kind_of_torch() -> None:
-    params = initial_params(make_batchnorm_network(), 5, Draw(stream(0), "any", "train"), gain=2.0)
+    params = initial_params(make_batchnorm_network(), 5, Draw(generator_for(0), "any", "train"), gain=2.0)
     assert {name: value.shape[0] for name, value in params.items()} == dict.fromkeys(params, 5)
     assert list(params) == [name for name, _ in make_batchnorm_network().named_parameters()]
     assert (params["1.weight"] == 1.0).all()
@@ -296,7 +296,7 @@ def test_initial_values_are_of_the_kind_of_torch() -> None:
     for name, bound in {"3.weight": 2.0 / 54**0.5, "3.bias": 54**-0.5, "6.weight": 2.0 / 12.0}.items():
         assert 0.8 * bound < params[name].abs().max() <= bound
     with pytest.raises(TypeError, match="no initial values are known for 'weight', a parameter of PReLU"):
-        initial_params(nn.PReLU(), 1, Draw(stream(0), "any", "train"))
+        initial_params(nn.PReLU(), 1, Draw(generator_for(0), "any", "train"))
 
 
 @pytest.mark.parametrize(
@@ -309,9 +309,11 @@ def test_initial_values_are_of_the_kind_of_torch() -> None:
 def test_rescaled_units_leave_the_function_unchanged(model: nn.Sequential, shape: tuple[int, ...]) -> None:
     spec = find_symmetries(model, torch.zeros(shape))
     assert len(spec.of_group("scaling")) == 2
-    params = {name: value.double() for name, value in initial_params(model, 3, Draw(stream(0), "any", "train")).items()}
-    rescaled = rescale_units(spec, params, 2.0, Draw(stream(1), "any", "train"))
-    inputs = torch.randn(shape, generator=stream(2), dtype=torch.float64)
+    params = {
+        name: value.double() for name, value in initial_params(model, 3, Draw(generator_for(0), "any", "train")).items()
+    }
+    rescaled = rescale_units(spec, params, 2.0, Draw(generator_for(1), "any", "train"))
+    inputs = torch.randn(shape, generator=generator_for(2), dtype=torch.float64)
     assert list(rescaled) == list(params)
     for row in range(3):
         before, after = (
@@ -349,7 +351,7 @@ def test_batchnorm_networks_normalise_by_the_minibatch() -> None:
 def test_predictions_do_not_depend_on_what_follows(name: str, split: str) -> None:
     problem = in_float64(draw_problem(name, split, 0, 1))
     params = {key: value[0] for key, value in problem.params.items()}
-    tokens = problem.sample_batch(stream(0))[0][0]
+    tokens = problem.sample_batch(generator_for(0))[0][0]
     changed = tokens.clone()
     changed[:, 10] = (changed[:, 10] + 1) % len(ALPHABET)
     before, after = (functional_call(problem.model, params, (each,)) for each in (tokens, changed))
@@ -392,12 +394,14 @@ def test_the_layers_are_those_of_torch() -> None:
 def function_case(name: str, seed: int, count: int = 5) -> tuple[FunctionTask, Tensor, Tensor]:
     """A task, coefficients and points, in double precision."""
     task = FUNCTIONS[name]
-    problem = in_float64(task.sample(count, HORIZONS, "train", stream(seed)))
-    return task, problem.sample_batch(stream(0))[0], problem.params["x"]
+    problem = in_float64(task.sample(count, HORIZONS, "train", generator_for(seed)))
+    return task, problem.sample_batch(generator_for(0))[0], problem.params["x"]
 
 
 def coordinates_of(task: FunctionTask, seed: int, size: float, count: int = 5) -> Tensor:
-    return size * torch.randn(count, task.orbit.num_coordinates, generator=stream("g", seed), dtype=torch.float64)
+    return size * torch.randn(
+        count, task.orbit.num_coordinates, generator=generator_for("g", seed), dtype=torch.float64
+    )
 
 
 @each_function
@@ -468,7 +472,7 @@ def test_the_optimum_is_one(name: str) -> None:
     assert optimum is not None
     value, zeros = task.value(optimum, coefficients), torch.zeros(5, dtype=torch.float64)
     torch.testing.assert_close(value, zeros, atol=1e-12, rtol=0)
-    torch.testing.assert_close(FUNCTIONS[name].sample(5, HORIZONS, "train", stream(3)).optimum.double(), optimum)
+    torch.testing.assert_close(FUNCTIONS[name].sample(5, HORIZONS, "train", generator_for(3)).optimum.double(), optimum)
 
 
 def test_the_fixed_functions_are_those_of_the_paper() -> None:
@@ -481,8 +485,8 @@ def test_the_fixed_functions_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", ["ellipse", "rosenbrock"])
 def test_varied_coefficients_and_starts_are_standard_normal(name: str) -> None:
-    problem = TASKS[name].sample(20000, HORIZONS, "train", stream(0))
-    for drawn in (problem.sample_batch(stream(0))[0], problem.params["x"]):
+    problem = TASKS[name].sample(20000, HORIZONS, "train", generator_for(0))
+    for drawn in (problem.sample_batch(generator_for(0))[0], problem.params["x"]):
         torch.testing.assert_close(drawn.mean(dim=0), torch.zeros(drawn.shape[1]), atol=0.04, rtol=0)
         torch.testing.assert_close(drawn.std(dim=0), torch.ones(drawn.shape[1]), atol=0.04, rtol=0)
 
@@ -510,7 +514,7 @@ def test_the_further_down_a_saddle_the_better() -> None:
 def test_a_function_has_one_parameter_and_constant_coefficients() -> None:
     problem = draw_problem("ellipse", "train", 0)
     assert {key: tuple(value.shape) for key, value in problem.params.items()} == {"x": (2, 2)}
-    first, second = problem.sample_batch(stream(0)), problem.sample_batch(stream(1))
+    first, second = problem.sample_batch(generator_for(0)), problem.sample_batch(generator_for(1))
     assert torch.equal(first[0], second[0])
     assert first[0].shape == (2, 6)
     assert first[1].shape == (2,)

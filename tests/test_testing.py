@@ -13,8 +13,8 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import Leg, Refusal, Symmetry, SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.testing import (
     Sample,
     assert_equivariant_gradient,

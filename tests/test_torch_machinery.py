@@ -36,8 +36,9 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase, set_default_dtype
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, native
-from teleport_optim.optimizer_state import OptimizerStateError
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
+from teleport_optim.optim.kernels import native
+from teleport_optim.optim.state import OptimizerStateError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),

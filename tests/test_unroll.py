@@ -11,15 +11,16 @@ from problems import in_float64
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, update
-from teleport_optim.layout import BLOCK_ROWS
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.meta_training.rules import ControllerRule
 from teleport_optim.meta_training.tasks import TASKS, InnerProblem, find_task
 from teleport_optim.meta_training.tasks.problem import WORST, log_relative
 from teleport_optim.meta_training.unroll import UnrollResult, init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.optim import schedule
+from teleport_optim.optim.parameters import BLOCK_ROWS
+from teleport_optim.rng import generator_for
 
-BATCHES = partial(stream, "batch")
+BATCHES = partial(generator_for, "batch")
 
 
 INTERVAL = 20
@@ -27,12 +28,12 @@ INTERVAL = 20
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
+    monkeypatch.setattr(schedule, "TELEPORT_INTERVAL", INTERVAL)
 
 
 def new_rule(num_candidates: int, *, block_rows: int = BLOCK_ROWS) -> tuple[ControllerRule, Tensor]:
-    rule = ControllerRule(MetaOptimizer(3, stream("weights"), block_rows=block_rows))
-    return rule, 0.2 * torch.randn(num_candidates, len(rule.flatten()), generator=stream("candidates"))
+    rule = ControllerRule(MetaOptimizer(3, generator_for("weights"), block_rows=block_rows))
+    return rule, 0.2 * torch.randn(num_candidates, len(rule.flatten()), generator=generator_for("candidates"))
 
 
 def train(rule: ControllerRule, candidates: Tensor, problem: InnerProblem, *lengths: int) -> UnrollResult:
@@ -69,7 +70,7 @@ def assert_unroll_is_the_optimizer(
 
 def draw(name: str, *, knows_horizon: bool = True) -> InnerProblem:
     horizon = INTERVAL + 2
-    problem = in_float64(find_task(name).sample(2, (horizon, horizon), "train", stream("problem", 3)))
+    problem = in_float64(find_task(name).sample(2, (horizon, horizon), "train", generator_for("problem", 3)))
     return dataclasses.replace(problem, knows_horizon=knows_horizon)
 
 
@@ -103,7 +104,7 @@ def test_a_horizon_that_is_not_known_is_not_told() -> None:
 
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_batchnorm_cnn", "char_recurrent"])
 def test_windows_go_on_where_the_last_one_ended(name: str) -> None:
-    problem = find_task(name).sample(2, (12, 12), "train", stream("problem", 1))
+    problem = find_task(name).sample(2, (12, 12), "train", generator_for("problem", 1))
     rule, candidates = new_rule(2)
     whole, parts = train(rule, candidates, problem, 12), train(rule, candidates, problem, 2, 9, 1)
     torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-4, atol=1e-5)
@@ -125,7 +126,7 @@ def exploding(problem: InnerProblem, is_lost: Tensor) -> InnerProblem:
 
 
 def test_a_run_that_explodes_stays_exploded_and_leaves_the_others_alone() -> None:
-    problem = find_task("digits_mlp").sample(2, (9, 9), "train", stream("problem", 1))
+    problem = find_task("digits_mlp").sample(2, (9, 9), "train", generator_for("problem", 1))
     rule, candidates = new_rule(2)
     sound = train(rule, candidates, problem, 9)
     result = train(rule, candidates, exploding(problem, torch.tensor([True, False])), 9)
@@ -137,7 +138,7 @@ def test_a_run_that_explodes_stays_exploded_and_leaves_the_others_alone() -> Non
 
 
 def test_runs_end_early_once_all_have_exploded() -> None:
-    problem = find_task("digits_mlp").sample(1, (200, 200), "train", stream("problem", 1))
+    problem = find_task("digits_mlp").sample(1, (200, 200), "train", generator_for("problem", 1))
     steps = []
 
     def batches(step: int) -> torch.Generator:
@@ -155,7 +156,7 @@ def test_runs_end_early_once_all_have_exploded() -> None:
 
 def test_memory_does_not_grow_with_the_horizon() -> None:
     """Nothing but the losses is kept of past steps."""
-    problem = find_task("digits_mlp").sample(1, (40, 40), "train", stream("problem", 1))
+    problem = find_task("digits_mlp").sample(1, (40, 40), "train", generator_for("problem", 1))
     rule, candidates = new_rule(2)
 
     def num_kept(length: int) -> int:

@@ -16,8 +16,8 @@ from benchmarks import detection
 from benchmarks.unseen import CASES, Case, Sizes
 from benchmarks.unseen import check as check_module
 from benchmarks.unseen.check import check
-from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import Leg, Refusal, Symmetry, SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.groups import GROUPS
 
 
 def images(batch: int, length: int) -> Tensor:

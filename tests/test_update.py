@@ -18,36 +18,30 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries, native
-from teleport_optim import layout as layout_module
-from teleport_optim import update as update_module
-from teleport_optim.features import NUM_FEATURES, compute_features, log_ratio, site_log_norms
-from teleport_optim.layout import BLOCK_ROWS, Group, Layout, matrix_shape
-from teleport_optim.meta_optimizer import PRIOR_MOMENTUM, Controls
-from teleport_optim.symmetry.moves import move, move_scaling
-from teleport_optim.symmetry.spec import SymmetrySpec
-from teleport_optim.update import (
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
+from teleport_optim.controller.control import control
+from teleport_optim.controller.features import NUM_FEATURES, compute_features
+from teleport_optim.optim import parameters as layout_module
+from teleport_optim.optim import rule as update_module
+from teleport_optim.optim.controls import PRIOR_MOMENTUM, Controls
+from teleport_optim.optim.kernels import native
+from teleport_optim.optim.orthogonalise import Mixing, Step, column_scales, descend, row_mixers
+from teleport_optim.optim.parameters import BLOCK_ROWS, Group, Layout, matrix_shape
+from teleport_optim.optim.records import Factors, Hyper, UpdateState, step_factors
+from teleport_optim.optim.rule import Control, ema, update
+from teleport_optim.optim.schedule import (
     TELEPORT_INTERVAL,
-    Controller,
-    Factors,
     Horizon,
-    Hyper,
-    Mixing,
-    Step,
-    UpdateState,
     averaging_weight,
-    balanced,
-    column_scales,
-    descend,
-    ema,
     is_due,
     prior_rate,
     rate_and_decay,
-    row_mixers,
-    step_factors,
-    teleport,
-    update,
 )
+from teleport_optim.optim.site_norms import log_ratio, site_log_norms
+from teleport_optim.optim.teleport import balanced, teleport
+from teleport_optim.symmetry.groups import GROUPS
+from teleport_optim.symmetry.moves import move, move_scaling
+from teleport_optim.symmetry.spec import Leg, Symmetry, SymmetrySpec
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -179,7 +173,9 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int, size
     hyper = Hyper.default(len(ours), 50)
     for step in range(50):
         _, grads = loss_and_grads(model, ours, x, y)
-        ours, state = update(constant_controller, ours, grads, state, step=step, hyper=hyper, layout=layout)
+        ours, state = update(
+            partial(control, constant_controller), ours, grads, state, step=step, hyper=hyper, layout=layout
+        )
         _, grads = loss_and_grads(model, reference, x, y)
         rule_h(reference, grads, buffers, step, 50, block_rows)
         for name in reference:
@@ -265,7 +261,7 @@ def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool, block_rows:
     for step in range(90):
         _, grads = loss_and_grads(model, params, x, y)
         with torch.no_grad():
-            params, state = update(meta_optimizer, params, grads, state, step=step, **options)
+            params, state = update(meta_optimizer.control, params, grads, state, step=step, **options)
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -435,7 +431,7 @@ def test_a_step_changes_nothing_but_what_it_may(
             optimizer.step()
             with torch.no_grad():
                 expected, state = update(
-                    meta_optimizer,
+                    meta_optimizer.control,
                     expected,
                     grads,
                     state,
@@ -557,7 +553,7 @@ def test_steps_are_equivariant_under_permutation_of_hidden_units(block_rows: int
     def train(params: dict[str, Tensor], state: UpdateState, step: int) -> tuple[dict[str, Tensor], UpdateState]:
         _, grads = loss_and_grads(model, params, x, y)
         with torch.no_grad():
-            return update(meta_optimizer, params, grads, state, step=step, hyper=hyper, layout=layout)
+            return update(meta_optimizer.control, params, grads, state, step=step, hyper=hyper, layout=layout)
 
     largest = 0.0
     for step in range(num_steps):  # Every step from one state: over many, the rounding of float32 features would grow.
@@ -883,7 +879,9 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
     hyper = Hyper(torch.ones(len(params)), torch.zeros(len(params)), Horizon(10))
     layout, state = Layout.of(params), UpdateState.initial(params, torch.zeros(len(params), 12))
     with torch.no_grad():
-        moved, state = update(trained_meta_optimizer(), params, zeros, state, step=0, hyper=hyper, layout=layout)
+        moved, state = update(
+            trained_meta_optimizer().control, params, zeros, state, step=0, hyper=hyper, layout=layout
+        )
     for name, param in params.items():
         assert torch.equal(moved[name], param)
     assert torch.isfinite(state.hidden).all()
@@ -897,7 +895,15 @@ def test_update_leaves_its_arguments_alone() -> None:
     grads = {name: torch.ones_like(param) for name, param in params.items()}
     before = copy.deepcopy((params, grads, state))
     with torch.no_grad():
-        update(trained_meta_optimizer(), params, grads, state, step=0, hyper=Hyper.default(len(params)), layout=layout)
+        update(
+            trained_meta_optimizer().control,
+            params,
+            grads,
+            state,
+            step=0,
+            hyper=Hyper.default(len(params)),
+            layout=layout,
+        )
     torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -958,8 +964,10 @@ def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, 
         for name, param in meta_optimizer.named_parameters()
     }
 
-    def controller(own_weights: dict[str, Tensor]) -> Controller:
-        return lambda features, hidden: functional_call(meta_optimizer, own_weights, (features, hidden))
+    def controller(own_weights: dict[str, Tensor]) -> Control:
+        return partial(
+            control, lambda features, hidden: functional_call(meta_optimizer, own_weights, (features, hidden))
+        )
 
     hyper = Hyper.default(len(params), 20)
     hidden = meta_optimizer.initial_hidden(len(params)).detach().expand(*runs, -1, -1)
@@ -1013,6 +1021,21 @@ def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> No
             torch.testing.assert_close(one_run(moved, (run,)), alone, rtol=1e-15, atol=0)
 
 
+def test_factors_beyond_float16_move_tensors_of_float16() -> None:
+    legs = (Leg("a", axis=0, degree=1), Leg("b", axis=1, degree=-1))
+    site = Symmetry("a:scaling", GROUPS["scaling"], 2, legs)
+    tensors = {"a": torch.full((2, 3), 2.0**-14).half(), "b": torch.full((3, 2), 2.0**14).half()}
+    moved = move_scaling(site, torch.tensor([2.0**18, 2.0**26]).double(), tensors, 1)
+    expected = {
+        "a": torch.tensor([[2.0**4] * 3, [2.0**12] * 3]).half(),
+        "b": torch.tensor([[2.0**-4, 2.0**-12]] * 3).half(),
+    }
+    assert all(torch.equal(moved[name], value) for name, value in expected.items())
+    for name in tensors:
+        moved.write(name)
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
 def test_training_can_be_differentiated_where_gradients_vanish() -> None:
     """Two steps, differentiated in the controls, through the gradients too; those of one run are zero in places."""
     x = torch.randn(9, 4, generator=generator()).double()
@@ -1029,7 +1052,7 @@ def test_training_can_be_differentiated_where_gradients_vanish() -> None:
         grads = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values()), create_graph=True)))
         assert not grads["0.weight"][-1].any()
         params, state = update(
-            lambda features, hidden: (outputs + 0.01 * features.sum(-1, keepdim=True), hidden),
+            partial(control, lambda features, hidden: (outputs + 0.01 * features.sum(-1, keepdim=True), hidden)),
             leaves,
             grads,
             state,

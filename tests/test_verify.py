@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.groups import GROUPS
 from teleport_optim.symmetry import (
     APPROXIMATE_TOLERANCE,
     Inputs,
@@ -23,6 +22,7 @@ from teleport_optim.symmetry import (
     find_symmetries,
     verify_symmetries,
 )
+from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.inputs import ExampleInputs
 
 Build = Callable[[nn.Module, Tensor], Symmetry]

@@ -1,4 +1,4 @@
-"""The built wheel works alone: it holds the checkpoints, and needs nothing of the source tree."""
+"""The built wheel works alone: it holds the checkpoints and the demo, and needs nothing of the source tree."""
 
 import os
 import subprocess
@@ -12,8 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import pathlib, sys
+for name in ("schedulefree", "torchvision", "hypothesis", "huggingface_hub"):
+    sys.modules[name] = None  # of other extras than cli
 import torch, teleport_optim
-from teleport_optim.checkpoints import list_checkpoints
+from teleport_optim.controller.checkpoints import list_checkpoints
 
 assert pathlib.Path(teleport_optim.__file__).is_relative_to(sys.argv[1]), teleport_optim.__file__
 assert list_checkpoints()["default"].is_relative_to(sys.argv[1])
@@ -28,6 +30,12 @@ assert not [name for name in sys.modules if name.startswith("teleport_optim.meta
 from teleport_optim.meta_training import TASKS, Config, Learner
 
 assert Config().tasks == tuple(TASKS)
+
+from teleport_optim.cli.main import main
+
+assert main(["demo", "--quick"]) == 0
+assert pathlib.Path("demo.png").stat().st_size > 10_000
+assert "benchmarks" not in sys.modules
 """
 
 
@@ -46,7 +54,8 @@ def test_wheel_loads_the_default_checkpoint_and_takes_a_step(tmp_path: Path) -> 
     assert "teleport_optim/pretrained/default.safetensors" in names
     assert "teleport_optim/pretrained/default.json" in names
     assert "teleport_optim/py.typed" in names
-    assert not [name for name in names if "paper" in name or name.startswith("benchmarks")]
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"teleport_optim"}
+    assert not [name for name in names if "evaluation" in name or "comparison" in name or "paper" in name]
     target = tmp_path / "installed"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     run(sys.executable, *install, cwd=tmp_path)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.paper import distance, ellipse_directions, families, frequency, groups, newton, sensitivity
 from benchmarks.paper.harness import Study
 from benchmarks.paper.tables import insert
-from teleport_optim.checkpoints import write_atomically
+from teleport_optim.controller.checkpoints import write_atomically
 
 __all__ = ["EXPERIMENTS", "main"]
 

@@ -21,7 +21,7 @@ from benchmarks.paper.harness import (
 )
 from benchmarks.paper.tables import centre, markdown, number, percent, times
 from benchmarks.paper.training import SCHEDULE
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["FAMILIES", "VARIANTS", "run", "tables", "tested_schedule"]
 
@@ -106,8 +106,8 @@ def _baselines(study: Study, task: str) -> dict[str, tuple[float, Trajectory]]:
     """By name, with the rate."""
     problem, schedule = study.problem(task), tested_schedule(study)
     plain, exact = study.best_rate(task), study.best_rate(task, schedule)
-    random = study.best_rate(task, schedule, random_angle(stream("paper", "angles", "sweep", task)))
-    teleport = random_angle(stream("paper", "angles", "baseline", task))
+    random = study.best_rate(task, schedule, random_angle(generator_for("paper", "angles", "sweep", task)))
+    teleport = random_angle(generator_for("paper", "angles", "baseline", task))
     return {
         "gradient_descent": (plain, gradient_descent(problem, plain, study.num_steps)),
         "exact": (exact, gradient_descent(problem, exact, study.num_steps, schedule)),

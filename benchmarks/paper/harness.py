@@ -15,7 +15,7 @@ from benchmarks.paper.functions import FUNCTIONS, FunctionProblem, task_path
 from benchmarks.paper.orbits import Orbit
 from benchmarks.paper.training import PAPER, PaperConfig, family_of, rule_of, train
 from teleport_optim.meta_training.unroll import EXPLOSION, init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = [
     "NEVER",
@@ -262,7 +262,7 @@ class Study:
     def problem(self, task: str, split: str = "test") -> FunctionProblem:
         """The functions of a split: the same for every rule."""
         horizons = (self.num_steps, self.num_steps)
-        return FUNCTIONS[task].sample(self.num_functions, horizons, split, stream("paper", split, task))
+        return FUNCTIONS[task].sample(self.num_functions, horizons, split, generator_for("paper", split, task))
 
     def weights(self, config: PaperConfig) -> Tensor:
         """The trained weights of all meta-seeds, trained now if they are not in the cache."""
@@ -279,7 +279,7 @@ class Study:
         problem = self.problem(task)
         if teleport == "off":
             config = replace(config, teleport_steps=NEVER)
-        angles = stream("paper", "angles", task) if teleport == "random" else None
+        angles = generator_for("paper", "angles", task) if teleport == "random" else None
         by_seed = [follow(config, flat, problem, self.num_steps, angles) for flat in weights]
         return Trajectory(*(torch.stack(parts) for parts in zip(*by_seed)))
 

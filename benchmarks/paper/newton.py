@@ -19,7 +19,7 @@ from benchmarks.paper.figures import line_figure
 from benchmarks.paper.functions import FunctionProblem
 from benchmarks.paper.harness import Study, gradient_descent
 from benchmarks.paper.tables import markdown, number, percent
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["counterexample", "lemma", "run", "symmetry_slope", "tables"]
 
@@ -46,7 +46,7 @@ def symmetry_slope(hessian: Tensor, gradient: Tensor) -> Tensor:
 
 def lemma() -> dict[str, float]:
     """The lemma on random matrices: with eigenvalues of one sign, and of both."""
-    generator = stream("paper", "lemma")
+    generator = generator_for("paper", "lemma")
     results = {"matrices": float(_NUM_MATRICES), "counterexample": float(_symmetry_slope_of_the_counterexample())}
     for name, definite in (("definite", True), ("indefinite", False)):
         square = torch.randn(_NUM_MATRICES, 6, 6, generator=generator, dtype=torch.float64)
@@ -165,7 +165,7 @@ def _functions(study: Study) -> dict[str, Any]:
         problem = study.problem(task)
         rate = study.best_rate(task) if task != "indefinite_quadratic" else 0.01
         points = gradient_descent(problem, rate, study.num_steps).points[:, ::4]
-        results[task] = _measure(_local_of_functions(problem, points), stream("paper", "random", task))
+        results[task] = _measure(_local_of_functions(problem, points), generator_for("paper", "random", task))
     return results
 
 
@@ -218,9 +218,9 @@ _NETWORKS = {
 def _networks(network_steps: Sequence[int]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, network in _NETWORKS.items():
-        generator = stream("paper", "network", name)
+        generator = generator_for("paper", "network", name)
         results[name] = {
-            f"{steps} steps": _measure(local, stream("paper", "random", name, steps))
+            f"{steps} steps": _measure(local, generator_for("paper", "random", name, steps))
             for steps, local in _descend(network, generator, network_steps).items()
         }
     return results

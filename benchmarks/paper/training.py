@@ -14,13 +14,13 @@ from torch import Tensor
 
 from benchmarks.paper.functions import FunctionProblem, FunctionTask, task_path
 from benchmarks.paper.rules import VARIANTS, PaperRule
-from teleport_optim.checkpoints import write_atomically
+from teleport_optim.controller.checkpoints import write_atomically
 from teleport_optim.meta_training import Config, InnerProblem, Learner, ProcessGroup, find_task
 from teleport_optim.meta_training.estimators import meta_loss, step_weights
 from teleport_optim.meta_training.rules import Rule, Tensors
 from teleport_optim.meta_training.sampling import draw_problem
 from teleport_optim.meta_training.unroll import Runs, init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["PAPER", "SCHEDULE", "PaperConfig", "family_of", "join_problems", "learner_of", "rule_of", "train", "window"]
 
@@ -121,7 +121,7 @@ def rule_of(config: PaperConfig, problem: InnerProblem) -> PaperRule:
     return PaperRule(
         config.variant,
         config.hidden_size,
-        stream("weights", config.seed),
+        generator_for("weights", config.seed),
         problem,
         theta_gradient=config.theta_gradient,
         teleport_steps=config.teleport_steps,
@@ -204,7 +204,7 @@ def _backpropagate(config: PaperConfig, seeds: Sequence[int]) -> Tensor:
     task, horizon = family_of(config), config.max_horizon
 
     def functions(number: int) -> FunctionProblem:
-        streams = (stream("paper", "train", seed, number) for seed in seeds)
+        streams = (generator_for("paper", "train", seed, number) for seed in seeds)
         return join_problems([task.sample(1, (horizon, horizon), "train", each) for each in streams])
 
     rules = [rule_of(replace(config, seed=seed), functions(0)) for seed in seeds]

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from teleport_optim.meta_training.command import main
+from teleport_optim.cli.meta_train import main
 
 if __name__ == "__main__":
     exit_code = main()

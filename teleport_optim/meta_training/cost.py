@@ -19,7 +19,7 @@ from teleport_optim.meta_training.learner import Learner
 from teleport_optim.meta_training.sampling import draw_problem
 from teleport_optim.meta_training.tasks import find_task
 from teleport_optim.meta_training.unroll import Runs, init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = [
     "Cost",
@@ -168,7 +168,7 @@ def measure_task(learner: Learner, task: str, seconds: float = 0.5) -> TaskCost:
 def _measure(learner: Learner, task: str, number: int, num_steps: int) -> tuple[float, float, float, int]:
     """For one problem batch: seconds to draw it, per step of a validation, and per step; bytes of its runs."""
     draw = partial(draw_problem, learner.config, task, "train", "cost", number, horizon=num_steps)
-    batches = partial(stream, "cost batch", number)
+    batches = partial(generator_for, "cost batch", number)
     episode = Episode(0, number, num_steps, draw, batches)
     start = time.perf_counter()
     problem = episode.problem

@@ -16,7 +16,7 @@ from teleport_optim.meta_training.rules import Rule
 from teleport_optim.meta_training.sampling import draw_problem
 from teleport_optim.meta_training.tasks import InnerProblem, find_task
 from teleport_optim.meta_training.unroll import Runs, UnrollResult, init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["Episode", "Episodes", "LocalCandidates"]
 
@@ -166,11 +166,11 @@ class Episodes:
     def _begin(self, index: int, number: int, outer_step: int = 0, *, horizon: int | None = None) -> Episode:
         """The episode ``number`` of an index; without a horizon, one is drawn up to the longest at the outer step."""
         config = self._config
-        generator = stream("episode", config.seed, index, number)
+        generator = generator_for("episode", config.seed, index, number)
         shares = torch.tensor([find_task(task).share for task in config.tasks])
         task = config.tasks[int(torch.multinomial(shares, 1, generator=generator))]
         quantile = float(torch.rand((), generator=generator))
         drawn = log_uniform_horizon(config.min_horizon, config.longest_horizon(outer_step), quantile)
         horizon = horizon or drawn
         draw = partial(draw_problem, config, task, "train", index, number, horizon=horizon)
-        return Episode(index, number, horizon, draw, partial(stream, "batch", config.seed, index, number))
+        return Episode(index, number, horizon, draw, partial(generator_for, "batch", config.seed, index, number))

@@ -20,7 +20,7 @@ from teleport_optim.meta_training.process_group import ProcessGroup
 from teleport_optim.meta_training.rules import Rule
 from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.meta_training.unroll import UnrollResult
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = [
     "ESTIMATORS",
@@ -174,7 +174,7 @@ class EvolutionStrategies(Estimator):
     def _noise(self, outer_step: int, index: int) -> Tensor:
         """The perturbations of all pairs of an episode, ``[num_pairs, num_parameters]``, the same in every process."""
         config = self.config
-        generator = stream("noise", config.seed, outer_step, index)
+        generator = generator_for("noise", config.seed, outer_step, index)
         noise = torch.randn(config.num_pairs, len(self.is_trained), generator=generator)
         return config.sigma * noise * self.is_trained
 

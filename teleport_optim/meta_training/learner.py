@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_optim.checkpoints import save_checkpoint
-from teleport_optim.meta_optimizer import MetaOptimizer
+from teleport_optim.controller.checkpoints import save_checkpoint
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.episodes import Episodes
 from teleport_optim.meta_training.estimators import ESTIMATORS
@@ -21,7 +21,7 @@ from teleport_optim.meta_training.rules import ControllerRule, Rule
 from teleport_optim.meta_training.run_folder import OuterStep, RunFolder
 from teleport_optim.meta_training.sampling import check_tasks
 from teleport_optim.meta_training.validation import Validation
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["Learner"]
 
@@ -196,5 +196,5 @@ class Learner:
 
 
 def _controller_rule(config: Config) -> ControllerRule:
-    generator = stream("weights", config.seed)
+    generator = generator_for("weights", config.seed)
     return ControllerRule(MetaOptimizer(config.hidden_size, generator, block_rows=config.block_rows))

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teleport_optim.checkpoints import write_atomically
+from teleport_optim.controller.checkpoints import write_atomically
 from teleport_optim.meta_training.run_folder import OuterStep, core_minutes, read_log, read_sessions
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from teleport_optim.meta_optimizer import Controls, MetaOptimizer
+from teleport_optim.controller.control import control
+from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.tasks.problem import InnerProblem
-from teleport_optim.update import Hyper, UpdateState, update
+from teleport_optim.optim.controls import Controls
+from teleport_optim.optim.records import Hyper, UpdateState
+from teleport_optim.optim.rule import update
 
 __all__ = ["ControllerRule", "Rule", "Tensors"]
 
@@ -96,7 +100,7 @@ class Rule(ABC):
 
 
 class ControllerRule(Rule):
-    """Rule of :mod:`teleport_optim.update` with a meta-optimizer as its controller: what the shipped checkpoints hold.
+    """Rule of :mod:`teleport_optim.optim.rule` with a meta-optimizer as its controller: what the shipped checkpoints hold.
 
     The rows of the readout are labelled by the control that they set, as in ``"readout_weight.momentum"``.
 
@@ -123,12 +127,12 @@ class ControllerRule(Rule):
         problem: InnerProblem,
         inputs: Tensor,
     ) -> tuple[Tensors, Any]:
-        def controller(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def network(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             return functional_call(self.network, weights, (features, hidden))  # type: ignore[no-any-return]
 
         layout = problem.layout.with_blocks_of(self.network.block_rows)
         hyper = Hyper.default(len(layout.names), problem.horizon if problem.knows_horizon else None)
-        return update(controller, params, grads, state, step=step, hyper=hyper, layout=layout)
+        return update(partial(control, network), params, grads, state, step=step, hyper=hyper, layout=layout)
 
     def eval_params(self, params: Tensors, state: Any) -> Tensors:
         return {name: param + state.average_offsets[name].to(param) for name, param in params.items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from teleport_optim.checkpoints import write_atomically
+from teleport_optim.controller.checkpoints import write_atomically
 from teleport_optim.meta_training.config import Config, parse_config
 from teleport_optim.meta_training.process_group import ProcessGroup
 

@@ -7,7 +7,7 @@ import torch
 from teleport_optim.meta_training.config import Config
 from teleport_optim.meta_training.rules import Rule
 from teleport_optim.meta_training.tasks import InnerProblem, find_task
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["check_tasks", "draw_problem"]
 
@@ -27,7 +27,9 @@ def draw_problem(config: Config, task: str, split: str, *keys: int | str, horizo
     """
     horizons = (horizon or config.max_horizon,) * 2
     seed = () if split == "validation" else (config.seed,)
-    problem = find_task(task).sample(config.num_problems, horizons, split, stream("problem", split, *seed, *keys))
+    problem = find_task(task).sample(
+        config.num_problems, horizons, split, generator_for("problem", split, *seed, *keys)
+    )
     if problem.num_problems != config.num_problems:
         raise ValueError(
             f"the task {task} was asked for {config.num_problems} problems and drew {problem.num_problems}: "
@@ -50,7 +52,7 @@ def check_tasks(config: Config, rule: Rule) -> None:
     for index, task in enumerate(config.tasks):
         problem = draw_problem(config, task, "train", "check", index)
         rule.check(problem)
-        inputs, targets = problem.sample_batch(stream("check", task))
+        inputs, targets = problem.sample_batch(generator_for("check", task))
         with torch.no_grad():
             losses = problem.losses(problem.params, inputs, targets)
         if losses.shape != (problem.num_problems,):

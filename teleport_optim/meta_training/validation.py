@@ -15,7 +15,7 @@ from teleport_optim.meta_training.rules import Rule
 from teleport_optim.meta_training.sampling import draw_problem
 from teleport_optim.meta_training.tasks import InnerProblem
 from teleport_optim.meta_training.unroll import init_unroll, unroll
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["Validation"]
 
@@ -60,7 +60,7 @@ class Validation:
         """Log of the final loss relative to the first one, of every problem: ``[num_problems]``."""
         values = torch.zeros(len(self._config.tasks) * self._config.num_validation, dtype=torch.float64)
         for index, problem in self._problems:
-            batches = partial(stream, "validation", index)
+            batches = partial(generator_for, "validation", index)
             weights = self._rule.unflatten(flat.expand(problem.num_problems, -1))
             with torch.no_grad():
                 runs = init_unroll(self._rule, problem, 1)

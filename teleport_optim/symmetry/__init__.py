@@ -1,8 +1,8 @@
 """The symmetries of a model: as data, found, and verified."""
 
+from teleport_optim.symmetry.draw import draw_symmetries
 from teleport_optim.symmetry.find import find_symmetries
 from teleport_optim.symmetry.inputs import Inputs
-from teleport_optim.symmetry.picture import draw_symmetries
 from teleport_optim.symmetry.spec import Element, Leg, Refusal, Symmetry, SymmetrySpec
 from teleport_optim.symmetry.verify import APPROXIMATE_TOLERANCE, VerificationReport, verify_symmetries
 

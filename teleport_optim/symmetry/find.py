@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from teleport_optim.groups import GROUPS
-from teleport_optim.symmetry.exchange import Exchange
+from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
-from teleport_optim.symmetry.multiplication import Multiplication
-from teleport_optim.symmetry.solve import symmetries_of
+from teleport_optim.symmetry.search.analysis import Theory
+from teleport_optim.symmetry.search.permutations import Exchange
+from teleport_optim.symmetry.search.scalings import Multiplication
+from teleport_optim.symmetry.search.sites import symmetries_of
+from teleport_optim.symmetry.search.trace import Limits, SearchStopped, trace
+from teleport_optim.symmetry.search.twin import Untraceable
 from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
-from teleport_optim.symmetry.theories import Theory
-from teleport_optim.symmetry.trace import Limits, SearchStopped, Untraceable, trace
 
 __all__ = ["find_symmetries"]
 
@@ -33,7 +34,7 @@ def find_symmetries(
     r"""Find the hidden channels of a model that can be moved without changing its function.
 
     Every site found satisfies :math:`f(x; g \cdot \theta) = f(x; \theta)` for all inputs and all elements of its group,
-    with ``g`` applied by :func:`~teleport_optim.action.act`. The model's inputs and outputs never move.
+    with ``g`` applied by :func:`~teleport_optim.symmetry.action.act`. The model's inputs and outputs never move.
 
     A copy of the model is followed operation by operation, in evaluation and in training mode, on tensors without data. The
     model is neither run nor changed, and what its code keeps elsewhere (caches, lists, counters, random states) is put back.

@@ -1,19 +1,34 @@
 """How one group element moves tensors along the legs of its symmetry.
 
-The one place where legs are applied. :mod:`teleport_optim.action` gives it its meanings: the ``kind`` of the tensors is
+The one place where legs are applied. :mod:`teleport_optim.symmetry.action` gives it its meanings: the ``kind`` of the tensors is
 +1 for parameters and -1 for gradients, and multiplies the degree of every leg.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
-__all__ = ["apply_leg", "channels_of", "move", "move_scaling"]
+__all__ = [
+    "PART_SIZE",
+    "Moved",
+    "apply_leg",
+    "channel_squares",
+    "channels_of",
+    "move",
+    "move_scaling",
+    "pick",
+    "unmoved",
+]
+
+PART_SIZE = 2**18
+"""Entries of a tensor that are computed with at once, so that a large one needs little memory."""
 
 
 def move(
@@ -43,7 +58,9 @@ def move(
     return moved
 
 
-def channels_of(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0) -> Tensor:
+def channels_of(
+    symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0, first: int = 0, last: int | None = None
+) -> Tensor:
     """The part of ``tensor`` on which a leg acts, channels first: shape ``[*runs, size, repeat, ...]``.
 
     A view, unless the leg lists its entries.
@@ -53,15 +70,17 @@ def channels_of(symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0)
         leg: One of its legs.
         tensor: The tensor of the leg, ``[*runs, ...]``.
         run_axes: Number of axes of runs in front of those of the parameter.
+        first, last: The channels to take, all by default; ``last`` itself is left out.
     """
+    last = symmetry.size if last is None else last
     outer, axis = _within(leg, tensor, run_axes), run_axes + leg.axis
     if leg.positions is None:
-        block = outer.narrow(axis, leg.offset, symmetry.size * leg.repeat)
+        block = outer.narrow(axis, leg.offset + first * leg.repeat, (last - first) * leg.repeat)
     else:
-        block = outer.index_select(axis, leg.positions.to(tensor.device))
+        block = outer.index_select(axis, leg.positions[first * leg.repeat : last * leg.repeat].to(tensor.device))
     channels = block.movedim(axis, run_axes)
     shape = channels.shape
-    return channels.view(*shape[:run_axes], symmetry.size, leg.repeat, *shape[run_axes + 1 :])
+    return channels.view(*shape[:run_axes], last - first, leg.repeat, *shape[run_axes + 1 :])
 
 
 def _within(leg: Leg, tensor: Tensor, run_axes: int = 0) -> Tensor:
@@ -91,37 +110,129 @@ def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, deg
     return moved
 
 
-def move_scaling(symmetry: Symmetry, scales: Tensor, tensors: Mapping[str, Tensor], kind: int) -> dict[str, Tensor]:
-    """:func:`move` for one site of the scaling group, and for many runs at once.
+def move_scaling(symmetry: Symmetry, scales: Tensor, tensors: Mapping[str, Tensor], kind: int) -> Moved:
+    """:func:`move` for one site of the scaling group, and for many runs at once; a tensor is computed when it is asked for.
 
     Args:
         symmetry: The site.
         scales: One positive factor per channel, ``[*runs, size]``.
-        tensors: Tensors by name, each ``[*runs, *shape]``; none of the legs' may be missing.
+        tensors: Tensors by name, each ``[*runs, *shape]``; none of the legs' may be missing. What was moved before goes further.
         kind: +1 or -1, multiplies the degree of every leg.
     """
-    run_axes = scales.dim() - 1
-    powers = {1: scales, -1: scales.reciprocal()}
-    moved = dict(tensors)
-    for leg in symmetry.legs:
-        tensor, degree = moved[leg.name], kind * leg.degree
-        factors = (powers[degree] if degree in powers else scales.pow(degree)).to(tensor.dtype)
-        axis = run_axes + leg.axis
-        along = factors if leg.repeat == 1 else factors.repeat_interleave(leg.repeat, dim=-1)
-        if not _fills_axis(symmetry, leg, tensor.shape[axis]):
-            everywhere = along.new_ones(*scales.shape[:-1], tensor.shape[axis])
-            if leg.positions is None:
-                everywhere[..., leg.offset : leg.offset + along.shape[-1]] = along
-            else:
-                everywhere[..., leg.positions.to(along.device)] = along
-            along = everywhere
-        along = along.reshape(*scales.shape[:-1], *(1,) * leg.axis, -1, *(1,) * (tensor.dim() - axis - 1))
-        if leg.within is None:
-            moved[leg.name] = tensor * along
+    return (tensors if isinstance(tensors, Moved) else Moved(tensors)).by(symmetry, scales, kind)
+
+
+class Moved(Mapping[str, Tensor]):
+    """Tensors at another point of a positive-scaling orbit, each of which is computed when it is asked for.
+
+    What is kept are factors for the entries of single axes, and the tensors themselves: to write into those changes what is
+    computed. Tensors that no leg touches are the same objects as before.
+
+    Attributes:
+        tensors: The tensors where they are, each ``[*runs, *shape]``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._factors: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+
+    def by(self, symmetry: Symmetry, scales: Tensor, kind: int) -> Moved:
+        """The tensors moved further, along one site; see :func:`move_scaling`."""
+        powers = {1: scales, -1: scales.reciprocal()}
+        moved = Moved(self.tensors)
+        moved._factors = dict(self._factors)
+        for leg in symmetry.legs:
+            degree = kind * leg.degree
+            power = powers[degree] if degree in powers else scales.pow(degree)
+            factor = _on_axis(symmetry, leg, power, self.tensors[leg.name].shape)
+            key = (leg.axis, None if leg.within is None else leg.within[0])
+            known = moved._factors.get(leg.name, {})
+            moved._factors[leg.name] = known | {key: known[key] * factor if key in known else factor}
+        return moved
+
+    def pick(self, name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``select``, which takes entries of a tensor, takes of a moved one; no others are computed."""
+        tensor = self.tensors[name]
+        picked, is_own = select(tensor), False
+        for factor in self._factors_of(name):
+            factors = select(factor.expand(tensor.shape))
+            in_place = is_own and not torch.is_grad_enabled()
+            picked = picked.mul_(factors) if in_place else (picked * factors).to(tensor.dtype)
+            is_own = True
+        return picked
+
+    def write(self, name: str) -> None:
+        """Move a tensor where it lies, after which this one is of no more use; neither runs nor gradients are for this."""
+        for factor in self._factors_of(name):
+            self.tensors[name].mul_(factor)
+
+    def _factors_of(self, name: str) -> list[Tensor]:
+        """The factors of a tensor in its dtype; in float32 for float16, in whose range they need not lie."""
+        dtype = self.tensors[name].dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        return [factor.to(dtype) for factor in self._factors.get(name, {}).values()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.pick(name, lambda tensor: tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _on_axis(symmetry: Symmetry, leg: Leg, power: Tensor, shape: torch.Size) -> Tensor:
+    """What a scaling multiplies a tensor ``[*runs, *shape]`` by along one leg: factors that go with it.
+
+    They have the length of the axis of the leg, and of that on which a slice is taken where there is one.
+    """
+    run_axes = power.dim() - 1
+    axis = run_axes + leg.axis
+    along = power if leg.repeat == 1 else power.repeat_interleave(leg.repeat, dim=-1)
+    if leg.positions is not None or along.shape[-1] != shape[axis]:
+        everywhere = along.new_ones(*power.shape[:-1], shape[axis])
+        if leg.positions is None:
+            everywhere[..., leg.offset : leg.offset + along.shape[-1]] = along
         else:
-            moved[leg.name] = tensor.clone()
-            _within(leg, moved[leg.name], run_axes).mul_(along)
-    return moved
+            everywhere[..., leg.positions.to(along.device)] = along
+        along = everywhere
+    along = along.reshape(*power.shape[:-1], *(1,) * leg.axis, -1, *(1,) * (len(shape) - axis - 1))
+    if leg.within is None:
+        return along
+    extents = list(along.shape)
+    extents[run_axes + leg.within[0]] = shape[run_axes + leg.within[0]]
+    slices = along.new_ones(extents)
+    _within(leg, slices, run_axes).mul_(along)
+    return slices
+
+
+def unmoved(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same shapes and dtypes, for the price of nothing."""
+    return tensors.tensors if isinstance(tensors, Moved) else tensors
+
+
+def pick(tensors: Mapping[str, Tensor], name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``select``, which takes entries of a tensor, takes of that of this name."""
+    return tensors.pick(name, select) if isinstance(tensors, Moved) else select(tensors[name])
+
+
+def channel_squares(symmetry: Symmetry, leg: Leg, tensors: Mapping[str, Tensor], run_axes: int = 0) -> Tensor:
+    """Squared norms of what the channels of a site hold in the tensor of a leg, ``[*runs, size]``, in float32 at least."""
+    tensor = unmoved(tensors)[leg.name]
+    most = max(1, PART_SIZE * tensor.shape[run_axes + leg.axis] // max(tensor.numel() * leg.repeat, 1))
+    parts = []
+    for first in range(0, symmetry.size, most):
+        last = min(first + most, symmetry.size)
+        select = functools.partial(_channels, symmetry, leg, run_axes, first, last)
+        part = pick(tensors, leg.name, select)
+        part = part if part.dtype in (torch.float32, torch.float64) else part.float()
+        parts.append(part.square().sum(dim=tuple(range(run_axes + 1, part.dim()))))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _channels(symmetry: Symmetry, leg: Leg, run_axes: int, first: int, last: int, tensor: Tensor) -> Tensor:
+    return channels_of(symmetry, leg, tensor, run_axes, first, last)
 
 
 def _shallow_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.groups import GROUPS, Group
+from teleport_optim.symmetry.groups import GROUPS, Group
 
 __all__ = ["Element", "Leg", "Refusal", "Symmetry", "SymmetrySpec"]
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from teleport_optim.symmetry.double_precision import DoublePrecision
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import move
+from teleport_optim.symmetry.search.trace import leaves
+from teleport_optim.symmetry.sizes import Growth, grown, growths
 from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
-from teleport_optim.symmetry.trace import leaves
 
 __all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "randomise", "verify_symmetries"]
 
@@ -28,8 +29,6 @@ APPROXIMATE_TOLERANCE = 0.05
 _SEED = 0
 _NUM_SEEDS = 4
 """With how many seeds a model is run that draws from Python's or numpy's random numbers."""
-_SHORT = 64
-"""Axes up to this length are made longer by half, others by one entry: large images are expensive."""
 _AS_GIVEN = "as given"
 
 
@@ -238,16 +237,16 @@ class _Subject:
 
     def add_other_sizes(self, inputs: Inputs) -> None:
         """Add inputs like those given with one more example and longer axes, as far as the model takes them."""
-        taken: list[_Growth] = []
-        for alternatives in _growths(inputs):
+        taken: list[Growth] = []
+        for alternatives in growths(inputs):
             for growth in alternatives:
-                self.tried[str(growth)] = self._takes(_grown(inputs, [*taken, growth]))
+                self.tried[str(growth)] = self._takes(grown(inputs, [*taken, growth]))
                 if self.tried[str(growth)]:
                     taken.append(growth)
                     break
         if taken:
             tried = dict(self.tried)
-            self.add(", ".join(map(str, taken)), _grown(inputs, taken))
+            self.add(", ".join(map(str, taken)), grown(inputs, taken))
             self.tried = tried
 
     def error(self, part: SymmetrySpec, element: Element, limit: float, *, only_given: bool = False) -> _Error:
@@ -280,59 +279,6 @@ class _Subject:
     def _try(self, model: nn.Module, inputs: Inputs) -> None:
         for is_training in (False, True):
             _run(model, self._start, inputs, is_training=is_training)
-
-
-class _Growth(NamedTuple):
-    """Axes that are made longer: the first one (of examples) or all others of one length."""
-
-    is_batch: bool
-    before: int
-    after: int
-
-    def __str__(self) -> str:
-        return f"{self.after} examples" if self.is_batch else f"{self.after} instead of {self.before}"
-
-
-def _first_shape(inputs: Inputs) -> tuple[int, ...]:
-    """The shape of the first input, which says what is an axis of examples; empty where nothing can grow."""
-    tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    first = next((tensor for tensor in tensors if tensor.dim() > 0), None)
-    return () if first is None or first.numel() == 0 or first.layout != torch.strided else tuple(first.shape)
-
-
-def _growths(inputs: Inputs) -> Iterator[list[_Growth]]:
-    """What may be made longer, with the ways in which it is tried."""
-    batch, *lengths = _first_shape(inputs) or (None,)
-    if batch is not None:
-        yield [_Growth(True, batch, batch + 1)]
-    for length in dict.fromkeys(lengths):
-        longer = (length + length // 2, length + 1)
-        if length > 1:
-            yield [
-                _Growth(False, length, after) for after in dict.fromkeys(longer if length <= _SHORT else longer[::-1])
-            ]
-
-
-def _grown(inputs: Inputs, growths: list[_Growth]) -> Inputs:
-    """Inputs of another size: entries are repeated, floating point ones with other numbers, zeros and infinities kept."""
-    generator = torch.Generator().manual_seed(_SEED)
-    lengths = {growth.before: growth.after for growth in growths if not growth.is_batch}
-    num_examples = _first_shape(inputs)[0]
-    first_axis = lengths | {num_examples: num_examples} | {g.before: g.after for g in growths if g.is_batch}
-
-    def grow(tensor: Tensor) -> Tensor:
-        shape = tensor.shape
-        for axis, size in enumerate(shape):
-            after = (first_axis if axis == 0 else lengths).get(size, size)
-            if after != size:
-                tensor = tensor.index_select(axis, torch.arange(after, device=tensor.device) % size)
-        if tensor.shape == shape or not tensor.is_floating_point():
-            return tensor
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return tensor * (0.1 * noise).exp().to(tensor.device)
-
-    grown: Inputs = tree_map_only(Tensor, grow, inputs)
-    return grown
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -384,54 +330,6 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             buffer.mul_(noise(buffer).exp())
 
 
-_WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
-_WIDE[torch.complex64] = torch.complex128
-_OF_BYTES = {4: torch.float32, 2: torch.float16}
-
-
-class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computation in float64 whatever a model casts to, without dropout.
-
-    Models cast to float32 where they were written for narrower types (in norms, softmax, rotary positions), and make tensors
-    of the default type. Rounding errors of float32 would look like a wrong symmetry. Dropout is left out wherever it is
-    called: its masks are drawn position by position and do not move along.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        if schema.name in ("aten::view", "aten::view_copy") and schema.overload_name == "dtype":
-            return func(_as_many_bytes(*args), args[1])
-        settings = {argument.name: position for position, argument in enumerate(schema.arguments)}
-        off = {"dropout": 0.0, "dropout_p": 0.0} if "dropout" not in schema.name else {"train": False, "p": 0.0}
-        off |= {"training": False} if "rrelu" in schema.name else {}
-        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        arguments = list(args)
-        for name, position in settings.items():
-            if position < len(arguments):
-                arguments[position] = off.get(name, arguments[position])
-                if name not in written:
-                    arguments[position] = tree_map(_widened, arguments[position])
-        kwargs = {
-            key: value if key in written else tree_map(_widened, off.get(key, value))
-            for key, value in (kwargs or {}).items()
-        }
-        result = func(*arguments, **kwargs)
-        return result if written else tree_map(_widened, result)
-
-
-def _widened(value: Any) -> Any:
-    """A tensor or a type in double precision; anything else as it is."""
-    if isinstance(value, Tensor) and value.dtype in _WIDE:
-        return value.to(_WIDE[value.dtype])
-    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
-
-
-def _as_many_bytes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor as the model would have it where it reads the bits: with entries of as many bytes as ``dtype`` has."""
-    is_wide = tensor.dtype == torch.float64 and dtype.itemsize in _OF_BYTES
-    return tensor.to(_OF_BYTES[dtype.itemsize]) if is_wide else tensor
-
-
 def _run(
     model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_training: bool, seed: int = _SEED
 ) -> _Run:
@@ -445,7 +343,7 @@ def _run(
     states = _python_states()
     mode = "training" if is_training else "evaluation"
     try:
-        with torch.inference_mode(), _Exact():  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), DoublePrecision():  # type: ignore[no-untyped-call]
             own = inputs.copy()
             output = model(*own.args, **own.kwargs)
     except Exception as error:

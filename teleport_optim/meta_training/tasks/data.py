@@ -1,17 +1,30 @@
-"""Real data for inner problems: scikit-learn's digits and tables, and the texts of Python's own documentation."""
+"""Data to train on: scikit-learn's digits and tables, the texts of Python's own documentation, and minibatches of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teleport_optim.meta_training.tasks.splits import DIGIT_ROWS, text_split
 
-__all__ = ["ALPHABET", "Table", "digits", "paragraphs", "table", "text"]
+__all__ = [
+    "ALPHABET",
+    "Data",
+    "Table",
+    "add_noise",
+    "digits",
+    "minibatches",
+    "paragraphs",
+    "standardise",
+    "table",
+    "text",
+]
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;()[]'\"-_=*/\N{REPLACEMENT CHARACTER}"
 """The characters of :func:`text`; the last stands for all that are not listed."""
@@ -27,6 +40,54 @@ def _load(name: str) -> tuple[Any, Any]:
         ) from error
     inputs, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
     return inputs, targets
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples that one network is trained and tested on.
+
+    Attributes:
+        inputs, targets: Training examples, ``[n, ...]`` each.
+        test_inputs, test_targets: Test examples.
+        loss: Output and target to a mean loss.
+        noise: Standard deviation of the noise that is added to the inputs of a minibatch, so that no example is seen twice;
+            0 for inputs that are integers.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    noise: float = 0.0
+
+
+def minibatches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw minibatches without end: inputs, with noise, and targets of examples drawn with replacement.
+
+    Example:
+        >>> data = Data(torch.zeros(9, 4), torch.zeros(9), torch.zeros(2, 4), torch.zeros(2), noise=1.0)
+        >>> inputs, targets = next(minibatches(data, 3, torch.Generator().manual_seed(0)))
+        >>> inputs.shape, targets.shape
+        (torch.Size([3, 4]), torch.Size([3]))
+    """
+    while True:
+        yield _minibatch(data, size, generator)
+
+
+def _minibatch(data: Data, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(len(data.inputs), (size,), generator=generator)
+    return add_noise(data.inputs[rows], data.noise, generator), data.targets[rows]
+
+
+def add_noise(inputs: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Add Gaussian noise of this standard deviation; without any, nothing is drawn."""
+    return inputs + std * torch.randn(inputs.shape, generator=generator) if std else inputs
+
+
+def standardise(values: Tensor) -> Tensor:
+    """Bring every column to zero mean and unit variance."""
+    return (values - values.mean(dim=0)) / values.std(dim=0)
 
 
 @cache
@@ -87,8 +148,7 @@ def table(name: str) -> Table:
     has_classes = not targets.is_floating_point()
     if not has_classes:
         columns = torch.cat([columns, targets[:, None]], dim=1)
-    columns = (columns - columns.mean(dim=0)) / columns.std(dim=0)
-    return Table(columns.float(), targets if has_classes else None)
+    return Table(standardise(columns).float(), targets if has_classes else None)
 
 
 @cache

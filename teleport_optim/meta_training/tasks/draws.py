@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teleport_optim.meta_training.tasks.splits import check_split
-from teleport_optim.streams import stream
+from teleport_optim.rng import generator_for
 
 __all__ = ["Draw"]
 
@@ -35,7 +35,7 @@ class Draw:
     def __init__(self, source: torch.Generator, task: str, split: str) -> None:
         check_split(split)
         self.task, self.split = task, split
-        self.generator = stream("task", task, split, int(torch.randint(2**62, (), generator=source)))
+        self.generator = generator_for("task", task, split, int(torch.randint(2**62, (), generator=source)))
 
     def uniform(self, low: float, high: float) -> float:
         """A number from ``[low, high)``."""

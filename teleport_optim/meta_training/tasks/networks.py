@@ -1,18 +1,21 @@
-"""Parts of all families of networks: initial values, minibatches, noise, the scale of the loss and the horizon."""
+"""Shared parts of all families of networks: initial values, minibatches, noise, the scale of the loss and the horizon."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.action import act
-from teleport_optim.groups import GROUPS
+from teleport_optim.meta_training.tasks.data import add_noise
 from teleport_optim.meta_training.tasks.draws import Draw
 from teleport_optim.meta_training.tasks.problem import InnerProblem, Loss, SampleBatch
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from teleport_optim.symmetry.action import act
+from teleport_optim.symmetry.groups import GROUPS
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,9 +24,14 @@ __all__ = [
     "draw_rows",
     "initial_params",
     "network_problem",
+    "perceptron",
+    "rescale",
     "rescale_units",
+    "seeded",
     "with_label_noise",
 ]
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "relu": (nn.ReLU, 0.5),
@@ -51,6 +59,25 @@ def draw_activation(draw: Draw) -> tuple[str, Callable[[], nn.Module]]:
     """The name of an activation and what makes it."""
     name = draw.choice(tuple(ACTIVATIONS), [weight for _, weight in ACTIVATIONS.values()])
     return name, ACTIVATIONS[name][0]
+
+
+def perceptron(widths: Sequence[int], make_activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Make linear layers of these widths, inputs and outputs included, with activations in between."""
+    layers: list[nn.Module] = []
+    for num_inputs, num_outputs in pairwise(widths):
+        layers += [nn.Linear(num_inputs, num_outputs), make_activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def seeded(build: Callable[[], _Module]) -> Callable[[int], _Module]:
+    """Make ``build`` a function of a seed, which leaves torch's global generator as it was."""
+
+    def make(seed: int) -> _Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build()
+
+    return make
 
 
 def initial_params(
@@ -87,6 +114,22 @@ def initial_params(
     return params
 
 
+def rescale(model: nn.Module, inputs: Tensor, sigma: float, seed: int) -> None:
+    """Multiply the hidden units of ``model`` that can be scaled by ``exp(sigma N(0, 1))``, and divide what reads them.
+
+    Args:
+        model: Is changed; its function stays.
+        inputs: An example of what it takes.
+        sigma: Standard deviation of the log-factors.
+        seed: Decides the factors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spec = find_symmetries(model, inputs, groups=["scaling"])
+    noise = {site.id: torch.randn(site.size, generator=generator, dtype=torch.float64) for site in spec}
+    element = {name: GROUPS["scaling"].exp(sigma * values) for name, values in noise.items()}
+    model.load_state_dict(act(spec, element, model.state_dict()))
+
+
 def rescale_units(spec: SymmetrySpec, params: dict[str, Tensor], sigma: float, draw: Draw) -> dict[str, Tensor]:
     """The same functions with every hidden unit that ``spec`` can scale multiplied by ``exp(sigma N(0, 1))``."""
     scaling = GROUPS["scaling"]
@@ -120,10 +163,7 @@ def draw_rows(inputs: Tensor, targets: Tensor, draw: Draw, *, largest_batch: int
 
     def sample_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(num_examples, (num_problems, batch_size), generator=generator)
-        batch = inputs[problems, rows]
-        if noise:
-            batch = batch + noise * torch.randn(batch.shape, generator=generator)
-        return batch, targets[problems, rows]
+        return add_noise(inputs[problems, rows], noise, generator), targets[problems, rows]
 
     return sample_batch, f"batch={batch_size} noise={noise:.1f}"
 

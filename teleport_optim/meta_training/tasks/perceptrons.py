@@ -15,6 +15,7 @@ from teleport_optim.meta_training.tasks.networks import (
     draw_activation,
     draw_rows,
     network_problem,
+    perceptron,
     with_label_noise,
 )
 from teleport_optim.meta_training.tasks.problem import InnerProblem, Task
@@ -33,12 +34,8 @@ def draw_perceptron(draw: Draw, num_inputs: int, num_outputs: int) -> tuple[nn.S
     widths = [draw.choice(WIDTHS[draw.split])] * depth
     if draw.chance(0.3):
         widths = [draw.choice(WIDTHS[draw.split]) for _ in widths]
-    layers: list[nn.Module] = []
-    for width_in, width in zip([num_inputs, *widths], widths):
-        layers += [nn.Linear(width_in, width), make_activation()]
-    sizes = "-".join(map(str, [num_inputs, *widths, num_outputs]))
-    last = nn.Linear([num_inputs, *widths][-1], num_outputs)
-    return nn.Sequential(*layers, last), f"{activation if widths else 'linear'} {sizes}"
+    sizes = [num_inputs, *widths, num_outputs]
+    return perceptron(sizes, make_activation), f"{activation if widths else 'linear'} {'-'.join(map(str, sizes))}"
 
 
 class DigitsMLP(Task):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from teleport_optim.layout import Depth, Layout, embedding_names
+from teleport_optim.optim.parameters import Depth, Layout, embedding_names
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 __all__ = ["WORST", "InnerProblem", "Loss", "SampleBatch", "Task", "bounded", "log_relative"]

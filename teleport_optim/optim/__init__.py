@@ -1,0 +1,1 @@
+"""The optimizer: the update rule, its kernels, and the class around them."""

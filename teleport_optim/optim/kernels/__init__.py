@@ -1,0 +1,1 @@
+"""The momentum step, in torch and in C."""

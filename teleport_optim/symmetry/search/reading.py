@@ -1,0 +1,194 @@
+"""Which entries of its parameters a model reads, and whether that depends on the sizes of its inputs."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from teleport_optim.symmetry.search.analysis import Theory, Value
+from teleport_optim.symmetry.search.channels import Array, Labels
+from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS, Call
+
+__all__ = ["Readings", "Scout"]
+
+Choice = tuple[str, tuple[int, ...], str]
+"""A choice of entries along an axis: the operation, the shape of the tensor, and what else the operation takes."""
+
+
+@dataclass
+class _Reading:
+    """What is read of a tensor that is computed from parameters alone.
+
+    Attributes:
+        value: The tensor.
+        parts: What was taken from it.
+        is_whole: Whether an operation reads all of it.
+    """
+
+    value: Value
+    parts: list[Value] = field(default_factory=list)
+    is_whole: bool = False
+
+
+class Readings:
+    """What the operations of a model read of what is computed from its parameters alone.
+
+    Args:
+        theories: The groups.
+    """
+
+    def __init__(self, theories: Sequence[Theory]) -> None:
+        self._theories = theories
+        self._readings: dict[Any, _Reading] = {}
+        self._choices: dict[Choice, list[tuple[Value, int]]] = {}
+
+    def _of(self, value: Value) -> _Reading:
+        key = value.source.name if value.source is not None else id(value)
+        return self._readings.setdefault(key, _Reading(value))
+
+    def note(self, call: Call, values: Sequence[Value], results: Sequence[Value]) -> None:
+        """Take note of what an operation reads.
+
+        Args:
+            call: The operation.
+            values: Its tensors.
+            results: The tensors that it returns.
+        """
+        for position, value in enumerate(values):
+            if value.reads_inputs or value.is_still:
+                continue
+            if position > 0 or call.name not in SELECTIONS:
+                self._of(value).is_whole = True
+                continue
+            self._of(value).parts += results
+            if isinstance(call["dim"], int):
+                choice = _choice(call.name, value.shape, call.arguments)
+                self._choices.setdefault(choice, []).append((value, call["dim"] % len(value.shape)))
+
+    def note_use(self, value: Value) -> None:
+        """Take note that all of a tensor is used in a way that is no operation."""
+        if not value.reads_inputs and not value.is_still:
+            self._of(value).is_whole = True
+
+    def pin_unread(self) -> None:
+        """Let the entries of parameters that nothing reads not move: longer inputs may read them."""
+        for reading in self._readings.values():
+            if reading.is_whole or not reading.parts:
+                continue
+            for theory in self._theories:
+                unread = np.setdiff1d(_units(theory.known(reading.value)), self._units_read(theory, reading))
+                theory.units.fix(unread)
+
+    def _units_read(self, theory: Theory, reading: _Reading) -> Array:
+        if reading.is_whole:
+            return _units(theory.known(reading.value))
+        parts = [self._readings.get(id(part)) for part in reading.parts]
+        return np.concatenate([_units(()), *(self._units_read(theory, part) for part in parts if part is not None)])
+
+    def pin_choices(self, choices: Iterable[Choice]) -> None:
+        """Let nothing move along the axes of parameters along which ``choices`` are made."""
+        for choice in choices:
+            for value, axis in self._choices.get(choice, []):
+                for theory in self._theories:
+                    theory.fix(one for one in theory.settle(value) if axis in one.axes)
+
+
+def _units(labels: Iterable[Labels]) -> Array:
+    """The units in ``labels``, in one row."""
+    return np.concatenate([np.zeros(0, np.int64), *(one.units.ravel() for one in labels)])
+
+
+def _choice(name: str, shape: Sequence[int], arguments: Mapping[str, Any]) -> Choice:
+    return name, tuple(shape), str([_plain(given) for given in arguments.values()])
+
+
+def _plain(given: Any) -> Any:
+    """An argument with nothing but its place where it is a tensor."""
+    if isinstance(given, (list, tuple)):
+        return [_plain(entry) for entry in given]
+    return None if isinstance(given, (Tensor, Value)) else given
+
+
+_View = tuple[tuple[int, ...], tuple[int, ...]]
+"""The shapes of a tensor before and after a view."""
+
+
+class Scout:
+    """Takes note of a model's path and of what it chooses from its parameters, and no more.
+
+    Attributes:
+        parameters: The parameters that it reads.
+        choices: What is taken by its numbers from what does not depend on the inputs.
+        num_operations: The number of operations.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: set[str] = set()
+        self.choices: set[Choice] = set()
+        self.num_operations = 0
+        self._steps: set[tuple[Any, ...]] = set()
+        self._views: list[_View] = []
+        self._last: tuple[Any, ...] = ()
+        self._last_read: tuple[str, ...] = ()
+
+    def note(
+        self,
+        name: str,
+        values: Sequence[Value],
+        read: tuple[str, ...],
+        arguments: Mapping[str, Any],
+        shapes: Sequence[Sequence[int]],
+    ) -> None:
+        """Take note of an operation.
+
+        Args:
+            name: Its name.
+            values: Its tensors, as far as the inputs and parameters tell.
+            read: The names of the parameters among them.
+            arguments: What it takes.
+            shapes: The shapes of what it returns.
+        """
+        self.num_operations += 1
+        if read:
+            self.parameters.update(read)
+            self._last_read = read
+        step = (name, *map(len, shapes))
+        self._steps.add((self._last_read, self._last, step))
+        self._last = step
+        if name in VIEWS and values and shapes:
+            self._views.append((tuple(values[0].shape), tuple(shapes[0])))
+        if name in SELECTIONS and values and not any(value.reads_inputs for value in values):
+            self.choices.add(_choice(name, values[0].shape, arguments))
+
+    def differs(self, other: Scout) -> bool:
+        """Whether the path with inputs of other sizes tells anything else than this one.
+
+        How often a loop runs does not count. A view counts where the places between which it spreads an axis, whose size is
+        the same with both inputs, depend on the sizes.
+        """
+        if self._steps != other._steps or len(self._views) != len(other._views):
+            return True
+        return any(_spreads_otherwise(one, two) for one, two in set(zip(self._views, other._views)) if one != two)
+
+
+def _spreads_otherwise(one: _View, two: _View) -> bool:
+    """Whether one of two views, at different sizes, cuts an axis that has the same size in both at other places."""
+    old, other_old = one[0], two[0]
+    if len(old) != len(other_old) or 0 in old + other_old:
+        return True
+    cuts, other_cuts = (_cuts(*view) for view in (one, two))
+    return any(cuts[k] != other_cuts[k] for k, (a, b) in enumerate(zip(old, other_old)) if a == b)
+
+
+def _cuts(old: Sequence[int], new: Sequence[int]) -> list[list[Fraction]]:
+    """For each axis before a view, where the axes after it begin in its midst."""
+    ends = sorted(set(itertools.accumulate(reversed(new), operator.mul)))
+    steps = [*itertools.accumulate(reversed(old), operator.mul, initial=1)][-2::-1]
+    return [[Fraction(end, step) for end in ends if step < end < step * size] for size, step in zip(old, steps)]

@@ -1,0 +1,202 @@
+"""From what a theory has learned to the symmetries of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from teleport_optim.symmetry.groups import GROUPS
+from teleport_optim.symmetry.search.analysis import Slot, Theory
+from teleport_optim.symmetry.search.channels import FIXED, Array, mix
+from teleport_optim.symmetry.search.permutations import Exchange
+from teleport_optim.symmetry.spec import Leg, Symmetry
+
+__all__ = ["symmetries_of"]
+
+
+@dataclass
+class _Entries:
+    """The entries of a slot.
+
+    Attributes:
+        slot: The slot.
+        roots: The class of each entry.
+        roles: What tells the entries of one class apart: their role in it, and what their unit passes through by itself.
+        degrees: The degree of each entry.
+    """
+
+    slot: Slot
+    roots: Array
+    roles: Array
+    degrees: Array
+
+
+def symmetries_of(theory: Theory, names: Mapping[str, Sequence[str]], *, include_approximate: bool) -> list[Symmetry]:
+    """The symmetries that a theory has found.
+
+    Args:
+        theory: The theory, after a trace.
+        names: For each parameter, all names under which the model has it.
+        include_approximate: Whether to return those that hold only up to the eps of a normalisation, too.
+    """
+    if not theory.slots:
+        return []
+    slots, signatures = _signatures(theory)
+    roots = _in_order(np.concatenate([slot.roots for slot in slots]))
+    can_move = (roots != FIXED) & ~theory.units.is_fixed(roots)
+    if not include_approximate:
+        can_move &= ~theory.units.is_inexact(roots)
+    if isinstance(theory, Exchange) and theory.moves_heads:
+        tied = np.concatenate([np.zeros(0, np.int64), *theory.tied])
+        can_move &= np.isin(roots, theory.units.find(tied)[0])
+    roots = roots[can_move]
+    site_of, channel_of, sizes = _sites(roots, signatures, len(theory.units))
+    legs: list[list[Leg]] = [[] for _ in sizes]
+    for slot in slots:
+        own = site_of[slot.roots]
+        for site in [own.item(0)] if _is_constant(own) else _in_order(own).tolist():
+            if site >= 0:
+                legs[site] += _legs(slot, np.flatnonzero(own == site), channel_of, sizes[site], names)
+    is_exact = ~np.isin(np.arange(len(sizes)), site_of[roots[theory.units.is_inexact(roots)]])
+    least = 2 if isinstance(theory, Exchange) else 1
+    found = [(tuple(own), size, exact) for own, size, exact in zip(legs, sizes, is_exact.tolist()) if size >= least]
+    return _named(theory, found)
+
+
+def _is_constant(values: Array) -> bool:
+    return len(values) > 0 and bool((values == values[0]).all())
+
+
+def _in_order(values: Array) -> Array:
+    """The different values in the order in which they first appear."""
+    unique, first = np.unique(values, return_index=True)
+    return unique[np.argsort(first)]
+
+
+def _sites(roots: Array, signatures: Array, num_units: int) -> tuple[Array, Array, list[int]]:
+    """For each class the number of its site and its own number there, -1 if it has none; and the sizes of the sites."""
+    order = _in_order(signatures[roots])
+    _, position, inverse = np.unique(signatures[roots], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(position))
+    site = rank[inverse]
+    site_of, channel_of = np.full(num_units, -1), np.full(num_units, -1)
+    site_of[roots] = site
+    sizes = np.bincount(site, minlength=len(order))
+    by_site = np.argsort(site, kind="stable")
+    channel_of[roots[by_site]] = np.arange(len(roots)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return site_of, channel_of, sizes.tolist()
+
+
+def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
+    """The entries of all slots; and for each class a hash of where it occurs, equal for classes that form a site.
+
+    Channels that are exchanged must pass through the same nodes in the same roles. What each unit passes through before it was
+    found to move together with others tells the members of a class apart (queries from keys in a packed projection).
+    """
+    slots = theory.slots
+    sizes = [slot.units.size for slot in slots]
+    parts: list[tuple[Array, ...]] = [
+        (
+            np.repeat(np.arange(len(slots)), sizes),
+            np.concatenate([slot.units for slot in slots]),
+            np.concatenate([slot.roles for slot in slots]),
+            np.zeros(sum(sizes), np.uint64),
+        )
+    ]
+    is_exchange = isinstance(theory, Exchange)
+    for record in theory.records if isinstance(theory, Exchange) else ():
+        place = (np.asarray(1 << 50 | record[0]), *record[1:])
+        shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
+        parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
+    node, units, roles, where = (np.concatenate(column) for column in zip(*parts))
+    del parts  # as large as all the rest
+    roots, roles_in_class, signs = theory.units.find(units, roles)
+    degrees = signs.astype(np.int64)
+    ends = np.cumsum(sizes)
+    degrees[: sum(sizes)] *= np.repeat([slot.degree for slot in slots], sizes)
+    signatures = np.zeros(len(theory.units), dtype=np.uint64)
+    own = np.zeros_like(roles)
+    if is_exchange:
+        np.add.at(signatures, units, mix(node, roles, where))
+        own = mix(roles_in_class, signatures[units])
+        _fix_copies(theory, roots, mix(node, roots, own), where == 0)
+        signatures = np.zeros_like(signatures)
+    np.add.at(signatures, roots, mix(node, own, where, degrees))
+    spans = [slice(end - size, end) for size, end in zip(sizes, ends.tolist())]
+    return [_Entries(slot, roots[k], own[k], degrees[k]) for slot, k in zip(slots, spans)], signatures
+
+
+def _fix_copies(theory: Theory, roots: Array, keys: Array, is_counted: Array) -> None:
+    """Let classes that have two entries with one role in a tensor move no more: which is which cannot be told."""
+    order = np.flatnonzero(is_counted)[np.argsort(keys[is_counted])]
+    is_copy = keys[order][1:] == keys[order][:-1]
+    if is_copy.any():
+        theory.units.fix(roots[order[1:][is_copy]])
+
+
+def _legs(
+    entries: _Entries, members: Array, channel_of: Array, size: int, names: Mapping[str, Sequence[str]]
+) -> list[Leg]:
+    """The legs of a site on one slot: entries that move alike, in the order of their roles for every channel."""
+    slot = entries.slot
+    channels, roles = channel_of[entries.roots[members]], entries.roles[members]
+    if len(members) == size:
+        index = members[np.argsort(channels)].reshape(size, 1)
+    else:
+        first = _in_order(roles[channels == 0])
+        ranks = np.argsort(first)[np.searchsorted(np.sort(first), roles)]
+        index = members[np.lexsort((members, ranks, channels))].reshape(size, -1)
+    columns = index[0]
+    legs = []
+    for run in _runs(columns, entries.degrees[columns]):
+        flat = index[:, run].ravel()
+        is_range = bool((flat[1:] == flat[:-1] + 1).all())
+        shape: dict[str, Any] = {"offset": int(flat[0])} if is_range else {"index": tuple(flat.tolist())}
+        degree = int(entries.degrees[columns[run[0]]])
+        legs += [Leg(name, slot.axis, degree, len(run), within=slot.within, **shape) for name in names[slot.name]]
+    return legs
+
+
+def _runs(columns: Array, degrees: Array) -> list[list[int]]:
+    """Entries of the first channel that go into one leg: those of one degree that lie side by side, or all of one degree."""
+    runs: list[list[int]] = []
+    for position in range(len(columns)):
+        if runs and degrees[runs[-1][-1]] == degrees[position] and columns[position] == columns[runs[-1][-1]] + 1:
+            runs[-1].append(position)
+        else:
+            runs.append([position])
+    return runs
+
+
+def _owner(name: str) -> str:
+    """The layer to which a tensor belongs, or its own name if it is a parameter by itself."""
+    layer, _, last = name.rpartition(".")
+    return layer if layer and last.startswith(("weight", "bias", "in_proj", "running")) else name
+
+
+_GROUP_OF = {"heads": "permutation"}
+
+
+def _named(theory: Theory, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> list[Symmetry]:
+    """The sites with their ids: the module of the first writer, the group, and a number where that is not enough."""
+    group = GROUPS[_GROUP_OF.get(theory.name, theory.name)]
+    oriented = []
+    for legs, size, is_exact in sites:
+        if legs[0].degree < 0:
+            legs = tuple(replace(leg, degree=-leg.degree) for leg in legs)
+        writer = next((leg for leg in legs if leg.degree == 1), legs[0])
+        oriented.append((_owner(writer.name), legs, size, is_exact))
+    counts: dict[str, int] = {}
+    for module, *_ in oriented:
+        counts[module] = counts.get(module, 0) + 1
+    numbers: dict[str, int] = {}
+    result = []
+    for module, legs, size, is_exact in oriented:
+        number = numbers.get(module, 0)
+        numbers[module] = number + 1
+        name = f"{module}:{theory.name}" + (f"[{number}]" if counts[module] > 1 else "")
+        result.append(Symmetry(name, group, size, legs, is_exact))
+    return result
