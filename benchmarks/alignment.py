@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from teleport_optim.alignment import Barrier, align, interpolation_barrier
 from teleport_optim.cli.training import train
-from teleport_optim.tasks.data import digits
-from teleport_optim.tasks.networks import perceptron, seeded
+from teleport_optim.meta_training.tasks.data import digits
+from teleport_optim.meta_training.tasks.networks import perceptron, seeded
 
 __all__ = ["NETWORKS", "Residual", "main", "plot"]
 

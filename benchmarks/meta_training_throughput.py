@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
-from teleport_optim.meta_training.unroll import advance, begin
+from teleport_optim.controller.network import MetaOptimizer
+from teleport_optim.meta_training import InnerProblem
+from teleport_optim.meta_training.rules import ControllerRule
+from teleport_optim.meta_training.tasks.networks import cross_entropy
+from teleport_optim.meta_training.unroll import init_unroll, unroll
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import InnerProblem
-from teleport_optim.tasks.networks import cross_entropy, perceptron
 
 __all__ = ["main"]
 
 BATCH_SIZE = 64
 
 
-def make_problem() -> InnerProblem:
+def perceptron() -> InnerProblem:
     """Two problems of random data on a perceptron 64-32-32-10."""
     source = generator_for("throughput")
     inputs = torch.randn(2, 512, 64, generator=source)
@@ -43,7 +44,9 @@ def make_problem() -> InnerProblem:
         rows = torch.randint(512, (2, BATCH_SIZE), generator=generator)
         return inputs[problems, rows], targets[problems, rows]
 
-    models = [perceptron((64, 32, 32, 10), nn.ReLU) for _ in range(2)]
+    models = [
+        nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(2)
+    ]
     return InnerProblem.of(models, cross_entropy, sample_batch, 40)
 
 
@@ -68,21 +71,21 @@ def bare_vmap(problem: InnerProblem, params: dict[str, Tensor], inputs: Tensor, 
 
 def throughputs(num_runs: int, num_steps: int, repeats: int) -> dict[str, float]:
     """Inner steps per second of every contender: medians of ``repeats`` rounds, in each of which all take turns."""
-    problem = make_problem()
+    problem = perceptron()
     num_candidates = num_runs // problem.num_problems
-    rule = ControllerRule(RuleOptions(), generator_for("weights"))
+    rule = ControllerRule(MetaOptimizer(generator=generator_for("weights")))
     flat = rule.flatten() + 0.01 * torch.randn(
         num_candidates, len(rule.flatten()), generator=generator_for("candidates")
     )
     weights = rule.unflatten(flat.repeat_interleave(problem.num_problems, dim=0))
-    runs = begin(rule, problem, num_candidates)
+    runs = init_unroll(rule, problem, num_candidates)
     inputs, targets = (
         x.repeat(num_candidates, *[1] * (x.dim() - 1)) for x in problem.sample_batch(generator_for("batch"))
     )
 
-    def unroll() -> None:
+    def whole_unroll() -> None:
         with torch.no_grad():
-            advance(rule, weights, problem, runs, num_steps, partial(generator_for, "batch"))
+            unroll(rule, weights, problem, runs, num_steps, partial(generator_for, "batch"))
 
     def repeated(step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -92,7 +95,7 @@ def throughputs(num_runs: int, num_steps: int, repeats: int) -> dict[str, float]
         return run
 
     contenders: dict[str, Callable[[], None]] = {
-        "whole unroll": unroll,
+        "whole unroll": whole_unroll,
         "bare gradients as the unroll takes them": repeated(partial(problem.gradients, runs.params, inputs, targets)),
         "bare gradients by hand": repeated(partial(bare_by_hand, runs.params, inputs, targets)),
         "bare gradients with torch.func.vmap(grad)": repeated(

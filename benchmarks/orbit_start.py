@@ -25,7 +25,7 @@ from benchmarks.comparison.task import EvaluationTask
 from benchmarks.comparison.training import run_training
 from teleport_optim.cli.training import Recipe, adamw, learned
 from teleport_optim.controller.network import MetaOptimizer
-from teleport_optim.tasks.networks import rescale
+from teleport_optim.meta_training.tasks.networks import rescale
 
 __all__ = ["main", "rescaled"]
 

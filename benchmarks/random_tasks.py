@@ -17,11 +17,11 @@ import torch
 
 from teleport_optim.controller.checkpoints import load_checkpoint
 from teleport_optim.controller.network import MetaOptimizer
-from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
-from teleport_optim.meta_training.unroll import advance, begin
+from teleport_optim.meta_training.rules import ControllerRule
+from teleport_optim.meta_training.tasks import TASKS
+from teleport_optim.meta_training.tasks.problem import InnerProblem
+from teleport_optim.meta_training.unroll import init_unroll, unroll
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import NETWORK_TASKS, find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["final_loss", "main"]
 
@@ -32,14 +32,13 @@ _FLOOR = 1e-4
 
 def final_loss(meta_optimizer: MetaOptimizer, problem: InnerProblem, number: int) -> float:
     """Mean loss over the last tenth of a run, relative to the first loss; infinite if it diverged."""
-    options = RuleOptions(meta_optimizer.hidden_size, meta_optimizer.block_rows)
-    rule = ControllerRule(options, torch.Generator())
+    rule = ControllerRule(meta_optimizer)
     weights = {name: param.detach().unsqueeze(0) for name, param in meta_optimizer.named_parameters()}
     with torch.no_grad():
-        runs = begin(rule, problem, 1)
-        window = advance(rule, weights, problem, runs, problem.horizon, partial(generator_for, "random tasks", number))
-    tail = window.losses[0, -max(1, int(_TAIL * problem.horizon)) :]
-    return float(tail.mean() / window.runs.initial[0])
+        runs = init_unroll(rule, problem, 1)
+        result = unroll(rule, weights, problem, runs, problem.horizon, partial(generator_for, "random tasks", number))
+    tail = result.losses[0, -max(1, int(_TAIL * problem.horizon)) :]
+    return float(tail.mean() / result.runs.initial[0])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     untrained = MetaOptimizer(block_rows=trained.block_rows)
     ratios, worse, diverged = [], [], 0
     for number in range(arguments.count):
-        task = find_task(NETWORK_TASKS[number % len(NETWORK_TASKS)])
+        task = list(TASKS.values())[number % len(TASKS)]
         problem = task.sample(1, (50, 400), "test", generator_for("random tasks", number))
         learned, alone = (final_loss(each, problem, number) for each in (trained, untrained))
         if not learned < 1.0:

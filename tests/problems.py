@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from teleport_optim.tasks import InnerProblem
+from teleport_optim.meta_training import InnerProblem
 
 
 def in_float64(problem: InnerProblem) -> InnerProblem:

@@ -11,21 +11,27 @@ import torch
 from problems import in_float64
 from torch import Tensor
 
-from teleport_optim.meta_training.config import ESTIMATOR_NAMES, Config
-from teleport_optim.meta_training.estimators import ESTIMATORS, Episode, Estimator, meta_loss, step_weights
-from teleport_optim.meta_training.rules import VARIANTS, ControllerRule, Rule, RuleOptions, make_rule
-from teleport_optim.meta_training.unroll import advance, begin
-from teleport_optim.meta_training.world import World
-from teleport_optim.optim.rule import update
+from benchmarks.paper.functions import task_path
+from benchmarks.paper.rules import VARIANTS
+from benchmarks.paper.training import PaperConfig, rule_of
+from teleport_optim import MetaOptimizer
+from teleport_optim.meta_training.config import ESTIMATOR_NAMES
+from teleport_optim.meta_training.episodes import Episode
+from teleport_optim.meta_training.estimators import ESTIMATORS, Estimator, meta_loss, step_weights
+from teleport_optim.meta_training.process_group import ProcessGroup
+from teleport_optim.meta_training.rules import ControllerRule, Rule
+from teleport_optim.meta_training.tasks import InnerProblem, find_task
+from teleport_optim.meta_training.unroll import init_unroll, unroll
+from teleport_optim.optim import schedule
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import InnerProblem, find_task
 
 HORIZON = 6
 INTERVAL = 10
 """Steps between two runs of the controller here; over more, the final loss is too rough a function of the weights."""
-CONFIG = Config(
+ELLIPSE = task_path("ellipse")
+CONFIG = PaperConfig(
     variant="lr+teleport+momentum",
-    tasks=("ellipse",),
+    tasks=(ELLIPSE,),
     num_tasks=1,
     num_problems=2,
     num_pairs=40,
@@ -43,7 +49,7 @@ DRAWN = {SMOOTH: (0, INTERVAL + 2, " tanh "), TELEPORTING: (24, HORIZON, " relu 
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
+    monkeypatch.setattr(schedule, "TELEPORT_INTERVAL", INTERVAL)
 
 
 @cache
@@ -56,47 +62,44 @@ def draw(task: str) -> InnerProblem:
     return in_float64(problem)
 
 
-def setting(config: Config) -> tuple[Rule, Tensor]:
+def setting(config: PaperConfig) -> tuple[Rule, Tensor]:
     """A rule in double precision and weights at which it does something."""
-    options = RuleOptions(
-        config.hidden_size, theta_gradient=config.theta_gradient, teleport_steps=config.teleport_steps
-    )
-    rule = make_rule(config.variant, options, generator_for("weights", 0), draw(config.tasks[0]))
-    rule.network.double()
-    if isinstance(rule, ControllerRule):  # Its inputs are single precision; its controls need not be.
-        start = rule.network.initial_hidden
-        rule.network.initial_hidden = lambda num_tensors: start(num_tensors).float()  # type: ignore[method-assign]
-        rule.network.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
+    rule: Rule
+    if config.tasks[0] in DRAWN:  # The inputs of the controller are single precision; its controls need not be.
+        network = MetaOptimizer(config.hidden_size, generator_for("weights", 0)).double()
+        start = network.initial_hidden
+        network.initial_hidden = lambda num_tensors: start(num_tensors).float()  # type: ignore[method-assign]
+        network.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
+        rule = ControllerRule(network)
+    else:
+        rule = rule_of(config, draw(config.tasks[0]))
+        rule.network.double()
     flat = rule.flatten()
     return rule, flat + 0.2 * torch.randn(flat.shape, generator=generator_for("theta")).to(flat)
 
 
-def new_episode(config: Config) -> Episode:
+def new_episode(config: PaperConfig) -> Episode:
     return Episode(0, 0, draw(config.tasks[0]).horizon, partial(draw, config.tasks[0]), partial(generator_for, "batch"))
 
 
-def exact_gradient(config: Config, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
+def exact_gradient(config: PaperConfig, rule: Rule, theta: Tensor, directions: Tensor) -> Tensor:
     """Slopes of the mean meta-loss along rows of ``directions``, from central differences of whole training runs."""
     problem, size = draw(config.tasks[0]), 1e-5 if theta.dtype == torch.float32 else 1e-8
     candidates = torch.cat([theta + size * directions, theta - size * directions])
     with torch.no_grad():
-        runs = begin(rule, problem, len(candidates))
+        runs = init_unroll(rule, problem, len(candidates))
         weights = rule.unflatten(candidates.repeat_interleave(problem.num_problems, dim=0))
-        window = advance(rule, weights, problem, runs, problem.horizon, partial(generator_for, "batch"))
-    losses = (
-        meta_loss(problem, window, config.objective, config.distance_weight)
-        .reshape(2, len(directions), -1)
-        .mean(dim=-1)
-    )
+        result = unroll(rule, weights, problem, runs, problem.horizon, partial(generator_for, "batch"))
+    losses = meta_loss(problem, result, config.objective).reshape(2, len(directions), -1).mean(dim=-1)
     return (losses[0] - losses[1]) / (2 * size)
 
 
-def whole_run(estimator: Estimator, config: Config, theta: Tensor, sample: int) -> Tensor:
+def whole_run(estimator: Estimator, config: PaperConfig, theta: Tensor, sample: int) -> Tensor:
     """The sum of the estimates of all windows of one episode, at the same weights."""
     episode, total, window = new_episode(config), torch.zeros_like(theta), 0
     while episode.step < episode.horizon:
         total += estimator.estimate(theta, [episode], 1000 * sample + window).gradient
-        episode.step += estimator.window(episode)
+        episode.step += estimator.window_length(episode)
         window += 1
     return total
 
@@ -104,20 +107,20 @@ def whole_run(estimator: Estimator, config: Config, theta: Tensor, sample: int) 
 @pytest.mark.parametrize("objective", ["plain", "normalised"])
 @pytest.mark.parametrize(
     ("variant", "task"),
-    [(variant, "ellipse") for variant in VARIANTS if variant != "controller"]
-    + [("lr+teleport", "scaled_products"), ("controller", SMOOTH), ("controller", TELEPORTING)],
+    [(variant, ELLIPSE) for variant in VARIANTS]
+    + [("lr+teleport", task_path("scaled_products")), ("controller", SMOOTH), ("controller", TELEPORTING)],
 )
 def test_full_length_backpropagation_equals_finite_differences(variant: str, task: str, objective: str) -> None:
     config = dataclasses.replace(
         CONFIG,
-        variant=variant,
+        variant=CONFIG.variant if task in DRAWN else variant,
         tasks=(task,),
         objective=objective,
         truncation=draw(task).horizon,
-        theta_gradient=variant != "controller" and "teleport" in variant,
+        theta_gradient="teleport" in variant,
     )
     rule, theta = setting(config)
-    gradient = whole_run(ESTIMATORS["tbptt"](rule, config, World()), config, theta, 0)
+    gradient = whole_run(ESTIMATORS["tbptt"](rule, config, ProcessGroup()), config, theta, 0)
     directions = torch.randn(8, len(theta), generator=generator_for("directions"), dtype=theta.dtype)
     exact = exact_gradient(config, rule, theta, directions)
     assert exact.abs().max() > 1e-4
@@ -125,7 +128,7 @@ def test_full_length_backpropagation_equals_finite_differences(variant: str, tas
     torch.testing.assert_close(
         (directions @ gradient).to(exact), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max())
     )
-    first_order = whole_run(ESTIMATORS["tbptt_first_order"](rule, config, World()), config, theta, 0)
+    first_order = whole_run(ESTIMATORS["tbptt_first_order"](rule, config, ProcessGroup()), config, theta, 0)
     assert not torch.allclose((directions @ first_order).to(exact), exact, rtol=tolerance)
 
 
@@ -137,10 +140,10 @@ def z_scores(estimates: Tensor, exact: Tensor) -> Tensor:
 def test_evolution_strategies_are_unbiased_and_truncated_backpropagation_is_not(name: str) -> None:
     rule, theta = setting(CONFIG)
     exact = exact_gradient(CONFIG, rule, theta, torch.eye(len(theta), dtype=torch.float64))
-    estimator = ESTIMATORS[name](rule, CONFIG, World())
+    estimator = ESTIMATORS[name](rule, CONFIG, ProcessGroup())
     estimates = torch.stack([whole_run(estimator, CONFIG, theta, sample) for sample in range(60)])
     assert z_scores(estimates, exact).abs().max() < 4.0
-    truncated = whole_run(ESTIMATORS["tbptt"](rule, CONFIG, World()), CONFIG, theta, 0)
+    truncated = whole_run(ESTIMATORS["tbptt"](rule, CONFIG, ProcessGroup()), CONFIG, theta, 0)
     assert z_scores(estimates - exact + truncated, exact).abs().max() > 8.0
 
 
@@ -148,14 +151,14 @@ def test_persistence_is_what_makes_truncation_unbiased() -> None:
     """Without the sum of perturbations, evolution strategies over windows fail the test that PES passes."""
     rule, theta = setting(CONFIG)
     exact = exact_gradient(CONFIG, rule, theta, torch.eye(len(theta), dtype=torch.float64))
-    estimator = ESTIMATORS["pes"](rule, CONFIG, World())
+    estimator = ESTIMATORS["pes"](rule, CONFIG, ProcessGroup())
 
     def forgetful(sample: int) -> Tensor:
         episode, total, window = new_episode(CONFIG), torch.zeros_like(theta), 0
         while episode.step < episode.horizon:
             episode.displacement = None
             total += estimator.estimate(theta, [episode], 1000 * sample + window).gradient
-            episode.step += estimator.window(episode)
+            episode.step += estimator.window_length(episode)
             window += 1
         return total
 
@@ -164,9 +167,9 @@ def test_persistence_is_what_makes_truncation_unbiased() -> None:
 
 def test_the_mixture_is_the_weighted_mean_of_its_parts() -> None:
     rule, theta = setting(CONFIG)
-    parts = [whole_run(ESTIMATORS[name](rule, CONFIG, World()), CONFIG, theta, 0) for name in ("pes", "tbptt")]
+    parts = [whole_run(ESTIMATORS[name](rule, CONFIG, ProcessGroup()), CONFIG, theta, 0) for name in ("pes", "tbptt")]
     config = dataclasses.replace(CONFIG, mix=0.25)
-    mixed = whole_run(ESTIMATORS["pes+tbptt"](rule, config, World()), config, theta, 0)
+    mixed = whole_run(ESTIMATORS["pes+tbptt"](rule, config, ProcessGroup()), config, theta, 0)
     torch.testing.assert_close(mixed, 0.75 * parts[0] + 0.25 * parts[1])
 
 
@@ -175,13 +178,13 @@ def test_frozen_entries_have_no_gradient(name: str) -> None:
     config = dataclasses.replace(CONFIG, frozen=("first_*", "readout_bias"))
     rule, theta = setting(config)
     is_frozen = torch.tensor([label.startswith("first_") or label == "readout_bias" for label in rule.labels()])
-    gradient = whole_run(ESTIMATORS[name](rule, config, World()), config, theta, 0)
+    gradient = whole_run(ESTIMATORS[name](rule, config, ProcessGroup()), config, theta, 0)
     assert (gradient[is_frozen] == 0).all()
     assert (gradient[~is_frozen] != 0).any()
 
 
 def test_a_control_can_be_frozen_by_name() -> None:
-    rule, _ = setting(dataclasses.replace(CONFIG, variant="controller", tasks=("teacher_regression",)))
+    rule, _ = setting(dataclasses.replace(CONFIG, tasks=(SMOOTH,)))
     is_trained = rule.is_trained(["*.balance"])
     frozen = {label for label, trained in zip(rule.labels(), is_trained) if not trained}
     assert frozen == {"readout_weight.balance", "skip_weight.balance", "readout_bias.balance"}
@@ -208,7 +211,7 @@ def test_runs_that_explode_are_counted_and_leave_the_gradient_finite() -> None:
     rule, theta = setting(config)
     theta[[label == "readout_bias" for label in rule.labels()]] = 1e30
     for name in ESTIMATOR_NAMES:
-        estimate = ESTIMATORS[name](rule, config, World()).estimate(theta, [new_episode(config)], 0)
+        estimate = ESTIMATORS[name](rule, config, ProcessGroup()).estimate(theta, [new_episode(config)], 0)
         assert estimate.exploded == 1.0
         assert torch.isfinite(estimate.gradient).all()
         assert estimate.objective == pytest.approx(3.0)
@@ -216,16 +219,15 @@ def test_runs_that_explode_are_counted_and_leave_the_gradient_finite() -> None:
 
 def test_the_meta_loss_of_windows_adds_up() -> None:
     rule, theta = setting(CONFIG)
-    problem = draw("ellipse")
-    config = dataclasses.replace(CONFIG, distance_weight=0.3)
+    problem = draw(ELLIPSE)
 
     def total(lengths: Sequence[int]) -> Tensor:
-        runs = begin(rule, problem, 1)
+        runs = init_unroll(rule, problem, 1)
         weights = rule.unflatten(theta.expand(2, -1))
         losses = torch.zeros(2, dtype=torch.float64)
         for length in lengths:
-            window = advance(rule, weights, problem, runs, length, partial(generator_for, "batch"))
-            runs, losses = window.runs, losses + meta_loss(problem, window, config.objective, config.distance_weight)
+            result = unroll(rule, weights, problem, runs, length, partial(generator_for, "batch"))
+            runs, losses = result.runs, losses + meta_loss(problem, result, CONFIG.objective)
         return losses
 
     torch.testing.assert_close(total([HORIZON]), total([1, 2, 3]))

@@ -35,9 +35,9 @@ from benchmarks.comparison.training import (
 )
 from teleport_optim import LearnedTeleportOptimizer, load_checkpoint
 from teleport_optim.cli.training import learned
+from teleport_optim.meta_training.tasks.data import Data
+from teleport_optim.meta_training.tasks.networks import seeded
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
-from teleport_optim.tasks.data import Data
-from teleport_optim.tasks.networks import seeded
 
 
 def blobs() -> Data:

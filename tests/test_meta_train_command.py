@@ -24,8 +24,9 @@ from teleport_optim.cli import meta_train as command
 from teleport_optim.cli.main import main as teleport_optim
 from teleport_optim.meta_training.config import PRESETS, Config
 from teleport_optim.meta_training.cost import Cost, TaskCost, bytes_between_processes, mean_window, num_runs, total_cost
-from teleport_optim.meta_training.learner import Learner, OuterStep
-from teleport_optim.meta_training.report import Scalars, Session, core_minutes, read_log
+from teleport_optim.meta_training.learner import Learner
+from teleport_optim.meta_training.report import Scalars
+from teleport_optim.meta_training.run_folder import OuterStep, Session, core_minutes, read_log
 
 ROOT = Path(__file__).parent.parent
 OWN_TASK = (ROOT / "docs" / "own_task.md").read_text()
@@ -43,12 +44,13 @@ TINY = {
     "num_validation": "1",
     "hidden_size": "3",
 }
-FUNCTIONS = TINY | {"variant": "lr", "tasks": "ellipse"}
+ELLIPSE = "benchmarks.paper.functions:Ellipse"
+FUNCTIONS = TINY | {"tasks": ELLIPSE}
 NETWORKS = TINY | {"tasks": "teacher_regression"}
 
 TASKS = """
 import os, signal, time
-from teleport_optim.tasks.functions import Ellipse
+from benchmarks.paper.functions import Ellipse
 
 class Mine(Ellipse):
     name = "mine"
@@ -133,16 +135,11 @@ def test_the_folder_of_a_run_is_named_after_its_configuration(capsys: pytest.Cap
             if key != "tasks"
         )
     )
-    assert meta_train(["--config", "small.toml", "--set", "tasks=ellipse"]) == 0
-    assert "No checkpoint: those are of the variant 'controller'" in capsys.readouterr().out
+    arguments = ["--config", "small.toml", "--set", f"tasks={ELLIPSE}"]
+    assert meta_train(arguments) == 0
+    assert "Checkpoint: runs/small/checkpoint.safetensors" in capsys.readouterr().out
     assert Path("runs/small/state.pt").exists()
-    assert_mistake(meta_train, ["--config", "small.toml", "--set", "tasks=ellipse"], "runs/small holds a run", capsys)
-    assert_mistake(
-        meta_train,
-        [*options(FUNCTIONS), "--output", "x.safetensors"],
-        "'lr' gives no checkpoint: leave out --output",
-        capsys,
-    )
+    assert_mistake(meta_train, arguments, "runs/small holds a run", capsys)
 
 
 def next_second() -> None:
@@ -150,9 +147,20 @@ def next_second() -> None:
     time.sleep(1.0)
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, here and in processes that are started, also where pytest was started in the background.
+
+    A shell has what it starts with ``&`` ignore SIGINT, Python leaves that as it is, and processes inherit it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_where_it_was(
-    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: int, hears_ctrl_c: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert meta_train([*options(FUNCTIONS), "--run-dir", "whole"]) == 0
     run = Learner.run
@@ -182,6 +190,21 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert [step for step, _ in scalars_of("parts")["objective"]] == [1, 2, 3]
 
 
+def test_a_run_in_the_background_goes_on_ignoring_ctrl_c(hears_ctrl_c: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``nohup`` and ``&`` promise that a run outlives the terminal; only SIGTERM ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = Learner.run
+
+    def interrupted(learner: Learner) -> Iterator[OuterStep]:
+        for step in run(learner):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(Learner, "run", interrupted)
+    assert meta_train([*options(FUNCTIONS), "--run-dir", "run"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_scalars_of_steps_that_were_taken_back_are_purged() -> None:
     assert meta_train([*options(FUNCTIONS), "--run-dir", "run"]) == 0
     lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
@@ -203,8 +226,8 @@ def test_without_tensorboard(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def test_a_task_from_the_current_folder_takes_the_place_of_the_others() -> None:
-    assert meta_train([*options(FUNCTIONS), "--task", "my_tasks:Mine", "--task", "ellipse", "--run-dir", "run"]) == 0
-    assert json.loads(Path("run/config.json").read_text())["tasks"] == ["my_tasks:Mine", "ellipse"]
+    assert meta_train([*options(FUNCTIONS), "--task", "my_tasks:Mine", "--task", ELLIPSE, "--run-dir", "run"]) == 0
+    assert json.loads(Path("run/config.json").read_text())["tasks"] == ["my_tasks:Mine", ELLIPSE]
 
 
 def test_an_error_in_a_task_keeps_its_traceback() -> None:
@@ -221,16 +244,15 @@ def test_an_error_in_a_task_keeps_its_traceback() -> None:
         (["--set", "sigma=fast"], "cannot read 'fast'"),
         (["--set", "sigma=-1"], "sigma must be positive"),
         (["--set", "estimator=pse"], "unknown estimator 'pse': did you mean 'pes'"),
-        (["--set", "variant=controler"], "unknown variant 'controler': did you mean 'controller'"),
+        (["--set", "objective=planned"], "unknown objective 'planned': did you mean 'plain'"),
         (["--task", "digits_mpl"], "did you mean 'digits_mlp'"),
         (["--task", "my_tasks:Nine"], "my_tasks has no 'Nine'; the tasks in it are"),
         (["--task", "my_tasks:os"], "not a task family"),
-        (["--task", "ellipse", "--set", "variant=lr", "--set", "frozen=*.balanse"], "matches no meta-parameter"),
-        (["--task", "ellipse", "--task", "power_sums", "--set", "variant=lr"], "train on tasks of one kind"),
-        (["--set", "variant=lr", "--dry-run"], "the variant 'controller'"),
+        (["--task", ELLIPSE, "--set", "frozen=*.balanse"], "matches no meta-parameter"),
+        (["--task", ELLIPSE, "--set", "frozen=*.balanse", "--dry-run"], "matches no meta-parameter"),
         (["--resume", "missing"], "there is no meta-training run in missing"),
         (["--resume", "any", "--set", "sigma=1"], "leave out --config, --set, --task and --run-dir"),
-        (["--resume", "any", "--task", "ellipse"], "leave out --config, --set, --task and --run-dir"),
+        (["--resume", "any", "--task", ELLIPSE], "leave out --config, --set, --task and --run-dir"),
         (["--resume", "any", "--dry-run"], "leave out --resume"),
         (["--output", "weights.pt"], "ends in .safetensors"),
         (["--output", "wrong.toml/weights.safetensors"], "wrong.toml"),
@@ -376,19 +398,17 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_how_to_go_on() -> None:
+def test_ctrl_c_ends_with_how_to_go_on(hears_ctrl_c: None) -> None:
     arguments = [*options(FUNCTIONS, num_outer_steps="1000"), "--task", "my_tasks:Slow", "--run-dir", "a run"]
     program = [sys.executable, "-W", "error", "-m", "teleport_optim", "meta-train", *arguments]
     process = subprocess.Popen(
         program, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 60.0
     while not Path("a run/log.jsonl").exists():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run does not start"
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert process.returncode == 130, errors
     assert re.search(
         r"^Interrupted after \d+ of 1000 steps\. To go on: teleport-optim meta-train --resume 'a run'$", output, re.M
@@ -428,4 +448,4 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         port = listener.getsockname()[1]
     where = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     program = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "teleport_optim.meta_training", *arguments]
-    return subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(program, env=environment(), capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ import torch
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import newton
 from benchmarks.paper.ellipse_directions import short_axis
+from benchmarks.paper.functions import FUNCTIONS
 from benchmarks.paper.groups import balanced, permutation_spread
 from benchmarks.paper.harness import (
     NEVER,
@@ -26,8 +27,8 @@ from benchmarks.paper.harness import (
     teleport_facts,
 )
 from benchmarks.paper.tables import insert
-from benchmarks.paper.training import PAPER, rule_of, train
-from teleport_optim.tasks import find_task
+from benchmarks.paper.training import PAPER, family_of, learner_of, rule_of, train, window
+from teleport_optim.meta_training.unroll import init_unroll
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -71,6 +72,42 @@ def test_meta_seeds_do_not_meet_and_are_kept(study: Study) -> None:
     times = [file.stat().st_mtime_ns for file in written]
     assert torch.equal(train(config, [2, 1], study.cache), together[[2, 1]])
     assert [file.stat().st_mtime_ns for file in written] == times
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_the_distance_to_the_optimum_is_added_to_the_meta_loss_of_every_step(study: Study, second_order: bool) -> None:
+    """With a weight steps are taken one by one, which changes neither the loss nor its gradient."""
+    estimator = "tbptt" if second_order else "tbptt_first_order"
+    near, far = (study.config("ellipse", "lr", distance_weight=weight, estimator=estimator) for weight in (1e-9, 1.0))
+    without, problem = replace(near, distance_weight=0.0), study.problem("ellipse")
+    problem = replace(problem, horizon=study.num_steps)
+    rule = rule_of(without, problem)
+    losses, gradients, points = {}, {}, []
+    for config in (without, near, far):
+        flat = rule.flatten().requires_grad_()
+        runs = init_unroll(rule, problem, 1)
+        result, after = window(config, rule, rule.unflatten(flat), problem, runs)
+        (gradients[config.distance_weight],) = torch.autograd.grad(result.sum(), flat)
+        losses[config.distance_weight] = result.detach()
+        assert after.step == config.truncation
+    torch.testing.assert_close(losses[1e-9], losses[0.0])
+    torch.testing.assert_close(gradients[1e-9], gradients[0.0], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(gradients[1.0], gradients[0.0], rtol=1e-2)
+    runs, flat = init_unroll(rule, problem, 1), rule.flatten()
+    for _ in range(without.truncation):
+        _, runs = window(replace(without, truncation=1), rule, rule.unflatten(flat), problem, runs)
+        points.append(runs.params["x"].detach())
+    expected = sum((point - problem.optimum).norm(dim=-1) for point in points)
+    torch.testing.assert_close(losses[1.0] - losses[0.0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_learner_of_the_library_cannot_do_is_refused(study: Study) -> None:
+    with pytest.raises(ValueError, match="distance_weight is for truncated backpropagation"):
+        learner_of(study.config("ellipse", "lr", distance_weight=1.0))
+    with pytest.raises(ValueError, match=r"unknown variant 'lr\+telport': there are update, "):
+        study.config("ellipse", "lr+telport")
+    with pytest.raises(TypeError, match="'digits_mlp' is no family of functions"):
+        family_of(replace(PAPER, tasks=("digits_mlp",)))
 
 
 def test_teleports_are_applied_where_they_should_be_and_nowhere_when_off(study: Study) -> None:
@@ -158,7 +195,7 @@ def test_permutations_keep_the_gradient_norm_and_balance_keeps_the_loss(study: S
     u, v = balanced(scaled, scaled.params["x"]).chunk(2, dim=-1)
     torch.testing.assert_close(u.abs(), v.abs())
     inputs, _ = scaled.sample_batch(torch.Generator())
-    value = find_task("scaled_products").value  # type: ignore[attr-defined]
+    value = FUNCTIONS["scaled_products"].value
     torch.testing.assert_close(value(torch.cat([u, v], dim=-1), inputs), value(scaled.params["x"], inputs))
 
 

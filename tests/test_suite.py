@@ -9,9 +9,9 @@ from torch.optim import AdamW
 
 from benchmarks.comparison.suite import FAR, SUITE
 from teleport_optim.controller.checkpoints import find_checkpoint, read_card
+from teleport_optim.meta_training.tasks.data import Data, digits
+from teleport_optim.meta_training.tasks.splits import CHANNELS, SEQUENCE_WIDTHS, WIDTHS
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
-from teleport_optim.tasks.data import Data, digits
-from teleport_optim.tasks.splits import CHANNELS, SEQUENCE_WIDTHS, WIDTHS
 
 pytest.importorskip("torchvision")
 

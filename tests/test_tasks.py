@@ -19,21 +19,32 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
+from benchmarks.paper.functions import FUNCTIONS, FunctionTask, task_path
+from teleport_optim.meta_training.tasks import TASKS as NETWORKS
+from teleport_optim.meta_training.tasks import InnerProblem, Task, find_task
+from teleport_optim.meta_training.tasks import data as data_module
+from teleport_optim.meta_training.tasks.data import ALPHABET, digits, paragraphs, table, text
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.networks import initial_params, rescale_units
+from teleport_optim.meta_training.tasks.perceptrons import draw_perceptron
+from teleport_optim.meta_training.tasks.problem import WORST
+from teleport_optim.meta_training.tasks.sequences import CausalAttention, GRULayer, LSTMLayer
+from teleport_optim.meta_training.tasks.splits import (
+    CHANNELS,
+    DIGIT_ROWS,
+    SEQUENCE_WIDTHS,
+    SPLITS,
+    TABLES,
+    WIDTHS,
+    text_split,
+)
 from teleport_optim.rng import generator_for
 from teleport_optim.symmetry import find_symmetries
-from teleport_optim.tasks import FUNCTION_TASKS, NETWORK_TASKS, TASKS, InnerProblem, find_task
-from teleport_optim.tasks import data as data_module
-from teleport_optim.tasks.data import ALPHABET, digits, paragraphs, table, text
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.functions import FunctionTask
-from teleport_optim.tasks.networks import initial_params, rescale_units
-from teleport_optim.tasks.perceptrons import draw_perceptron
-from teleport_optim.tasks.problem import WORST
-from teleport_optim.tasks.sequences import CausalAttention, GRULayer, LSTMLayer
-from teleport_optim.tasks.splits import CHANNELS, DIGIT_ROWS, SEQUENCE_WIDTHS, SPLITS, TABLES, WIDTHS, text_split
 
 HORIZONS = (5, 50)
-PLANE_TASKS = [name for name in FUNCTION_TASKS if TASKS[name].dim == 2]
+TASKS: dict[str, Task] = {**NETWORKS, **FUNCTIONS}
+FUNCTION_TASKS, NETWORK_TASKS = list(FUNCTIONS), list(NETWORKS)
+PLANE_TASKS = [name for name in FUNCTION_TASKS if FUNCTIONS[name].dim == 2]
 each_task = pytest.mark.parametrize("name", TASKS)
 each_split = pytest.mark.parametrize("split", SPLITS)
 each_function = pytest.mark.parametrize("name", FUNCTION_TASKS)
@@ -382,8 +393,7 @@ def test_the_layers_are_those_of_torch() -> None:
 
 def function_case(name: str, seed: int, count: int = 5) -> tuple[FunctionTask, Tensor, Tensor]:
     """A task, coefficients and points, in double precision."""
-    task = TASKS[name]
-    assert isinstance(task, FunctionTask)
+    task = FUNCTIONS[name]
     problem = in_float64(task.sample(count, HORIZONS, "train", generator_for(seed)))
     return task, problem.sample_batch(generator_for(0))[0], problem.params["x"]
 
@@ -432,7 +442,7 @@ def test_moves_along_the_orbit_of_another_function_change_the_value(name: str) -
     assert not torch.isclose(after, before, rtol=1e-3).any()
 
 
-@pytest.mark.parametrize("name", [name for name in PLANE_TASKS if TASKS[name].orbit.group == "SO(2)"])
+@pytest.mark.parametrize("name", [name for name in PLANE_TASKS if FUNCTIONS[name].orbit.group == "SO(2)"])
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=15, deadline=None)
 def test_rotations_compose_by_adding_angles(name: str, seed: int) -> None:
@@ -462,7 +472,7 @@ def test_the_optimum_is_one(name: str) -> None:
     assert optimum is not None
     value, zeros = task.value(optimum, coefficients), torch.zeros(5, dtype=torch.float64)
     torch.testing.assert_close(value, zeros, atol=1e-12, rtol=0)
-    torch.testing.assert_close(TASKS[name].sample(5, HORIZONS, "train", generator_for(3)).optimum.double(), optimum)
+    torch.testing.assert_close(FUNCTIONS[name].sample(5, HORIZONS, "train", generator_for(3)).optimum.double(), optimum)
 
 
 def test_the_fixed_functions_are_those_of_the_paper() -> None:
@@ -496,7 +506,7 @@ def test_quadratics_have_the_eigenvalues_that_they_should(name: str, sign: float
 
 def test_the_further_down_a_saddle_the_better() -> None:
     losses = torch.tensor([-math.inf, -1e38, -1e3, -10.0, -1.0, 0.0, 1.0, 5.0])
-    meta_losses = TASKS["indefinite_quadratic"].normalise(losses, torch.tensor([-2.0]))
+    meta_losses = FUNCTIONS["indefinite_quadratic"].normalise(losses, torch.tensor([-2.0]))
     assert meta_losses[0] == meta_losses[1]
     assert (meta_losses[1:].diff() > 0).all()
 
@@ -514,14 +524,15 @@ def test_a_function_has_one_parameter_and_constant_coefficients() -> None:
 
 
 def test_the_registry_is_complete() -> None:
-    assert set(TASKS) == {*NETWORK_TASKS, *FUNCTION_TASKS}
     assert not {*NETWORK_TASKS} & {*FUNCTION_TASKS}
-    assert all(find_task(name) is task and task.name == name for name, task in TASKS.items())
+    assert all(find_task(name) is task and task.name == name for name, task in NETWORKS.items())
+    assert all(type(find_task(task_path(name))) is type(task) for name, task in FUNCTIONS.items())
+    assert all(task.name == name for name, task in FUNCTIONS.items())
     assert all(TASKS[name].share > 0 for name in TASKS)
 
 
 MODULE = """
-from teleport_optim.tasks import Task
+from teleport_optim.meta_training import Task
 
 class Mine(Task):
     name = "mine"
@@ -556,7 +567,11 @@ class Other:
         ),
         (":Mine", ValueError, "':Mine' cannot be imported"),
         ("my_own_tasks:Yours", ValueError, r"has no 'Yours'; the tasks in it are \[.*'Mine'"),
-        ("my_own_tasks:Other", TypeError, "is not a task family: it must be a subclass of teleport_optim.tasks.Task"),
+        (
+            "my_own_tasks:Other",
+            TypeError,
+            "is not a task family: it must be a subclass of teleport_optim.meta_training.Task",
+        ),
         ("my_own_tasks:Nameless", TypeError, "has no name: set the class attribute 'name'"),
         ("my_own_tasks:Unfinished", TypeError, "cannot be made without arguments: .*abstract"),
     ],

@@ -33,8 +33,8 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from teleport_optim import LearnedTeleportOptimizer
+from teleport_optim.meta_training.tasks.data import digits
 from teleport_optim.optim.schedule import is_due
-from teleport_optim.tasks.data import digits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.cli.training import Scheduled, train
-from teleport_optim.tasks.data import Data, minibatches, standardise
-from teleport_optim.tasks.networks import perceptron, seeded
+from teleport_optim.meta_training.tasks.data import Data, minibatches, standardise
+from teleport_optim.meta_training.tasks.networks import perceptron, seeded
 
 
 def waves(*, noise: float) -> Data:

@@ -11,14 +11,14 @@ from problems import in_float64
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from teleport_optim import LearnedTeleportOptimizer
-from teleport_optim.meta_training.rules import ControllerRule, RuleOptions
-from teleport_optim.meta_training.unroll import Window, advance, begin
+from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
+from teleport_optim.meta_training.rules import ControllerRule
+from teleport_optim.meta_training.tasks import TASKS, InnerProblem, find_task
+from teleport_optim.meta_training.tasks.problem import WORST, log_relative
+from teleport_optim.meta_training.unroll import UnrollResult, init_unroll, unroll
+from teleport_optim.optim import schedule
 from teleport_optim.optim.parameters import BLOCK_ROWS
-from teleport_optim.optim.rule import update
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import NETWORK_TASKS, InnerProblem, find_task
-from teleport_optim.tasks.problem import WORST, log_relative
 
 BATCHES = partial(generator_for, "batch")
 
@@ -28,24 +28,24 @@ INTERVAL = 20
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
+    monkeypatch.setattr(schedule, "TELEPORT_INTERVAL", INTERVAL)
 
 
 def new_rule(num_candidates: int, *, block_rows: int = BLOCK_ROWS) -> tuple[ControllerRule, Tensor]:
-    rule = ControllerRule(RuleOptions(hidden_size=3, block_rows=block_rows), generator_for("weights"))
+    rule = ControllerRule(MetaOptimizer(3, generator_for("weights"), block_rows=block_rows))
     return rule, 0.2 * torch.randn(num_candidates, len(rule.flatten()), generator=generator_for("candidates"))
 
 
-def train(rule: ControllerRule, candidates: Tensor, problem: InnerProblem, *lengths: int) -> Window:
-    runs = begin(rule, problem, len(candidates))
+def train(rule: ControllerRule, candidates: Tensor, problem: InnerProblem, *lengths: int) -> UnrollResult:
+    runs = init_unroll(rule, problem, len(candidates))
     weights = rule.unflatten(candidates.repeat_interleave(problem.num_problems, dim=0))
     losses = []
     with torch.no_grad():
         for length in lengths:
-            window = advance(rule, weights, problem, runs, length, BATCHES)
-            runs = window.runs
-            losses.append(window.losses)
-    return window._replace(losses=torch.cat(losses, dim=-1))
+            result = unroll(rule, weights, problem, runs, length, BATCHES)
+            runs = result.runs
+            losses.append(result.losses)
+    return result._replace(losses=torch.cat(losses, dim=-1))
 
 
 def assert_unroll_is_the_optimizer(
@@ -53,8 +53,8 @@ def assert_unroll_is_the_optimizer(
 ) -> None:
     """Through two control steps; the features are single precision, and their rounding grows over the steps."""
     num_steps = INTERVAL + 2
-    window = train(rule, candidates, problem, num_steps)
-    assert window.losses.shape == (4, num_steps)
+    result = train(rule, candidates, problem, num_steps)
+    assert result.losses.shape == (4, num_steps)
     for run in range(4):
         vector_to_parameters(candidates[run // 2], rule.network.parameters())
         problem.model.load_state_dict({key: value[run % 2] for key, value in problem.params.items()})
@@ -65,7 +65,7 @@ def assert_unroll_is_the_optimizer(
             problem.loss(problem.model(inputs), targets).backward()
             optimizer.step()
         for key, param in problem.model.named_parameters():
-            torch.testing.assert_close(param, window.runs.params[key][run], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(param, result.runs.params[key][run], rtol=1e-3, atol=1e-3)
 
 
 def draw(name: str, *, knows_horizon: bool = True) -> InnerProblem:
@@ -74,7 +74,7 @@ def draw(name: str, *, knows_horizon: bool = True) -> InnerProblem:
     return dataclasses.replace(problem, knows_horizon=knows_horizon)
 
 
-@pytest.mark.parametrize("name", NETWORK_TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_the_unroll_is_the_optimizer_run_by_run(name: str) -> None:
     problem = draw(name)
     assert_unroll_is_the_optimizer(problem, problem.horizon, *new_rule(2))
@@ -129,12 +129,12 @@ def test_a_run_that_explodes_stays_exploded_and_leaves_the_others_alone() -> Non
     problem = find_task("digits_mlp").sample(2, (9, 9), "train", generator_for("problem", 1))
     rule, candidates = new_rule(2)
     sound = train(rule, candidates, problem, 9)
-    window = train(rule, candidates, exploding(problem, torch.tensor([True, False])), 9)
-    assert window.runs.is_exploded.tolist() == [True, False, True, False]
-    assert torch.equal(window.losses[1::2], sound.losses[1::2])
-    assert torch.isinf(window.losses[::2, 3:]).all()
-    assert torch.isfinite(window.losses[::2, :2]).all()
-    assert (log_relative(window.losses, window.runs.initial[:, None])[::2, 3:] == WORST).all()
+    result = train(rule, candidates, exploding(problem, torch.tensor([True, False])), 9)
+    assert result.runs.is_exploded.tolist() == [True, False, True, False]
+    assert torch.equal(result.losses[1::2], sound.losses[1::2])
+    assert torch.isinf(result.losses[::2, 3:]).all()
+    assert torch.isfinite(result.losses[::2, :2]).all()
+    assert (log_relative(result.losses, result.runs.initial[:, None])[::2, 3:] == WORST).all()
 
 
 def test_runs_end_early_once_all_have_exploded() -> None:
@@ -148,9 +148,9 @@ def test_runs_end_early_once_all_have_exploded() -> None:
     rule, candidates = new_rule(1)
     lost = exploding(problem, torch.tensor([True]))
     with torch.no_grad():
-        window = advance(rule, rule.unflatten(candidates), lost, begin(rule, lost, 1), 200, batches)
-    assert window.losses.shape == (1, 200)
-    assert torch.isinf(window.losses[:, 3:]).all()
+        result = unroll(rule, rule.unflatten(candidates), lost, init_unroll(rule, lost, 1), 200, batches)
+    assert result.losses.shape == (1, 200)
+    assert torch.isinf(result.losses[:, 3:]).all()
     assert len(steps) < 20
 
 
@@ -160,9 +160,9 @@ def test_memory_does_not_grow_with_the_horizon() -> None:
     rule, candidates = new_rule(2)
 
     def num_kept(length: int) -> int:
-        window = train(rule, candidates, problem, length)
-        state = window.runs.state
-        return sum(x.untyped_storage().nbytes() for x in [*window.runs.params.values(), *state.momenta.values()])
+        result = train(rule, candidates, problem, length)
+        state = result.runs.state
+        return sum(x.untyped_storage().nbytes() for x in [*result.runs.params.values(), *state.momenta.values()])
 
     assert num_kept(40) == num_kept(5)
 

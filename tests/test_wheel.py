@@ -26,6 +26,11 @@ model(torch.ones(3, 2)).square().sum().backward()
 optimizer.step()
 assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
+assert not [name for name in sys.modules if name.startswith("teleport_optim.meta_training")]
+from teleport_optim.meta_training import TASKS, Config, Learner
+
+assert Config().tasks == tuple(TASKS)
+
 from teleport_optim.cli.main import main
 
 assert main(["demo", "--quick"]) == 0
@@ -50,7 +55,7 @@ def test_wheel_loads_the_default_checkpoint_and_takes_a_step(tmp_path: Path) -> 
     assert "teleport_optim/pretrained/default.json" in names
     assert "teleport_optim/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"teleport_optim"}
-    assert not [name for name in names if "evaluation" in name or "comparison" in name]
+    assert not [name for name in names if "evaluation" in name or "comparison" in name or "paper" in name]
     target = tmp_path / "installed"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     run(sys.executable, *install, cwd=tmp_path)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teleport_optim.tasks.data import ALPHABET, Data, digits, text
+from teleport_optim.meta_training.tasks.data import ALPHABET, Data, digits, text
 
 __all__ = ["NUM_EXAMPLES", "ill_conditioned", "reconstructed_digits", "split_rows", "windows"]
 

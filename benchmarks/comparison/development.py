@@ -20,8 +20,8 @@ from benchmarks.comparison.networks import (
     badly_scaled_perceptron,
 )
 from benchmarks.comparison.task import EvaluationTask
-from teleport_optim.tasks.data import Data, digits, standardise
-from teleport_optim.tasks.networks import perceptron, seeded
+from teleport_optim.meta_training.tasks.data import Data, digits, standardise
+from teleport_optim.meta_training.tasks.networks import perceptron, seeded
 
 __all__ = ["DEVELOPMENT", "DEVELOPMENT_WIDE"]
 

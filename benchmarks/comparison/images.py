@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.comparison.networks import ResidualBlock
 from benchmarks.comparison.task import EvaluationTask
-from teleport_optim.tasks.data import Data
-from teleport_optim.tasks.networks import perceptron, seeded
+from teleport_optim.meta_training.tasks.data import Data
+from teleport_optim.meta_training.tasks.networks import perceptron, seeded
 
 __all__ = ["image_tasks"]
 

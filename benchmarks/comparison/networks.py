@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.tasks.data import ALPHABET
-from teleport_optim.tasks.networks import perceptron, rescale, seeded
+from teleport_optim.meta_training.tasks.data import ALPHABET
+from teleport_optim.meta_training.tasks.networks import perceptron, rescale, seeded
 
 __all__ = ["CharRecurrent", "CharTransformer", "ResidualBlock", "VisionTransformer", "badly_scaled_perceptron"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from teleport_optim.tasks.data import Data
+from teleport_optim.meta_training.tasks.data import Data
 
 __all__ = ["EvaluationTask"]
 

@@ -16,7 +16,7 @@ from torch.autograd.profiler import profile
 
 from benchmarks.comparison.task import EvaluationTask
 from teleport_optim.cli.training import Recipe, Stepper, train
-from teleport_optim.tasks.data import Data, add_noise, minibatches
+from teleport_optim.meta_training.tasks.data import Data, add_noise, minibatches
 
 __all__ = [
     "FASTEST",

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.paper.families import label, tested_schedule
 from benchmarks.paper.figures import line_figure
+from benchmarks.paper.functions import FunctionProblem
 from benchmarks.paper.harness import Study, gradients, largest_gradient, orbit_points
 from benchmarks.paper.tables import markdown, number, percent
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["alignment", "run", "short_axis", "tables"]
 
@@ -21,7 +21,7 @@ _SMALLEST_MOVE = 1e-3
 _NUM_RANDOM = 16
 
 
-def short_axis(problem: InnerProblem) -> Tensor:
+def short_axis(problem: FunctionProblem) -> Tensor:
     """Unit vectors along the short axes of the level sets of ``|A x + b|^2``, ``[functions, 2]``."""
     coefficients, _ = problem.sample_batch(torch.Generator())
     matrix = coefficients[:, :4].reshape(-1, 2, 2)
@@ -67,7 +67,7 @@ def run(study: Study) -> dict[str, Any]:
     return results
 
 
-def _measure(problem: InnerProblem, before: Tensor, after: Tensor) -> tuple[dict[str, float], Tensor]:
+def _measure(problem: FunctionProblem, before: Tensor, after: Tensor) -> tuple[dict[str, float], Tensor]:
     """Of teleports ``[functions, points, 2]``: medians, and the alignments of those that moved, at most 100000."""
     assert problem.optimum is not None
     axis = short_axis(problem)[:, None]

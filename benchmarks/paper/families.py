@@ -148,101 +148,70 @@ def _with_rate(entry: dict[str, Any]) -> str:
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """The tables of the report."""
-    baselines = [
-        [
-            task,
-            number(entry["start"]),
-            number(entry["baselines"]["adam"]["median"]),
-            _with_rate(entry["baselines"]["gradient_descent"]),
-            _with_rate(entry["baselines"]["random"]),
-            _with_rate(entry["baselines"]["exact"]),
-            centre(entry["variants"]["update"]["on"]),
-            centre(entry["variants"]["lr"]["on"]),
-        ]
+    with_teleports = [
+        (task, name, variant)
         for task, entry in results.items()
+        for name, variant in entry["variants"].items()
+        if "off" in variant
     ]
-    effects, facts = [], []
-    for task, entry in results.items():
-        for name, variant in entry["variants"].items():
-            if "off" not in variant:
-                continue
-            runs, exploded = variant["on"]["runs"], variant["on"]["exploded"]
-            effects.append(
-                [
-                    task,
-                    name,
-                    centre(variant["on"]) + (f", {exploded} of {runs} exploded" if exploded else ""),
-                    centre(variant["off"]),
-                    centre(variant["random"]),
-                    times(variant["effect_of_teleport"]),
-                    percent(variant["effect_of_teleport"]["functions"]),
-                    times(variant["effect_of_meta_training"]),
-                    times(variant["against_vanilla"]),
-                    times(variant["against_update"]),
-                ]
-            )
-            did = variant["teleports"]
-            facts.append(
-                [
-                    task,
-                    name,
-                    number(did["length"]),
-                    percent(did["raised"]),
-                    number(did["gradient_ratio"]),
-                    percent(did["away"]),
-                    number(did["distance_ratio"]),
-                ]
-            )
-    theta = [
-        [
-            task,
-            centre(entry["variants"]["update"]["on"]),
-            centre(entry["variants"]["update, θ gradient"]["on"]),
-            times(entry["variants"]["update, θ gradient"]["against_vanilla"]),
-        ]
-        for task, entry in results.items()
-        if "update, θ gradient" in entry["variants"]
-    ]
+    with_theta = {task: entry for task, entry in results.items() if "update, θ gradient" in entry["variants"]}
+    rows = {
+        "baselines": [_baseline_row(task, entry) for task, entry in results.items()],
+        "families": [_effect_row(*each) for each in with_teleports],
+        "teleports": [_teleport_row(*each) for each in with_teleports],
+        "theta": [_theta_row(task, entry["variants"]) for task, entry in with_theta.items()],
+    }
+    return {name: markdown([*table[0]], [[*row.values()] for row in table]) for name, table in rows.items()}
+
+
+def _baseline_row(task: str, entry: dict[str, Any]) -> dict[str, str]:
+    baselines, variants = entry["baselines"], entry["variants"]
     return {
-        "baselines": markdown(
-            [
-                "family",
-                "start",
-                "Adam, 0.3",
-                "gradient descent, swept (rate)",
-                "with random angles (rate)",
-                "with exact teleports (rate)",
-                "LSTM(update)",
-                "LSTM(lr)",
-            ],
-            baselines,
-        ),
-        "families": markdown(
-            [
-                "family",
-                "LSTM emits",
-                "on",
-                "same weights, off",
-                "same weights, random angles",
-                "off / on",
-                "functions better on",
-                "vanilla / off",
-                "vanilla / on",
-                "LSTM(update) / on",
-            ],
-            effects,
-        ),
-        "teleports": markdown(
-            [
-                "family",
-                "LSTM emits",
-                "length",
-                "raised the gradient",
-                "gradient ratio",
-                "away from the optimum",
-                "distance ratio",
-            ],
-            facts,
-        ),
-        "theta": markdown(["family", "LSTM(update)", "the same reading the θ gradient", "ratio"], theta),
+        "family": task,
+        "start": number(entry["start"]),
+        "Adam, 0.3": number(baselines["adam"]["median"]),
+        "gradient descent, swept (rate)": _with_rate(baselines["gradient_descent"]),
+        "with random angles (rate)": _with_rate(baselines["random"]),
+        "with exact teleports (rate)": _with_rate(baselines["exact"]),
+        "LSTM(update)": centre(variants["update"]["on"]),
+        "LSTM(lr)": centre(variants["lr"]["on"]),
+    }
+
+
+def _effect_row(task: str, name: str, variant: dict[str, Any]) -> dict[str, str]:
+    runs, exploded = variant["on"]["runs"], variant["on"]["exploded"]
+    return {
+        "family": task,
+        "LSTM emits": name,
+        "on": centre(variant["on"]) + (f", {exploded} of {runs} exploded" if exploded else ""),
+        "same weights, off": centre(variant["off"]),
+        "same weights, random angles": centre(variant["random"]),
+        "off / on": times(variant["effect_of_teleport"]),
+        "functions better on": percent(variant["effect_of_teleport"]["functions"]),
+        "vanilla / off": times(variant["effect_of_meta_training"]),
+        "vanilla / on": times(variant["against_vanilla"]),
+        "LSTM(update) / on": times(variant["against_update"]),
+    }
+
+
+def _teleport_row(task: str, name: str, variant: dict[str, Any]) -> dict[str, str]:
+    facts = variant["teleports"]
+    return {
+        "family": task,
+        "LSTM emits": name,
+        "length": number(facts["length"]),
+        "raised the gradient": percent(facts["raised"]),
+        "gradient ratio": number(facts["gradient_ratio"]),
+        "away from the optimum": percent(facts["away"]),
+        "distance ratio": number(facts["distance_ratio"]),
+    }
+
+
+def _theta_row(task: str, variants: dict[str, Any]) -> dict[str, str]:
+    reading = variants["update, θ gradient"]
+    return {
+        "family": task,
+        "LSTM(update)": centre(variants["update"]["on"]),
+        "the same reading the θ gradient": centre(reading["on"]),
+        "ratio": times(reading["against_vanilla"]),
     }

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.paper.functions import FunctionProblem
 from benchmarks.paper.harness import Trajectory
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["draw_curves", "draw_trajectories", "line_figure"]
 
@@ -50,7 +50,9 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def draw_trajectories(
-    path: Path, panels: Mapping[str, tuple[InnerProblem, int, Mapping[str, Trajectory]]], corners: Sequence[float] = ()
+    path: Path,
+    panels: Mapping[str, tuple[FunctionProblem, int, Mapping[str, Trajectory]]],
+    corners: Sequence[float] = (),
 ) -> None:
     """Paths over the level sets of one function each; teleports are dashed, the dots are points between steps.
 
@@ -109,7 +111,7 @@ def _box(points: Tensor) -> list[float]:
     return [float(low[0]), float(high[0]), float(low[1]), float(high[1])]
 
 
-def _draw_levels(axis: object, problem: InnerProblem, index: int, box: Sequence[float]) -> None:
+def _draw_levels(axis: object, problem: FunctionProblem, index: int, box: Sequence[float]) -> None:
     grid = torch.cartesian_prod(torch.linspace(box[0], box[1], 120), torch.linspace(box[2], box[3], 120))
     inputs, targets = problem.sample_batch(torch.Generator())
     inputs, targets = inputs[index].expand(len(grid), -1), targets[index].expand(len(grid))

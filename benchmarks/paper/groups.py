@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.paper.families import tested_schedule
 from benchmarks.paper.figures import draw_curves
+from benchmarks.paper.functions import FunctionProblem
 from benchmarks.paper.harness import Study, Trajectory, gradient_descent, gradients, separation, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["balanced", "permutation_spread", "run", "tables"]
 
@@ -30,14 +30,14 @@ _EVOLUTION: dict[str, Any] = {
 """Permutations have no derivative, so both variants are trained by persistent evolution strategies, with a smaller LSTM."""
 
 
-def balanced(problem: InnerProblem, x: Tensor) -> Tensor:
+def balanced(problem: FunctionProblem, x: Tensor) -> Tensor:
     """The point of the scaling orbit through ``x = (u, v)`` with ``|u_i| = |v_i|``."""
     u, v = x.chunk(2, dim=-1)
     size = (u * v).abs().sqrt()
     return torch.cat([size * u.sign(), size * v.sign()], dim=-1)
 
 
-def permutation_spread(problem: InnerProblem, x: Tensor) -> Tensor:
+def permutation_spread(problem: FunctionProblem, x: Tensor) -> Tensor:
     """Largest over smallest gradient norm among all orders of the variables of ``x``, minus 1: ``[functions]``."""
     orders = torch.tensor(list(itertools.permutations(range(x.shape[-1]))))
     norms = gradients(problem, x[:, orders]).norm(dim=-1)

@@ -11,12 +11,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.paper.training import PAPER, rule_of, train
-from teleport_optim.meta_training.config import Config
-from teleport_optim.meta_training.unroll import EXPLOSION, advance, begin
+from benchmarks.paper.functions import FUNCTIONS, FunctionProblem, task_path
+from benchmarks.paper.orbits import Orbit
+from benchmarks.paper.training import PAPER, PaperConfig, family_of, rule_of, train
+from teleport_optim.meta_training.unroll import EXPLOSION, init_unroll, unroll
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem, Orbit
 
 __all__ = [
     "NEVER",
@@ -56,7 +55,7 @@ class Trajectory(NamedTuple):
     losses: Tensor
     """At the points, ``[..., steps + 1]``; infinite once a run has exploded."""
     before: Tensor
-    """Where the teleport of a step began, ``[..., steps, dim]``; the point after the step if there was none."""
+    """Point where the teleport of a step began, ``[..., steps, dim]``; the point after the step if there was none."""
 
     @property
     def final(self) -> Tensor:
@@ -85,7 +84,7 @@ class _Watched(Orbit):
 
 
 def follow(
-    config: Config, flat: Tensor, problem: InnerProblem, num_steps: int, angles: torch.Generator | None = None
+    config: PaperConfig, flat: Tensor, problem: FunctionProblem, num_steps: int, angles: torch.Generator | None = None
 ) -> Trajectory:
     """Run the rule of a configuration with the weights ``flat`` on all functions of a problem.
 
@@ -99,40 +98,40 @@ def follow(
     Raises:
         RuntimeError: if the point after a step is not where its teleport ended.
     """
-    watched = _Watched(problem.orbit) if problem.orbit else None
+    watched = _Watched(problem.orbit)
     rule, problem = rule_of(config, problem), replace(problem, orbit=watched)
-    runs = begin(rule, problem, 1)
+    runs = init_unroll(rule, problem, 1)
     weights = rule.unflatten(flat)
     points, losses, before = [runs.params["x"]], [_losses(problem, runs.params["x"])], []
     teleports = "teleport" in config.variant
     with torch.no_grad():
         for step in range(num_steps):
-            if angles is not None and watched is not None:
+            if angles is not None:
                 watched.ordered = 2.0 * math.pi * torch.rand(problem.num_problems, 1, generator=angles)
-            window = advance(rule, weights, problem, runs, 1, lambda step: torch.Generator())
-            runs = window.runs
+            result = unroll(rule, weights, problem, runs, 1, lambda step: torch.Generator())
+            runs = result.runs
             point = runs.params["x"]
             is_moved = teleports and (not config.teleport_steps or step in config.teleport_steps)
-            if is_moved and watched is not None:
+            if is_moved:
                 if not torch.equal(watched.after.nan_to_num(), point.nan_to_num()):
                     raise RuntimeError(f"the teleport of step {step} was not applied")
                 before.append(watched.before)
             else:
                 before.append(point)
             points.append(point)
-            losses.append(window.losses[:, 0])
+            losses.append(result.losses[:, 0])
     return Trajectory(torch.stack(points, dim=1), torch.stack(losses, dim=1), torch.stack(before, dim=1))
 
 
-def _coefficients(problem: InnerProblem) -> tuple[Tensor, Tensor]:
+def _coefficients(problem: FunctionProblem) -> tuple[Tensor, Tensor]:
     return problem.sample_batch(torch.Generator())
 
 
-def _losses(problem: InnerProblem, x: Tensor) -> Tensor:
+def _losses(problem: FunctionProblem, x: Tensor) -> Tensor:
     return problem.losses({"x": x}, *_coefficients(problem))
 
 
-def gradients(problem: InnerProblem, x: Tensor) -> Tensor:
+def gradients(problem: FunctionProblem, x: Tensor) -> Tensor:
     """Gradients at ``x`` of shape ``[functions, dim]`` or, for several points of every function, ``[functions, ..., dim]``."""
     inputs, targets = _coefficients(problem)
     per_function = math.prod(x.shape[1:-1])
@@ -141,15 +140,14 @@ def gradients(problem: InnerProblem, x: Tensor) -> Tensor:
     return grads["x"].reshape(x.shape)
 
 
-def orbit_points(problem: InnerProblem, x: Tensor, num_angles: int = 360) -> Tensor:
+def orbit_points(problem: FunctionProblem, x: Tensor, num_angles: int = 360) -> Tensor:
     """Points of the SO(2) orbit through ``x``, at equal angles from 0: ``[functions, num_angles, 2]``."""
-    assert problem.orbit is not None
     angles = torch.arange(num_angles) * (2.0 * math.pi / num_angles)
     inputs, _ = _coefficients(problem)
     return problem.orbit.move(angles[None, :, None], x[:, None], inputs[:, None])
 
 
-def largest_gradient(problem: InnerProblem, x: Tensor) -> Tensor:
+def largest_gradient(problem: FunctionProblem, x: Tensor) -> Tensor:
     """The point of the SO(2) orbit through ``x`` with the largest gradient: the teleport that the theory asks for."""
     orbit = orbit_points(problem, x)
     norms = gradients(problem, orbit).norm(dim=-1).nan_to_num(nan=-1.0, posinf=-1.0)
@@ -157,15 +155,14 @@ def largest_gradient(problem: InnerProblem, x: Tensor) -> Tensor:
     return orbit[torch.arange(len(x)), best]
 
 
-Teleport = Callable[[InnerProblem, Tensor], Tensor]
+Teleport = Callable[[FunctionProblem, Tensor], Tensor]
 """Where the points ``[functions, dim]`` of a problem go."""
 
 
 def random_angle(generator: torch.Generator) -> Teleport:
     """Teleports by uniform angles of SO(2)."""
 
-    def move(problem: InnerProblem, x: Tensor) -> Tensor:
-        assert problem.orbit is not None
+    def move(problem: FunctionProblem, x: Tensor) -> Tensor:
         angles = 2.0 * math.pi * torch.rand(len(x), 1, generator=generator)
         return problem.orbit.move(angles, x, _coefficients(problem)[0])
 
@@ -173,7 +170,7 @@ def random_angle(generator: torch.Generator) -> Teleport:
 
 
 def gradient_descent(
-    problem: InnerProblem,
+    problem: FunctionProblem,
     rate: float,
     num_steps: int,
     teleport_steps: Sequence[int] = NEVER,
@@ -187,7 +184,7 @@ def gradient_descent(
     return _iterate(problem, step, num_steps, teleport_steps, teleport)
 
 
-def adam(problem: InnerProblem, rate: float, num_steps: int) -> Trajectory:
+def adam(problem: FunctionProblem, rate: float, num_steps: int) -> Trajectory:
     """Adam with the usual constants."""
     first = second = torch.zeros_like(problem.params["x"])
 
@@ -202,7 +199,7 @@ def adam(problem: InnerProblem, rate: float, num_steps: int) -> Trajectory:
 
 
 def _iterate(
-    problem: InnerProblem,
+    problem: FunctionProblem,
     step: Callable[[Tensor, int], Tensor],
     num_steps: int,
     teleport_steps: Sequence[int],
@@ -224,7 +221,7 @@ def _iterate(
 
 @dataclass(frozen=True)
 class Study:
-    """How much is trained and tested.
+    """Size of the experiments: how much is trained and tested.
 
     Attributes:
         seeds: Meta-seeds.
@@ -242,7 +239,7 @@ class Study:
     num_steps: int = 12
     network_steps: tuple[int, ...] = (0, 30, 300, 3000)
     rates: tuple[float, ...] = RATES
-    base: Config = PAPER
+    base: PaperConfig = PAPER
     cache: Path = Path("runs/paper")
     out: Path = Path("docs/paper")
 
@@ -256,32 +253,33 @@ class Study:
         """Far too small to mean anything: to see that everything runs."""
         return cls((0,), 6, 12, (0, 30), RATES[::6], replace(PAPER, num_outer_steps=5, hidden_size=4), cache, out)
 
-    def config(self, task: str, variant: str, **changes: Any) -> Config:
+    def config(self, task: str, variant: str, **changes: Any) -> PaperConfig:
         """The configuration of a variant on a family."""
         if "teleport" not in variant:
             changes["teleport_steps"] = ()
-        return replace(self.base, tasks=(task,), variant=variant, **changes)
+        return replace(self.base, tasks=(task_path(task),), variant=variant, **changes)
 
-    def problem(self, task: str, split: str = "test") -> InnerProblem:
+    def problem(self, task: str, split: str = "test") -> FunctionProblem:
         """The functions of a split: the same for every rule."""
         horizons = (self.num_steps, self.num_steps)
-        return find_task(task).sample(self.num_functions, horizons, split, generator_for("paper", split, task))
+        return FUNCTIONS[task].sample(self.num_functions, horizons, split, generator_for("paper", split, task))
 
-    def weights(self, config: Config) -> Tensor:
+    def weights(self, config: PaperConfig) -> Tensor:
         """The trained weights of all meta-seeds, trained now if they are not in the cache."""
         return train(config, self.seeds, self.cache)
 
-    def test(self, config: Config, teleport: Teleports = "learned") -> Trajectory:
+    def test(self, config: PaperConfig, teleport: Teleports = "learned") -> Trajectory:
         """The runs of all meta-seeds on all test functions, ``[num_seeds, num_functions]``.
 
         Args:
             config: The meta-training.
             teleport: The same weights can be tested with all teleports off, or with random angles of SO(2) in their place.
         """
-        problem, weights = self.problem(config.tasks[0]), self.weights(config)
+        task, weights = family_of(config).name, self.weights(config)
+        problem = self.problem(task)
         if teleport == "off":
             config = replace(config, teleport_steps=NEVER)
-        angles = generator_for("paper", "angles", config.tasks[0]) if teleport == "random" else None
+        angles = generator_for("paper", "angles", task) if teleport == "random" else None
         by_seed = [follow(config, flat, problem, self.num_steps, angles) for flat in weights]
         return Trajectory(*(torch.stack(parts) for parts in zip(*by_seed)))
 
@@ -298,7 +296,7 @@ class Study:
 
 
 def summary(final: Tensor) -> dict[str, Any]:
-    """Of final losses ``[num_seeds, num_functions]`` (or ``[num_functions]``), every run counted.
+    """Statistics of final losses ``[num_seeds, num_functions]`` (or ``[num_functions]``), every run counted.
 
     Returns:
         ``median``, ``lowest`` and ``highest``: of the medians of the meta-seeds, which are in ``medians``; ``quarter`` and
@@ -320,7 +318,7 @@ def summary(final: Tensor) -> dict[str, Any]:
 
 
 def comparison(mine: Tensor, other: Tensor, *, is_paired: bool) -> dict[str, Any]:
-    """How final losses ``mine`` compare with ``other``, both ``[num_seeds, num_functions]``.
+    """Comparison of final losses ``mine`` with ``other``, both ``[num_seeds, num_functions]``.
 
     Returns:
         ``ratio``: median of ``other`` over median of ``mine``, above 1 where ``mine`` is better, the median over pairs of
@@ -343,7 +341,7 @@ def comparison(mine: Tensor, other: Tensor, *, is_paired: bool) -> dict[str, Any
 
 
 def separation(on: Trajectory, off: Trajectory, vanilla: Trajectory) -> dict[str, Any]:
-    """What teleports add to the same weights, and what meta-training with them does to the weights."""
+    """Effect of teleports on runs of the same weights, and of meta-training with teleports on the weights."""
     return {
         "on": summary(on.final),
         "off": summary(off.final),
@@ -353,8 +351,8 @@ def separation(on: Trajectory, off: Trajectory, vanilla: Trajectory) -> dict[str
     }
 
 
-def teleport_facts(problem: InnerProblem, trajectory: Trajectory, steps: Sequence[int]) -> dict[str, float]:
-    """What the teleports after ``steps`` did, over all runs ``[num_seeds, num_functions]`` where they are finite.
+def teleport_facts(problem: FunctionProblem, trajectory: Trajectory, steps: Sequence[int]) -> dict[str, float]:
+    """Effects of the teleports after ``steps``, over all runs ``[num_seeds, num_functions]`` where they are finite.
 
     Returns:
         ``teleports`` in the runs and how many are ``finite``; the share that ``raised`` the gradient's norm, its median
@@ -383,8 +381,8 @@ def teleport_facts(problem: InnerProblem, trajectory: Trajectory, steps: Sequenc
     return facts
 
 
-def distance(problem: InnerProblem, trajectory: Trajectory) -> Tensor:
-    """Of the last points to the optimum, ``[...]``; infinite where they are not finite."""
+def distance(problem: FunctionProblem, trajectory: Trajectory) -> Tensor:
+    """Distance of the last points to the optimum, ``[...]``; infinite where they are not finite."""
     assert problem.optimum is not None
     distances: Tensor = (trajectory.points[..., -1, :] - problem.optimum).norm(dim=-1)
     return distances.nan_to_num(nan=math.inf)

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from benchmarks.paper.families import FAMILIES, label, tested_schedule
 from benchmarks.paper.figures import line_figure
+from benchmarks.paper.functions import FunctionProblem
 from benchmarks.paper.harness import Study, gradient_descent
 from benchmarks.paper.tables import markdown, number, percent
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = ["counterexample", "lemma", "run", "symmetry_slope", "tables"]
 
@@ -146,7 +145,7 @@ def _best_cosine(newton: Tensor, gradient: Tensor, other: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ functions
 
 
-def _local_of_functions(problem: InnerProblem, points: Tensor) -> _Local:
+def _local_of_functions(problem: FunctionProblem, points: Tensor) -> _Local:
     """At ``points`` ``[functions, points, 2]`` of functions in the plane, where the orbit is the level set."""
     per_function = points.shape[1]
     inputs, _ = problem.sample_batch(torch.Generator())
@@ -164,7 +163,7 @@ def _functions(study: Study) -> dict[str, Any]:
     results = {}
     for task in _FUNCTIONS:
         problem = study.problem(task)
-        rate = study.best_rate(task) if find_task(task).name != "indefinite_quadratic" else 0.01
+        rate = study.best_rate(task) if task != "indefinite_quadratic" else 0.01
         points = gradient_descent(problem, rate, study.num_steps).points[:, ::4]
         results[task] = _measure(_local_of_functions(problem, points), generator_for("paper", "random", task))
     return results

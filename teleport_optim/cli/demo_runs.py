@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from teleport_optim.cli.training import Recipe, adamw, learned, train
 from teleport_optim.controller.network import MetaOptimizer
-from teleport_optim.tasks.data import Data, add_noise, digits, minibatches
-from teleport_optim.tasks.networks import perceptron, rescale, seeded
+from teleport_optim.meta_training.tasks.data import Data, add_noise, digits, minibatches
+from teleport_optim.meta_training.tasks.networks import perceptron, rescale, seeded
 
 __all__ = [
     "LEARNING_RATES",

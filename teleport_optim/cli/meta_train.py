@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from teleport_optim.meta_training.config import Config
     from teleport_optim.meta_training.cost import Cost, TaskCost
     from teleport_optim.meta_training.learner import Learner
-    from teleport_optim.meta_training.world import World
+    from teleport_optim.meta_training.process_group import ProcessGroup
 
 __all__ = ["DESCRIPTION", "add_arguments", "main"]
 
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _meta_train(arguments: argparse.Namespace) -> int:
     require("matplotlib", "rich", "sklearn")
-    from teleport_optim.meta_training.world import WorkerLostError, join
+    from teleport_optim.meta_training.process_group import WorkerLostError, join
 
     import_from_here()
     config = _config(arguments)
@@ -109,8 +109,8 @@ def _meta_train(arguments: argparse.Namespace) -> int:
         return _dry_run(config)
     output = _output(arguments.output, config)
     try:
-        with join(config.device) as world, _terminable():
-            return _train(config, world, output, is_resumed=bool(arguments.resume))
+        with join(config.device) as group, _terminable():
+            return _train(config, group, output, is_resumed=bool(arguments.resume))
     except KeyboardInterrupt:
         print("Interrupted.")
         return INTERRUPTED
@@ -119,7 +119,8 @@ def _meta_train(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    from teleport_optim.meta_training.config import config_of_run, read_config
+    from teleport_optim.meta_training.config import read_config
+    from teleport_optim.meta_training.run_folder import config_of_run
 
     with mistakes(OSError, TypeError, ValueError):
         if arguments.resume:
@@ -150,20 +151,18 @@ def _output(path: Path | None, config: Config) -> Path:
         return Path(config.run_dir) / "checkpoint.safetensors"
     if path.suffix != ".safetensors":
         raise CommandError(f"a checkpoint's name ends in .safetensors, got {str(path)!r}")
-    if config.variant != "controller":
-        raise CommandError(f"the variant {config.variant!r} gives no checkpoint: leave out --output")
     with mistakes(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _learner(config: Config, world: World | None = None, *, is_resumed: bool = False) -> Learner:
+def _learner(config: Config, group: ProcessGroup | None = None, *, is_resumed: bool = False) -> Learner:
     """The learner; what the package itself refuses is a mistake in the call, errors in a task keep their traceback."""
     from teleport_optim.meta_training.learner import Learner
 
     with mistakes(OSError):
         try:
-            return Learner(config, world, resume=is_resumed)
+            return Learner(config, group, resume=is_resumed)
         except ValueError as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
             if not frame.f_globals["__name__"].startswith("teleport_optim."):
@@ -174,24 +173,25 @@ def _learner(config: Config, world: World | None = None, *, is_resumed: bool = F
 # Training
 
 
-def _train(config: Config, world: World, output: Path, *, is_resumed: bool) -> int:
+def _train(config: Config, group: ProcessGroup, output: Path, *, is_resumed: bool) -> int:
     """Take the outer steps of a run and export its checkpoint; only the first process shows and writes anything."""
     from rich.console import Console
 
-    from teleport_optim.meta_training.report import CURVE_FILE, Session, add_session, draw_learning_curve
+    from teleport_optim.meta_training.report import CURVE_FILE, draw_learning_curve
+    from teleport_optim.meta_training.run_folder import Session, add_session
 
-    console = Console(quiet=not world.is_first, highlight=False, soft_wrap=True)
-    learner = _learner(config, world, is_resumed=is_resumed)
+    console = Console(quiet=not group.is_first, highlight=False, soft_wrap=True)
+    learner = _learner(config, group, is_resumed=is_resumed)
     run_dir = Path(config.run_dir)
-    if world.is_first:
-        add_session(run_dir, Session(learner.step, world.size, torch.get_num_threads(), config.device))
+    if group.is_first:
+        add_session(run_dir, Session(learner.step, group.size, torch.get_num_threads(), config.device))
     ending = _take_steps(learner, console)
     if ending:
         exit_code = _say_how_to_go_on(ending, learner, console)
-        if world.is_first:
+        if group.is_first:
             draw_learning_curve(run_dir)
         return exit_code
-    if world.is_first:
+    if group.is_first:
         draw_learning_curve(run_dir)
         console.print(f"Learning curve: {run_dir / CURVE_FILE}")
         _export(learner, output, console)
@@ -207,11 +207,11 @@ def _take_steps(learner: Learner, console: Console) -> BaseException | None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from teleport_optim.meta_training.cost import mean_window
+    from teleport_optim.meta_training.process_group import WorkerLostError
     from teleport_optim.meta_training.report import Scalars, draw_learning_curve
-    from teleport_optim.meta_training.world import WorkerLostError
 
     config, run_dir = learner.config, Path(learner.config.run_dir)
-    scalars = Scalars(run_dir) if learner.world.is_first else None
+    scalars = Scalars(run_dir) if learner.group.is_first else None
     if scalars and not scalars.is_on:
         console.print("TensorBoard is not installed: no scalars for it are written.")
     steps = range(config.num_outer_steps)
@@ -223,7 +223,7 @@ def _take_steps(learner: Learner, console: Console) -> BaseException | None:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not (learner.world.is_first and console.is_terminal),
+        disable=not (learner.group.is_first and console.is_terminal),
         speed_estimate_period=3600.0,
     )
     validation, ending, drawn = "", None, time.monotonic()
@@ -261,7 +261,7 @@ def _say_how_to_go_on(ending: BaseException, learner: Learner, console: Console)
     Returns:
         The exit code.
     """
-    config, size = learner.config, learner.world.size
+    config, size = learner.config, learner.group.size
     program = "teleport-optim meta-train"
     if size > 1:
         local = os.environ.get("LOCAL_WORLD_SIZE", str(size))
@@ -279,12 +279,6 @@ def _say_how_to_go_on(ending: BaseException, learner: Learner, console: Console)
 
 
 def _export(learner: Learner, output: Path, console: Console) -> None:
-    if learner.config.variant != "controller":
-        console.print(
-            f"No checkpoint: those are of the variant 'controller'. The weights of this run are in "
-            f"{Path(learner.config.run_dir) / 'state.pt'}, as 'best' and 'average'."
-        )
-        return
     with mistakes(OSError):
         validation = learner.export(output)
     console.print(f"Checkpoint: {output} (validation {validation:.3f} of the untrained rule's loss)")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from teleport_optim.meta_training.rules import VARIANTS
+from teleport_optim.meta_training.tasks import TASKS, find_task
 from teleport_optim.optim.parameters import BLOCK_ROWS
-from teleport_optim.tasks import NETWORK_TASKS, find_task
 
-__all__ = ["ESTIMATOR_NAMES", "OBJECTIVES", "PRESETS", "Config", "config_of_run", "read_config"]
+__all__ = ["ESTIMATOR_NAMES", "PRESETS", "Config", "log_uniform_horizon", "parse_config", "read_config"]
 
 ESTIMATOR_NAMES = ("es", "pes", "pes+tbptt", "tbptt", "tbptt_first_order")
-OBJECTIVES = ("normalised", "plain")
+_OBJECTIVES = ("normalised", "plain")
 
 _PLACES = ("run_dir", "device")
 """Where a run is and on what it runs: keys that may differ when it is resumed."""
@@ -28,7 +28,7 @@ class Config:
     """Everything that decides a meta-training run; two runs with equal configurations agree bit for bit on CPU.
 
     Raises:
-        ValueError: if a value is out of its range, or a task, estimator or variant is unknown; the nearest valid name is given.
+        ValueError: if a value is out of its range, or a task, estimator or objective is unknown; the nearest valid name is given.
 
     Example:
         >>> Config(estimator="pse")
@@ -40,17 +40,13 @@ class Config:
     run_dir: str = ""
     """Folder of the run."""
     device: str = "cpu"
-    """Where networks are trained; minibatches and perturbations are always drawn on the CPU."""
+    """Device on which networks are trained; minibatches and perturbations are always drawn on the CPU."""
     seed: int = 0
-    variant: str = "controller"
-    """One of ``VARIANTS``."""
     estimator: str = "es"
     """One of ``ESTIMATOR_NAMES``."""
     objective: str = "normalised"
     """``"normalised"``: log of relative losses, mostly of the last tenth of a run; ``"plain"``: sum of all losses."""
-    distance_weight: float = 0.0
-    """Weight of the distance to the optimum in the meta-loss of every step, for functions that know theirs."""
-    tasks: tuple[str, ...] = NETWORK_TASKS
+    tasks: tuple[str, ...] = tuple(TASKS)
     num_outer_steps: int = 800
     num_tasks: int = 4
     """Problem batches per outer step, each of one family and architecture."""
@@ -81,10 +77,6 @@ class Config:
     hidden_size: int = 12
     block_rows: int = BLOCK_ROWS
     """Number of rows of a matrix that the steps which the controller steers make orthogonal to each other."""
-    theta_gradient: bool = False
-    """Give the paper's variants the derivative of the squared gradient norm along the orbit as an input."""
-    teleport_steps: tuple[int, ...] = ()
-    """The set Z of steps after which the paper's variants teleport; empty for every step."""
     frozen: tuple[str, ...] = ()
     """Patterns, as of file names, of meta-parameters that keep their initial values, such as ``*.balance``."""
     validate_every: int = 80
@@ -109,7 +101,7 @@ class Config:
         for name in ("sigma", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("distance_weight", "weight_decay", "clip", "validate_every", "num_validation"):
+        for name in ("weight_decay", "clip", "validate_every", "num_validation"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("curriculum", "mix", "decay_to"):
@@ -119,7 +111,7 @@ class Config:
             raise ValueError(f"averaging must lie in [0, 1), got {self.averaging}")
         if self.max_horizon < self.min_horizon:
             raise ValueError(f"max_horizon must be at least min_horizon, got {self.max_horizon} < {self.min_horizon}")
-        choices = {"variant": tuple(VARIANTS), "estimator": ESTIMATOR_NAMES, "objective": OBJECTIVES}
+        choices = {"estimator": ESTIMATOR_NAMES, "objective": _OBJECTIVES}
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: {_nearest(getattr(self, name), valid)}")
@@ -130,7 +122,7 @@ class Config:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two runs must share to be one: everything but where they are, as plain JSON."""
+        """Everything that two runs must share to be one, as plain JSON: all but where they are."""
         values = json.loads(json.dumps(asdict(self)))
         return {key: value for key, value in values.items() if key not in _PLACES}
 
@@ -160,6 +152,17 @@ class Config:
         return replace(self, **values)
 
 
+def log_uniform_horizon(shortest: int, longest: int, quantile: float) -> int:
+    """Quantile of the horizons of training runs, whose logarithms are uniform between those of the two bounds.
+
+    Example:
+        >>> [log_uniform_horizon(10, 1000, quantile) for quantile in (0.0, 0.5, 1.0)]
+        [10, 100, 1000]
+    """
+    low, high = math.log(shortest), math.log(longest)
+    return round(math.exp(low + (high - low) * quantile))
+
+
 _KINDS: dict[str, type] = {entry.name: type(entry.default) for entry in fields(Config)}
 
 
@@ -173,8 +176,7 @@ def _read(key: str, text: str) -> Any:
     kind = _KINDS[key]
     try:
         if kind is tuple:
-            entries = [entry for entry in text.split(",") if entry]
-            return tuple(int(entry) for entry in entries) if key == "teleport_steps" else tuple(entries)
+            return tuple(entry for entry in text.split(",") if entry)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
@@ -247,28 +249,18 @@ def read_config(name: str) -> Config:
     if path.suffix != ".toml":
         raise ValueError(f"no configuration {name!r}: {_nearest(name, tuple(PRESETS))}, or a .toml file")
     try:
-        return _config(tomllib.loads(path.read_text()))
+        return parse_config(tomllib.loads(path.read_text()))
     except OSError as error:
         raise ValueError(f"cannot read {name}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def config_of_run(run_dir: str | Path) -> Config:
-    """The configuration with which the meta-training run in ``run_dir`` was started; the run is where it was found.
+def parse_config(values: Mapping[str, object]) -> Config:
+    """The configuration with these values, as TOML and JSON hold them; keys that are missing have their defaults.
 
     Raises:
-        ValueError: if there is no run in ``run_dir``, or its configuration cannot be read.
+        ValueError: for an unknown key or a value that cannot be read.
     """
-    path = Path(run_dir) / "config.json"
-    try:
-        return replace(_config(json.loads(path.read_text())), run_dir=str(run_dir))
-    except OSError as error:
-        raise ValueError(f"there is no meta-training run in {run_dir}: cannot read {path.name}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _config(values: Mapping[str, object]) -> Config:
     texts = {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in values.items()}
     return Config().with_settings(f"{key}={text}" for key, text in texts.items())

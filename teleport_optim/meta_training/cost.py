@@ -1,4 +1,4 @@
-"""What a meta-training run will cost: a few inner steps of every task are measured, and scaled to the whole run."""
+"""Cost of a meta-training run: a few inner steps of every task are measured, and scaled to the whole run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from teleport_optim.meta_training.config import Config
-from teleport_optim.meta_training.estimators import Episode
+from teleport_optim.meta_training.config import Config, log_uniform_horizon
+from teleport_optim.meta_training.episodes import Episode
 from teleport_optim.meta_training.learner import Learner
-from teleport_optim.meta_training.unroll import Runs, advance, begin
+from teleport_optim.meta_training.sampling import draw_problem
+from teleport_optim.meta_training.tasks import find_task
+from teleport_optim.meta_training.unroll import Runs, init_unroll, unroll
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks import find_task
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
     "Cost",
@@ -29,7 +29,6 @@ __all__ = [
     "measure_task",
     "num_runs",
     "total_cost",
-    "total_steps",
 ]
 
 _FEWEST_STEPS, _MOST_STEPS = 5, 20
@@ -38,7 +37,7 @@ _MAX_DRAWS = 4
 
 
 class TaskCost(NamedTuple):
-    """What the problem batches of one task cost, on average over a few draws."""
+    """Cost of the problem batches of one task, on average over a few draws."""
 
     task: str
     share: float
@@ -54,7 +53,7 @@ class TaskCost(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a whole run costs in one process."""
+    """Cost of a whole run in one process."""
 
     inner_steps: float
     """Expected number of optimizer steps of single networks in training."""
@@ -65,7 +64,7 @@ class Cost(NamedTuple):
     num_parameters: int
     """Meta-parameters."""
     bytes_between_processes: int
-    """What travels in one outer step."""
+    """Sent by each process in one outer step."""
 
     @property
     def seconds(self) -> float:
@@ -100,19 +99,13 @@ def mean_window(config: Config, outer_step: int) -> float:
 @cache
 def _mean_window(shortest: int, longest: int, truncation: int) -> float:
     """Mean of log-uniform horizons over the mean number of windows that they take."""
-    growth = math.log(longest / shortest)
     quantiles = [(index + 0.5) / _NUM_QUANTILES for index in range(_NUM_QUANTILES)]
-    horizons = [round(shortest * math.exp(growth * quantile)) for quantile in quantiles]
+    horizons = [log_uniform_horizon(shortest, longest, quantile) for quantile in quantiles]
     return sum(horizons) / sum(math.ceil(horizon / truncation) for horizon in horizons)
 
 
-def total_steps(config: Config, num_outer_steps: int) -> float:
-    """Expected length of a training run in an outer step, summed over the first ``num_outer_steps`` of them."""
-    return sum(mean_window(config, step) for step in range(num_outer_steps))
-
-
 def bytes_between_processes(config: Config, num_parameters: int) -> int:
-    """What every process sends in one outer step: three numbers per pair, or the whole gradient, in float64.
+    """Bytes that every process sends in one outer step: three numbers per pair, or the whole gradient, in float64.
 
     Example:
         >>> bytes_between_processes(Config(estimator="es", num_tasks=4, num_pairs=12), 5000)
@@ -126,7 +119,7 @@ def bytes_between_processes(config: Config, num_parameters: int) -> int:
 
 def total_cost(config: Config, tasks: Sequence[TaskCost], num_parameters: int) -> Cost:
     """The cost of a run from that of its tasks."""
-    steps = total_steps(config, config.num_outer_steps)
+    steps = sum(mean_window(config, step) for step in range(config.num_outer_steps))
     mean_seconds = sum(task.share * task.seconds_per_step for task in tasks)
     mean_draw = sum(task.share * task.seconds_per_draw for task in tasks)
     num_episodes = steps / statistics.fmean(
@@ -174,13 +167,7 @@ def measure_task(learner: Learner, task: str, seconds: float = 0.5) -> TaskCost:
 
 def _measure(learner: Learner, task: str, number: int, num_steps: int) -> tuple[float, float, float, int]:
     """For one problem batch: seconds to draw it, per step of a validation, and per step; bytes of its runs."""
-    config = learner.config
-
-    def draw() -> InnerProblem:
-        horizons = (num_steps, num_steps)
-        problem = find_task(task).sample(config.num_problems, horizons, "train", generator_for("cost", task, number))
-        return problem.to(config.device)
-
+    draw = partial(draw_problem, learner.config, task, "train", "cost", number, horizon=num_steps)
     batches = partial(generator_for, "cost batch", number)
     episode = Episode(0, number, num_steps, draw, batches)
     start = time.perf_counter()
@@ -189,10 +176,10 @@ def _measure(learner: Learner, task: str, number: int, num_steps: int) -> tuple[
     drawn = time.perf_counter()
     weights = learner.rule.unflatten(learner.untrained.expand(problem.num_problems, -1))
     with torch.no_grad():
-        window = advance(learner.rule, weights, problem, begin(learner.rule, problem, 1), num_steps, batches)
-    float(window.losses.sum())  # Waits for the device.
+        result = unroll(learner.rule, weights, problem, init_unroll(learner.rule, problem, 1), num_steps, batches)
+    float(result.losses.sum())  # Waits for the device.
     validated = time.perf_counter()
-    length = learner.estimator.window(episode)
+    length = learner.estimator.window_length(episode)
     learner.estimator.estimate(learner.theta.detach(), [episode], 0)
     done = time.perf_counter()
     return (

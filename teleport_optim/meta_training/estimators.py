@@ -1,4 +1,4 @@
-"""Estimators of the meta-gradient: how the outcome of training runs changes with the meta-optimizer's weights.
+"""Estimators of the meta-gradient: how the losses of training runs change with the meta-optimizer's weights.
 
 All of them work on *episodes*: one training run of a batch of problems, taken window by window. Evolution strategies take
 the whole run as one window; the others keep the runs between windows and go on from there.
@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from teleport_optim.meta_training.config import Config
+from teleport_optim.meta_training.episodes import Episode
+from teleport_optim.meta_training.process_group import ProcessGroup
 from teleport_optim.meta_training.rules import Rule
-from teleport_optim.meta_training.unroll import Runs, Window, advance, begin
-from teleport_optim.meta_training.world import World
+from teleport_optim.meta_training.tasks.problem import InnerProblem
+from teleport_optim.meta_training.unroll import UnrollResult
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
     "ESTIMATORS",
-    "Episode",
     "Estimator",
     "EvolutionStrategies",
     "MetaGradient",
@@ -39,10 +38,10 @@ _HEAD = 0.3
 
 
 def step_weights(objective: str, horizon: int) -> Tensor:
-    """How much the meta-loss of each step counts, shape ``[horizon]``.
+    """Weight of the meta-loss of each step, shape ``[horizon]``.
 
-    For ``"normalised"`` half of the mean over the last tenth of the run and half of the mean over all but its first three
-    tenths, so that a loss counts that is reached early; for ``"plain"`` ones.
+    For ``"plain"`` all are 1. For ``"normalised"`` half of the weight is spread over the last tenth of the run, and half over
+    all but its first three tenths, so that it counts to be fast.
     """
     if objective == "plain":
         return torch.ones(horizon)
@@ -53,58 +52,20 @@ def step_weights(objective: str, horizon: int) -> Tensor:
     return weights
 
 
-def meta_loss(
-    problem: InnerProblem, window: Window, objective: str = "normalised", distance_weight: float = 0.0
-) -> Tensor:
+def meta_loss(problem: InnerProblem, result: UnrollResult, objective: str = "normalised") -> Tensor:
     """The meta-loss of a window for every run, shape ``[num_runs]``: the weighted sum over its steps.
 
-    The sum over the windows of an episode is the meta-loss of the episode. The last two arguments are keys of ``Config``.
+    The sum over the windows of an episode is the meta-loss of the episode.
     """
-    losses, num_steps = window.losses, window.losses.shape[-1]
+    losses, num_steps = result.losses, result.losses.shape[-1]
     if objective == "normalised":
-        losses = problem.normalise(losses, window.runs.initial[:, None])
-    losses = losses + distance_weight * window.distances
-    weights = step_weights(objective, problem.horizon)[window.runs.step - num_steps : window.runs.step]
+        losses = problem.normalise(losses, result.runs.initial[:, None])
+    weights = step_weights(objective, problem.horizon)[result.runs.step - num_steps : result.runs.step]
     return losses @ weights.to(losses)
 
 
-@dataclass
-class Episode:
-    """One training run of a problem batch, in one of the ``num_tasks`` slots of the learner.
-
-    Attributes:
-        slot: The slot.
-        number: How many episodes the slot had before.
-        horizon: Length of the run.
-        step: Steps taken.
-        draw: Draws the problem; called only where the process has a share in the episode.
-        batches: Generators of the minibatches by step.
-        runs: Runs in progress of this process, by estimator; empty before the first window.
-        displacement: Sum of the perturbations of each pair so far, ``[num_pairs, num_parameters]``.
-    """
-
-    slot: int
-    number: int
-    horizon: int
-    draw: Callable[[], InnerProblem]
-    batches: Callable[[int], torch.Generator]
-    step: int = 0
-    runs: dict[str, Runs] = field(default_factory=dict)
-    displacement: Tensor | None = None
-
-    @cached_property
-    def problem(self) -> InnerProblem:
-        """The problem batch."""
-        return self.draw()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all steps have been taken."""
-        return self.step >= self.horizon
-
-
 class MetaGradient(NamedTuple):
-    """An estimate of the gradient of the mean meta-loss, and what was seen on the way."""
+    """Estimate of the gradient of the mean meta-loss, with figures for the log."""
 
     gradient: Tensor
     """``[num_parameters]``."""
@@ -115,14 +76,14 @@ class MetaGradient(NamedTuple):
 
 
 class Estimator(ABC):
-    """A way to estimate the meta-gradient. Every process calls it with the same arguments and gets the same answer.
+    """Way to estimate the meta-gradient. Every process calls it with the same arguments and gets the same answer.
 
     Attributes:
         is_trained: 1 for every entry of the flat weights that is trained, 0 for those that are frozen.
     """
 
-    def __init__(self, rule: Rule, config: Config, world: World) -> None:
-        self.rule, self.config, self.world = rule, config, world
+    def __init__(self, rule: Rule, config: Config, group: ProcessGroup) -> None:
+        self.rule, self.config, self.group = rule, config, group
         self.is_trained = rule.is_trained(config.frozen)
 
     @abstractmethod
@@ -130,41 +91,27 @@ class Estimator(ABC):
         """Take the next window of every episode at ``theta``. The steps of the episodes are counted by the caller."""
 
     @abstractmethod
-    def share(self, slot: int) -> dict[str, range]:
-        """For every key of an episode's ``runs``, the candidates in a slot that are this process's."""
+    def local_candidates(self, index: int) -> dict[str, range]:
+        """For every key in the ``runs`` of the episode with this index, the candidates that are this process's."""
 
-    def window(self, episode: Episode) -> int:
+    def window_length(self, episode: Episode) -> int:
         """Length of the next window of an episode."""
         return min(self.config.truncation, episode.horizon - episode.step)
 
-    def _advance(
-        self, key: str, flat: Tensor, episode: Episode, *, second_order: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _unroll(self, key: str, flat: Tensor, episode: Episode, *, second_order: bool = False) -> tuple[Tensor, Tensor]:
         """The next window for runs with weights ``flat`` (``[num_runs, num_parameters]``).
 
         Returns:
             The meta-loss of the window and whether the run has exploded, both ``[num_runs]``.
         """
-        problem, runs = episode.problem, episode.runs.get(key)
-        if runs is None:
-            runs = begin(self.rule, problem, len(flat) // problem.num_problems)
-        window = advance(
-            self.rule,
-            self.rule.unflatten(flat),
-            problem,
-            runs,
-            self.window(episode),
-            episode.batches,
-            second_order=second_order,
-        )
-        episode.runs[key] = window.runs.detach()
-        losses = meta_loss(problem, window, self.config.objective, self.config.distance_weight)
-        return losses, window.runs.is_exploded
+        length = self.window_length(episode)
+        result = episode.unroll(key, self.rule, flat, length, second_order=second_order)
+        return meta_loss(episode.problem, result, self.config.objective), result.runs.is_exploded
 
     def _weight(self, episode: Episode) -> float:
         """Sum of the step weights in the next window."""
         weights = step_weights(self.config.objective, episode.horizon)
-        return float(weights[episode.step : episode.step + self.window(episode)].sum())
+        return float(weights[episode.step : episode.step + self.window_length(episode)].sum())
 
 
 class EvolutionStrategies(Estimator):
@@ -182,15 +129,15 @@ class EvolutionStrategies(Estimator):
     Source: Salimans et al., 2017, arXiv 1703.03864; Vicol, Metz, Sohl-Dickstein, 2021, arXiv 2112.13835.
     """
 
-    def __init__(self, rule: Rule, config: Config, world: World, *, is_persistent: bool) -> None:
-        super().__init__(rule, config, world)
+    def __init__(self, rule: Rule, config: Config, group: ProcessGroup, *, is_persistent: bool) -> None:
+        super().__init__(rule, config, group)
         self._is_persistent = is_persistent
 
-    def window(self, episode: Episode) -> int:
-        return super().window(episode) if self._is_persistent else episode.horizon
+    def window_length(self, episode: Episode) -> int:
+        return super().window_length(episode) if self._is_persistent else episode.horizon
 
-    def share(self, slot: int) -> dict[str, range]:
-        pairs = self._pairs(slot)
+    def local_candidates(self, index: int) -> dict[str, range]:
+        pairs = self._local_pairs(index)
         return {"pairs": range(2 * pairs.start, 2 * pairs.stop)}
 
     def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
@@ -198,13 +145,13 @@ class EvolutionStrategies(Estimator):
         values = torch.zeros(len(episodes), num_pairs, 3, dtype=torch.float64)
         displacements = []
         for index, episode in enumerate(episodes):
-            noise = self._noise(outer_step, episode.slot).to(theta)
-            pairs = self._pairs(episode.slot)
+            noise = self._noise(outer_step, episode.index).to(theta)
+            pairs = self._local_pairs(episode.index)
             if pairs:
                 values[index, pairs.start : pairs.stop] = self._values(theta, noise[pairs.start : pairs.stop], episode)
             displacements.append(noise if episode.displacement is None else episode.displacement + noise)
             episode.displacement = displacements[-1]
-        plus, minus, exploded = self.world.sum(values).unbind(-1)
+        plus, minus, exploded = self.group.sum(values).unbind(-1)  # Pairs of other processes are zeros here.
         is_usable = torch.isfinite(plus - minus)
         differences = torch.where(is_usable, plus - minus, 0.0)
         if self.config.equal_tasks:
@@ -217,17 +164,17 @@ class EvolutionStrategies(Estimator):
         mean = torch.where(is_usable, (plus + minus) / 2.0, 0.0).sum() / (is_usable * weights[:, None]).sum()
         return MetaGradient(gradient, float(mean), float(exploded.mean()))
 
-    def _pairs(self, slot: int) -> range:
-        """The pairs of a slot that are this process's."""
+    def _local_pairs(self, index: int) -> range:
+        """The pairs of an episode that are this process's: its part of all pairs of all episodes, in order."""
         num_pairs = self.config.num_pairs
-        share = self.world.share(self.config.num_tasks * num_pairs)
-        start, stop = (min(max(end - slot * num_pairs, 0), num_pairs) for end in (share.start, share.stop))
+        local = self.group.local_range(self.config.num_tasks * num_pairs)
+        start, stop = (min(max(end - index * num_pairs, 0), num_pairs) for end in (local.start, local.stop))
         return range(start, stop)
 
-    def _noise(self, outer_step: int, slot: int) -> Tensor:
-        """The perturbations of all pairs of a slot, ``[num_pairs, num_parameters]``, the same in every process."""
+    def _noise(self, outer_step: int, index: int) -> Tensor:
+        """The perturbations of all pairs of an episode, ``[num_pairs, num_parameters]``, the same in every process."""
         config = self.config
-        generator = generator_for("noise", config.seed, outer_step, slot)
+        generator = generator_for("noise", config.seed, outer_step, index)
         noise = torch.randn(config.num_pairs, len(self.is_trained), generator=generator)
         return config.sigma * noise * self.is_trained
 
@@ -236,7 +183,7 @@ class EvolutionStrategies(Estimator):
         num_problems = self.config.num_problems
         candidates = torch.stack([theta + noise, theta - noise], dim=1).flatten(0, 1)
         with torch.no_grad():
-            losses, is_exploded = self._advance("pairs", candidates.repeat_interleave(num_problems, dim=0), episode)
+            losses, is_exploded = self._unroll("pairs", candidates.repeat_interleave(num_problems, dim=0), episode)
         by_pair = losses.double().reshape(len(noise), 2, num_problems).mean(dim=2)
         exploded = is_exploded.double().reshape(len(noise), -1).mean(dim=1, keepdim=True)
         return torch.cat([by_pair, exploded], dim=1)
@@ -246,30 +193,31 @@ class TruncatedBackpropagation(Estimator):
     """Backpropagation through windows of the runs, with or without the second-order terms.
 
     Exact, and unbiased, only where one window is the whole run: what a step does to later windows is not seen. Without
-    second-order terms the gradients that the rule reads count as constants. Whole slots are divided between processes, and
+    second-order terms the gradients that the rule reads count as constants. Whole episodes are divided between processes, and
     gradients travel. Runs whose gradient is not finite are left out of it, and counted.
 
     Source: Andrychowicz et al., 2016, arXiv 1606.04474; Werbos, 1990.
     """
 
-    def __init__(self, rule: Rule, config: Config, world: World, *, is_second_order: bool) -> None:
-        super().__init__(rule, config, world)
+    def __init__(self, rule: Rule, config: Config, group: ProcessGroup, *, is_second_order: bool) -> None:
+        super().__init__(rule, config, group)
         self._is_second_order = is_second_order
 
-    def share(self, slot: int) -> dict[str, range]:
-        return {"mean": range(1) if slot % self.world.size == self.world.rank else range(0)}
+    def local_candidates(self, index: int) -> dict[str, range]:
+        return {"mean": range(1) if index % self.group.size == self.group.rank else range(0)}
 
     def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
+        # Behind the gradient: objective, the weight that it has, and the share of exploded runs. One sum carries them all.
         total = torch.zeros(len(theta) + 3, dtype=torch.float64)
         for episode in episodes:
-            if not self.share(episode.slot)["mean"]:
+            if not self.local_candidates(episode.index)["mean"]:
                 continue
             weight = self._weight(episode)
             flat = theta.expand(self.config.num_problems, -1).clone().requires_grad_()
-            losses, is_exploded = self._advance("mean", flat, episode, second_order=self._is_second_order)
+            losses, is_exploded = self._unroll("mean", flat, episode, second_order=self._is_second_order)
             is_usable = torch.isfinite(losses.detach())
             grads = torch.zeros_like(flat)
-            if losses.requires_grad:  # Not in a window in which the network is not asked.
+            if losses.requires_grad:  # They do not in a window without a control step: no weight has a part in it.
                 loss = torch.where(is_usable, losses, 0.0).sum()
                 (grads,) = torch.autograd.grad(loss, flat, materialize_grads=True)
             is_usable = is_usable & torch.isfinite(grads).all(dim=1)
@@ -279,23 +227,23 @@ class TruncatedBackpropagation(Estimator):
             total[-3:] += torch.tensor(
                 [float(loss), weight * float(is_usable.sum()), float(is_exploded.double().mean()) / len(episodes)]
             )
-        total = self.world.sum(total)
+        total = self.group.sum(total)
         objective, weight, exploded = total[-3:].tolist()
         return MetaGradient(total[:-3].to(theta) * self.is_trained.to(theta), objective / max(weight, 1e-30), exploded)
 
 
 class Mixture(Estimator):
-    """A weighted mean of an unbiased, noisy estimate and a biased, quiet one, on runs of their own."""
+    """Weighted mean of an unbiased, noisy estimate and a biased, quiet one, on runs of their own."""
 
-    def __init__(self, rule: Rule, config: Config, world: World) -> None:
-        super().__init__(rule, config, world)
+    def __init__(self, rule: Rule, config: Config, group: ProcessGroup) -> None:
+        super().__init__(rule, config, group)
         self._parts: tuple[tuple[float, Estimator], ...] = (
-            (1.0 - config.mix, EvolutionStrategies(rule, config, world, is_persistent=True)),
-            (config.mix, TruncatedBackpropagation(rule, config, world, is_second_order=True)),
+            (1.0 - config.mix, EvolutionStrategies(rule, config, group, is_persistent=True)),
+            (config.mix, TruncatedBackpropagation(rule, config, group, is_second_order=True)),
         )
 
-    def share(self, slot: int) -> dict[str, range]:
-        return {key: candidates for _, part in self._parts for key, candidates in part.share(slot).items()}
+    def local_candidates(self, index: int) -> dict[str, range]:
+        return {key: candidates for _, part in self._parts for key, candidates in part.local_candidates(index).items()}
 
     def estimate(self, theta: Tensor, episodes: Sequence[Episode], outer_step: int) -> MetaGradient:
         estimates = [(weight, part.estimate(theta, episodes, outer_step)) for weight, part in self._parts]
@@ -307,7 +255,7 @@ class Mixture(Estimator):
         return MetaGradient(mean, objective, exploded)
 
 
-ESTIMATORS: dict[str, Callable[[Rule, Config, World], Estimator]] = {
+ESTIMATORS: dict[str, Callable[[Rule, Config, ProcessGroup], Estimator]] = {
     "es": partial(EvolutionStrategies, is_persistent=False),
     "pes": partial(EvolutionStrategies, is_persistent=True),
     "pes+tbptt": Mixture,

@@ -1,78 +1,23 @@
-"""What a meta-training run shows of itself: its log, its learning curve and its scalars for TensorBoard."""
+"""Pictures of a meta-training run: its learning curve, and its scalars for TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import itertools
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from teleport_optim.controller.checkpoints import write_atomically
-from teleport_optim.meta_training.learner import LOG_FILE, OuterStep
+from teleport_optim.meta_training.run_folder import OuterStep, core_minutes, read_log, read_sessions
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["CURVE_FILE", "Scalars", "Session", "add_session", "core_minutes", "draw_learning_curve", "read_log"]
+__all__ = ["CURVE_FILE", "Scalars", "draw_learning_curve"]
 
 CURVE_FILE = "learning_curve.png"
-_SESSIONS_FILE = "sessions.jsonl"
 _COLOUR, _PALE = "#c2185b", "#9aa0a6"
-
-
-class Session(NamedTuple):
-    """A part of a run between its start, or a resumption, and an interruption, or its end."""
-
-    first_step: int
-    """Outer steps taken before."""
-    num_processes: int
-    num_threads: int
-    """CPU threads of every process."""
-    device: str
-
-    @property
-    def cores(self) -> int:
-        """CPU cores in use; on other devices, how many of them."""
-        return self.num_processes * (self.num_threads if self.device == "cpu" else 1)
-
-
-def read_log(run_dir: Path) -> list[OuterStep]:
-    """The outer steps that the run in a folder has taken."""
-    path = run_dir / LOG_FILE
-    return [OuterStep(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def add_session(run_dir: Path, session: Session) -> None:
-    """Write down that a session begins."""
-    with (run_dir / _SESSIONS_FILE).open("a") as file:
-        file.write(json.dumps(session._asdict()) + "\n")
-
-
-def read_sessions(run_dir: Path) -> list[Session]:
-    """The sessions of the run in a folder."""
-    path = run_dir / _SESSIONS_FILE
-    return [Session(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def core_minutes(log: Sequence[OuterStep], sessions: Sequence[Session]) -> list[float]:
-    """Time taken up to and including every outer step, times the cores that were in use.
-
-    A step belongs to the last session that began before it: what an interruption took back was taken again.
-
-    Example:
-        >>> log = [OuterStep(step, 0.0, 0.0, 0.0, 1, None, seconds=30.0) for step in (1, 2, 3)]
-        >>> core_minutes(log, [Session(0, 1, 1, "cpu"), Session(2, 2, 2, "cpu")])
-        [0.5, 1.0, 3.0]
-    """
-
-    def cores(step: int) -> int:
-        return next((session.cores for session in reversed(sessions) if session.first_step < step), 1)
-
-    return list(itertools.accumulate(report.seconds / 60.0 * cores(report.step) for report in log))
 
 
 def draw_learning_curve(run_dir: Path) -> Path:
@@ -111,7 +56,7 @@ def draw_learning_curve(run_dir: Path) -> Path:
 
 
 class Scalars:
-    """The scalars of a run for TensorBoard, in the run's folder, if TensorBoard is installed.
+    """Scalars of a run for TensorBoard, in the run's folder, if TensorBoard is installed.
 
     Args:
         run_dir: Folder of the run.
@@ -131,7 +76,7 @@ class Scalars:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is written."""
+        """True if anything is written."""
         return self._writer is not None
 
     def add(self, report: OuterStep) -> None:

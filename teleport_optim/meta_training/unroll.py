@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from teleport_optim.meta_training.rules import Rule, Tensors
-from teleport_optim.tasks.problem import InnerProblem
+from teleport_optim.meta_training.tasks.problem import InnerProblem
 
-__all__ = ["Batches", "Runs", "Window", "advance", "begin"]
+__all__ = ["EXPLOSION", "Batches", "Runs", "UnrollResult", "init_unroll", "unroll"]
 
 Batches = Callable[[int], torch.Generator]
 """The generator that draws the minibatch of a step."""
@@ -28,11 +28,11 @@ class Runs(NamedTuple):
     params: Tensors
     """Parameters by name, each ``[num_runs, ...]``."""
     state: Any
-    """What the rule remembers."""
+    """State of the rule."""
     initial: Tensor
     """Loss before the first step, ``[num_runs]``; NaN where no step has been taken."""
     is_exploded: Tensor
-    """Whether a run is lost, ``[num_runs]``."""
+    """True for runs that are lost, ``[num_runs]``."""
     step: int
     """Steps taken."""
 
@@ -42,18 +42,16 @@ class Runs(NamedTuple):
         return detached
 
 
-class Window(NamedTuple):
-    """What a number of consecutive steps brought."""
+class UnrollResult(NamedTuple):
+    """Losses of a number of consecutive steps, and the runs after them."""
 
     losses: Tensor
-    """Minibatch loss after every step, of what the rule has reached, ``[num_runs, steps]``; infinite from where a run explodes."""
+    """Minibatch loss after every step, at ``Rule.eval_params``: ``[num_runs, steps]``; infinite from where a run explodes."""
     runs: Runs
     """The runs after the last of the steps."""
-    distances: Tensor
-    """Distance to the optimum after every step, ``[num_runs, steps]``; zeros where the optimum is unknown."""
 
 
-def begin(rule: Rule, problem: InnerProblem, num_candidates: int) -> Runs:
+def init_unroll(rule: Rule, problem: InnerProblem, num_candidates: int) -> Runs:
     """The runs of all candidates before their first step."""
     params = {name: _repeat(value, num_candidates) for name, value in problem.params.items()}
     num_runs = num_candidates * problem.num_problems
@@ -67,7 +65,7 @@ def begin(rule: Rule, problem: InnerProblem, num_candidates: int) -> Runs:
     )
 
 
-def advance(
+def unroll(
     rule: Rule,
     weights: Tensors,
     problem: InnerProblem,
@@ -76,18 +74,18 @@ def advance(
     batches: Batches,
     *,
     second_order: bool = False,
-) -> Window:
+) -> UnrollResult:
     """Take ``num_steps`` steps of all runs, in one batched computation.
 
     All candidates see the same minibatches. The loss after a step is that of the next step's minibatch, which is evaluated
-    once more at the end of a window. Differentiable in ``weights`` where gradients are enabled.
+    once more at the end. Differentiable in ``weights`` where gradients are enabled.
 
     Args:
         rule: The update rule.
         weights: The weights of its network, ``[num_runs, ...]`` each.
         problem: What is trained.
         runs: Where to go on from.
-        num_steps: Length of the window.
+        num_steps: How many steps.
         batches: Generators of the minibatches.
         second_order: Differentiate the gradients that the rule sees too, where gradients are enabled.
 
@@ -95,17 +93,16 @@ def advance(
     """
     num_candidates = len(runs.is_exploded) // problem.num_problems
     params, state, initial, is_exploded = runs.params, runs.state, runs.initial, runs.is_exploded
-    losses, distances = [], []
+    losses = []
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         inputs, targets = problem.sample_batch(batches(step))
         return _repeat(inputs, num_candidates), _repeat(targets, num_candidates)
 
-    def record(loss: Tensor, params: Tensors) -> None:
+    def record(loss: Tensor) -> None:
         nonlocal is_exploded
         is_exploded = is_exploded | ~(loss.detach() <= EXPLOSION * initial.abs())
         losses.append(torch.where(is_exploded, torch.inf, loss))
-        distances.append(_distance(problem, params, num_candidates))
 
     end = runs.step + num_steps
     for step in range(runs.step, end):
@@ -114,20 +111,17 @@ def advance(
         if step == 0:
             initial = loss.detach()
         if step > runs.step:
-            reached = rule.outcome(params, state)
-            is_free = reached is params  # the loss at the parameters comes with their gradient
-            record(_attached(loss, params, grads) if is_free else problem.losses(reached, inputs, targets), reached)
+            judged = rule.eval_params(params, state)
+            # The loss at the parameters comes with their gradient; elsewhere it has to be evaluated.
+            is_known = judged is params
+            record(_attached(loss, params, grads) if is_known else problem.losses(judged, inputs, targets))
             if step % _CHECK_INTERVAL == 0 and bool(is_exploded.all()):
                 break
         params, state = rule.step(weights, params, grads, state, step=step, problem=problem, inputs=inputs)
     else:
-        reached = rule.outcome(params, state)
-        record(problem.losses(reached, *batch(end)), reached)
-    missing = num_steps - len(losses)
-    losses += missing * losses[-1:]
-    distances += missing * distances[-1:]
-    after = Runs(params, state, initial, is_exploded, end)
-    return Window(torch.stack(losses, dim=-1), after, torch.stack(distances, dim=-1))
+        record(problem.losses(rule.eval_params(params, state), *batch(end)))
+    losses += (num_steps - len(losses)) * losses[-1:]
+    return UnrollResult(torch.stack(losses, dim=-1), Runs(params, state, initial, is_exploded, end))
 
 
 def _attached(loss: Tensor, params: Tensors, grads: Tensors) -> Tensor:
@@ -136,13 +130,6 @@ def _attached(loss: Tensor, params: Tensors, grads: Tensors) -> Tensor:
         return loss
     slopes = [((param - param.detach()) * grads[name]).flatten(1).sum(dim=1) for name, param in params.items()]
     return loss + torch.stack(slopes).sum(dim=0)
-
-
-def _distance(problem: InnerProblem, params: Tensors, num_candidates: int) -> Tensor:
-    (first, *_) = params.values()
-    if problem.optimum is None:
-        return first.new_zeros(len(first))
-    return (first - _repeat(problem.optimum, num_candidates)).square().sum(dim=-1).sqrt()
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:

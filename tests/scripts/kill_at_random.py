@@ -1,6 +1,6 @@
 """Kills a meta-training run at 20 random moments and resumes it each time; it must end as an undisturbed one does.
 
-python kill_at_random.py FOLDER
+PYTHONPATH=. python tests/scripts/kill_at_random.py FOLDER
 """
 
 import json
@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 import torch._dynamo  # for seconds, by every process that makes an optimizer: once, before they fork
 
-from teleport_optim.meta_training.config import Config
-from teleport_optim.meta_training.learner import Learner
+from benchmarks.paper.functions import task_path
+from benchmarks.paper.training import PaperConfig, learner_of
 
 NUM_KILLS = 20
-CONFIG = Config(
+LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+"""Whether a child has ended, without taking note of it."""
+CONFIG = PaperConfig(
     estimator="pes+tbptt",
     variant="lr+teleport+momentum",
-    tasks=("ellipse", "rosenbrock"),
+    tasks=(task_path("ellipse"), task_path("rosenbrock")),
     num_outer_steps=100,
     num_tasks=2,
     num_pairs=2,
@@ -35,12 +37,12 @@ CONFIG = Config(
 )
 
 
-def run(config: Config) -> None:
-    for _ in Learner(config, resume=(Path(config.run_dir) / "config.json").exists()).run():
+def run(config: PaperConfig) -> None:
+    for _ in learner_of(config, resume=(Path(config.run_dir) / "config.json").exists()).run():
         pass
 
 
-def run_in_child(config: Config) -> int:
+def run_in_child(config: PaperConfig) -> int:
     """The process number of a child that runs, or goes on with, the meta-training."""
     child = os.fork()
     if child == 0:
@@ -49,7 +51,13 @@ def run_in_child(config: Config) -> int:
     return child
 
 
-def outcome(config: Config) -> tuple[list[dict[str, object]], list[torch.Tensor]]:
+def num_logged(config: PaperConfig) -> int:
+    """Outer steps in the log of a run, at least; the last line may be written just now."""
+    log = Path(config.run_dir) / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def outcome(config: PaperConfig) -> tuple[list[dict[str, object]], list[torch.Tensor]]:
     log = [json.loads(line) for line in (Path(config.run_dir) / "log.jsonl").read_text().splitlines()]
     state = torch.load(Path(config.run_dir) / "state.pt", weights_only=True)
     return [line | {"seconds": 0} for line in log], [state["theta"], state["average"], state["best"]]
@@ -64,8 +72,11 @@ def main(folder: str) -> None:
     duration = time.perf_counter() - start
     num_interrupted = 0
     for _ in range(NUM_KILLS):
+        num_steps = num_logged(disturbed) + source.randint(0, 7)
         child = run_in_child(disturbed)
-        time.sleep(source.uniform(0.0, duration / 12))
+        while num_logged(disturbed) < num_steps and os.waitid(os.P_PID, child, LOOK) is None:
+            time.sleep(0.001)
+        time.sleep(source.uniform(0.0, 2.0 * duration / CONFIG.num_outer_steps))  # Somewhere in a step or between two.
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         num_interrupted += os.WIFSIGNALED(status)

@@ -10,17 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from teleport_optim.meta_training.tasks.data import add_noise
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Loss, SampleBatch
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 from teleport_optim.symmetry.action import act
 from teleport_optim.symmetry.groups import GROUPS
-from teleport_optim.tasks.data import add_noise
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.problem import InnerProblem
 
 __all__ = [
     "ACTIVATIONS",
-    "Loss",
-    "SampleBatch",
     "cross_entropy",
     "draw_activation",
     "draw_rows",
@@ -32,9 +30,6 @@ __all__ = [
     "seeded",
     "with_label_noise",
 ]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-SampleBatch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -7,11 +7,17 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from teleport_optim.tasks.data import digits
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import cross_entropy, draw_activation, draw_rows, network_problem, with_label_noise
-from teleport_optim.tasks.problem import InnerProblem, Task
-from teleport_optim.tasks.splits import CHANNELS
+from teleport_optim.meta_training.tasks.data import digits
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.networks import (
+    cross_entropy,
+    draw_activation,
+    draw_rows,
+    network_problem,
+    with_label_noise,
+)
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Task
+from teleport_optim.meta_training.tasks.splits import CHANNELS
 
 __all__ = ["DigitsBatchNormCNN", "DigitsCNN"]
 

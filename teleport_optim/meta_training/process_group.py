@@ -11,28 +11,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["WorkerLostError", "World", "join"]
+__all__ = ["TIMEOUT", "ProcessGroup", "WorkerLostError", "join"]
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT = datetime.timedelta(minutes=30)
+"""Longest wait for another process that does not answer; one that has ended is noticed at once."""
 
 
 class WorkerLostError(RuntimeError):
     """Another process of the run has ended or cannot be reached."""
 
 
-class World:
-    """Which of how many processes this is, and the sum over all of them; alone by default."""
+class ProcessGroup:
+    """Rank of this process among those of the run, and what they do together; a single process by default."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and reports."""
+        """True for the process that writes and reports."""
         return self.rank == 0
 
-    def share(self, num_units: int) -> range:
-        """The units of work that fall to this process: ranges of all processes are disjoint and nearly equal."""
+    def local_range(self, num_units: int) -> range:
+        """The units of work that fall to this process: ranges of all processes are disjoint and nearly equal.
+
+        Example:
+            >>> [ProcessGroup(rank, 3).local_range(8) for rank in range(3)]
+            [range(0, 2), range(2, 5), range(5, 8)]
+        """
         return range(num_units * self.rank // self.size, num_units * (self.rank + 1) // self.size)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -67,21 +73,21 @@ def _lost_worker() -> Iterator[None]:
 
 
 @contextmanager
-def join(device: str) -> Iterator[World]:
-    """The world of this process: that of torchrun's environment variables if they are set, or a single process.
+def join(device: str) -> Iterator[ProcessGroup]:
+    """Join the processes that torchrun's environment variables name; without them, be a single one.
 
     Args:
-        device: Where the processes compute; with CUDA each takes the one of its local rank, in turn. What travels is on the
-            CPU always, so that a lost process is noticed in the same way everywhere.
+        device: Where the processes compute; with CUDA each takes the one of its local rank, in turn. What travels is always
+            on the CPU, so that a lost process is noticed in the same way everywhere.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield ProcessGroup()
         return
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

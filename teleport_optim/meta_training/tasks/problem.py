@@ -1,4 +1,4 @@
-"""Inner problems: batches of small networks, or functions, of one architecture, to be trained side by side."""
+"""Inner problems: batches of small networks of one architecture, to be trained side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,21 @@ from torch.func import functional_call, stack_module_state, vmap
 from teleport_optim.optim.parameters import Depth, Layout, embedding_names
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
-__all__ = ["WORST", "InnerProblem", "Orbit", "Task", "log_relative"]
+__all__ = ["WORST", "InnerProblem", "Loss", "SampleBatch", "Task", "bounded", "log_relative"]
 
 WORST = 3.0
 """The meta-loss of a step at which a run has diverged; no step has a higher one."""
 
 _FLOOR = 1e-4
-_Batch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Output and target of one network to a scalar."""
+SampleBatch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+"""Draws inputs and targets of a minibatch for all problems."""
 
 
 def log_relative(losses: Tensor, initial: Tensor) -> Tensor:
-    """The usual normaliser: log of the loss relative to the first one, so that the scale of the loss does not matter.
+    """Log of the loss relative to the first one, so that the scale of the loss does not matter: the usual normaliser.
 
     A small floor keeps perfectly fitted problems from dominating. Losses that are not finite give ``WORST``.
 
@@ -44,30 +48,6 @@ def bounded(meta_losses: Tensor) -> Tensor:
     return torch.where(torch.isfinite(meta_losses), meta_losses, WORST).clamp(max=WORST)
 
 
-class Orbit(ABC):
-    """How a group moves the variables of a test function along its level sets. One subclass for each action.
-
-    For networks the symmetries of :mod:`teleport_optim.symmetry` play this part; the test functions of arXiv 2504.15399 have
-    actions of their own, which depend on the coefficients of the function.
-    """
-
-    group: ClassVar[str]
-    """Name of the group."""
-    num_coordinates: int
-    """Length of the vector that names a group element: one angle, one log-scale per channel, one score per channel."""
-    is_differentiable: ClassVar[bool] = True
-
-    @abstractmethod
-    def move(self, coordinates: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
-        """``x`` moved by the element with these coordinates; zeros are the identity.
-
-        Args:
-            coordinates: ``[..., num_coordinates]``.
-            x: ``[..., dim]``.
-            coefficients: What defines the function, ``[..., num_coefficients]``.
-        """
-
-
 @dataclass(frozen=True)
 class InnerProblem:
     """``num_problems`` optimization problems that differ in data and initial values and share an architecture.
@@ -83,8 +63,6 @@ class InnerProblem:
         architecture: Equal for equal architectures; those of different splits are disjoint.
         normalise: Losses ``[..., steps]`` and first losses ``[..., 1]`` to meta-losses per step that are comparable between
             tasks, lower being better, at most ``WORST``.
-        orbit: The group action of a test function; the inputs of ``model`` are then its coefficients.
-        optimum: Where the minimum of a test function lies, ``[num_problems, dim]``, if that is known.
         symmetries: The positive scalings of ``model``; found when they are needed if they are not given.
 
     Raises:
@@ -93,14 +71,12 @@ class InnerProblem:
 
     model: nn.Module
     params: dict[str, Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    sample_batch: _Batch
+    loss: Loss
+    sample_batch: SampleBatch
     horizon: int
     description: str
     architecture: str
     normalise: Callable[[Tensor, Tensor], Tensor] = log_relative
-    orbit: Orbit | None = None
-    optimum: Tensor | None = None
     symmetries: SymmetrySpec | None = None
     knows_horizon: bool = True
 
@@ -116,8 +92,8 @@ class InnerProblem:
     def of(
         cls,
         models: Sequence[nn.Module],
-        loss: Callable[[Tensor, Tensor], Tensor],
-        sample_batch: _Batch,
+        loss: Loss,
+        sample_batch: SampleBatch,
         horizon: int,
         **details: Any,
     ) -> InnerProblem:
@@ -153,7 +129,7 @@ class InnerProblem:
         depth = Depth.of({name: tensor.shape for name, tensor in tensors.items()}, embeddings, is_whole=True)
         return Layout.of(tensors, spec, embeddings, depth=depth)
 
-    def to(self, device: torch.device | str) -> InnerProblem:
+    def to(self, device: torch.device | str) -> Self:
         """The same problem on another device; minibatches are drawn on the CPU, so that they are the same everywhere."""
         if torch.device(device) == torch.device("cpu"):
             return self
@@ -167,7 +143,6 @@ class InnerProblem:
             model=self.model.to(device),
             params={name: param.to(device) for name, param in self.params.items()},
             sample_batch=sample_batch,
-            optimum=None if self.optimum is None else self.optimum.to(device),
         )
 
     def losses(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
@@ -200,7 +175,7 @@ class InnerProblem:
 
 
 class Task(ABC):
-    """A family of inner problems with a sampler over its own variety.
+    """Family of inner problems, with a sampler over its own variety.
 
     A task is a class that is made without arguments and has no state; everything that it draws comes from the generator
     it is given.
@@ -208,7 +183,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     share: ClassVar[float] = 1.0
-    """How often meta-training draws the task, relative to others."""
+    """Relative frequency with which meta-training draws the task."""
 
     @abstractmethod
     def sample(

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teleport_optim.tasks.data import table
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import Loss, cross_entropy, draw_rows, network_problem, with_label_noise
-from teleport_optim.tasks.perceptrons import draw_perceptron
-from teleport_optim.tasks.problem import InnerProblem, Task
-from teleport_optim.tasks.splits import TABLES
+from teleport_optim.meta_training.tasks.data import table
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.networks import (
+    cross_entropy,
+    draw_rows,
+    network_problem,
+    with_label_noise,
+)
+from teleport_optim.meta_training.tasks.perceptrons import draw_perceptron
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Loss, Task
+from teleport_optim.meta_training.tasks.splits import TABLES
 
 __all__ = ["Tabular"]
 

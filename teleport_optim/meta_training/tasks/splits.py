@@ -1,4 +1,4 @@
-"""What separates the splits: the sizes of networks, the rows and texts of data, and the random streams.
+"""Splits, and what separates them: the sizes of networks, the rows and texts of data, and the random streams.
 
 Meta-training draws problems from ``"train"``, a checkpoint is chosen on ``"validation"`` and reported on ``"test"``. Every
 hidden size lies in one split only, so that no architecture occurs in two of them.

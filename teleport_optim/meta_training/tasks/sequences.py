@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.tasks.data import ALPHABET, text
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import SampleBatch, cross_entropy, draw_activation, network_problem
-from teleport_optim.tasks.problem import InnerProblem, Task
-from teleport_optim.tasks.splits import SEQUENCE_WIDTHS
+from teleport_optim.meta_training.tasks.data import ALPHABET, text
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.networks import cross_entropy, draw_activation, network_problem
+from teleport_optim.meta_training.tasks.problem import InnerProblem, SampleBatch, Task
+from teleport_optim.meta_training.tasks.splits import SEQUENCE_WIDTHS
 
 __all__ = ["CharRecurrent", "CharTransformer"]
 
@@ -128,7 +128,7 @@ def _draw_excerpts(num_problems: int, length: int, draw: Draw) -> tuple[SampleBa
 
 
 class _LanguageTask(Task):
-    """What the character-level families share."""
+    """Base of the character-level families."""
 
     share = 0.05
 

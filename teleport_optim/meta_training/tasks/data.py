@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teleport_optim.tasks.splits import DIGIT_ROWS, text_split
+from teleport_optim.meta_training.tasks.splits import DIGIT_ROWS, text_split
 
 __all__ = [
     "ALPHABET",
@@ -28,7 +29,17 @@ __all__ = [
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;()[]'\"-_=*/\N{REPLACEMENT CHARACTER}"
 """The characters of :func:`text`; the last stands for all that are not listed."""
 
-_INSTALL = "it comes with scikit-learn: pip install 'teleport-optim[cli]'"
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Inputs and targets of a data set of scikit-learn."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"the data set {name!r} is missing; it comes with scikit-learn: pip install 'teleport-optim[cli]'"
+        ) from error
+    inputs, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+    return inputs, targets
 
 
 @dataclass(frozen=True)
@@ -81,11 +92,7 @@ def standardise(values: Tensor) -> Tensor:
 
 @cache
 def _all_digits() -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(f"the digits data set is missing; {_INSTALL}") from error
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _load("digits")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     inputs = torch.tensor(images, dtype=torch.float32)[order] / 8.0 - 0.6
     return inputs, torch.tensor(labels, dtype=torch.int64)[order]
@@ -136,11 +143,7 @@ def table(name: str) -> Table:
     Raises:
         ImportError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(f"the data set {name!r} is missing; {_INSTALL}") from error
-    values, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+    values, targets = _load(name)
     columns, targets = torch.tensor(values, dtype=torch.float64), torch.tensor(targets)
     has_classes = not targets.is_floating_point()
     if not has_classes:

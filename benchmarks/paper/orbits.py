@@ -12,13 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from teleport_optim.tasks.problem import Orbit
-
 __all__ = [
     "AffineMap",
     "ChannelScaling",
     "CoordinatePermutation",
     "HyperbolicRotation",
+    "Orbit",
     "PlaneMap",
     "QuadraticMap",
     "Rotation",
@@ -31,6 +30,30 @@ _LARGEST_LOG = 3.0
 def bounded_log(coordinates: Tensor) -> Tensor:
     """Logarithms of factors between ``-3`` and ``3``, equal to the coordinates to first order."""
     return _LARGEST_LOG * torch.tanh(coordinates / _LARGEST_LOG)
+
+
+class Orbit(ABC):
+    """Action of a group on the variables of a test function, along its level sets. One subclass for each action.
+
+    For networks the symmetries of :mod:`teleport_optim.symmetry` play this part; an action on test functions depends on the
+    coefficients of the function.
+    """
+
+    group: ClassVar[str]
+    """Name of the group."""
+    num_coordinates: int
+    """Length of the vector that names a group element: one angle, one log-scale per channel, one score per channel."""
+    is_differentiable: ClassVar[bool] = True
+
+    @abstractmethod
+    def move(self, coordinates: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+        """``x`` moved by the element with these coordinates; zeros are the identity.
+
+        Args:
+            coordinates: ``[..., num_coordinates]``.
+            x: ``[..., dim]``.
+            coefficients: What defines the function, ``[..., num_coefficients]``.
+        """
 
 
 class PlaneMap(ABC):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teleport_optim.tasks.data import digits
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.networks import (
+from teleport_optim.meta_training.tasks.data import digits
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.networks import (
     cross_entropy,
     draw_activation,
     draw_rows,
@@ -18,8 +18,8 @@ from teleport_optim.tasks.networks import (
     perceptron,
     with_label_noise,
 )
-from teleport_optim.tasks.problem import InnerProblem, Task
-from teleport_optim.tasks.splits import WIDTHS
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Task
+from teleport_optim.meta_training.tasks.splits import WIDTHS
 
 __all__ = ["DigitsAutoencoder", "DigitsMLP", "TeacherClassification", "TeacherRegression", "draw_perceptron"]
 

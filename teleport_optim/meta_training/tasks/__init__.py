@@ -9,55 +9,35 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from teleport_optim.tasks.convolutional import DigitsBatchNormCNN, DigitsCNN
-from teleport_optim.tasks.functions import (
-    ConvexQuadratic,
-    Ellipse,
-    FixedEllipse,
-    FixedRosenbrock,
-    IndefiniteQuadratic,
-    PowerSums,
-    Rosenbrock,
-    ScaledProducts,
+from teleport_optim.meta_training.tasks.convolutional import DigitsBatchNormCNN, DigitsCNN
+from teleport_optim.meta_training.tasks.perceptrons import (
+    DigitsAutoencoder,
+    DigitsMLP,
+    TeacherClassification,
+    TeacherRegression,
 )
-from teleport_optim.tasks.perceptrons import DigitsAutoencoder, DigitsMLP, TeacherClassification, TeacherRegression
-from teleport_optim.tasks.problem import InnerProblem, Orbit, Task
-from teleport_optim.tasks.sequences import CharRecurrent, CharTransformer
-from teleport_optim.tasks.splits import SPLITS
-from teleport_optim.tasks.tabular import Tabular
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Task
+from teleport_optim.meta_training.tasks.sequences import CharRecurrent, CharTransformer
+from teleport_optim.meta_training.tasks.splits import SPLITS
+from teleport_optim.meta_training.tasks.tabular import Tabular
 
-__all__ = ["FUNCTION_TASKS", "NETWORK_TASKS", "SPLITS", "TASKS", "InnerProblem", "Orbit", "Task", "find_task"]
+__all__ = ["SPLITS", "TASKS", "InnerProblem", "Task", "find_task"]
 
-_NETWORKS: tuple[Task, ...] = (
-    DigitsMLP(),
-    DigitsAutoencoder(),
-    TeacherRegression(),
-    TeacherClassification(),
-    DigitsCNN(),
-    DigitsBatchNormCNN(),
-    CharTransformer(),
-    CharRecurrent(),
-    Tabular(),
-)
-_FUNCTIONS: tuple[Task, ...] = (
-    Ellipse(),
-    FixedEllipse(),
-    Rosenbrock(),
-    FixedRosenbrock(),
-    ConvexQuadratic(),
-    IndefiniteQuadratic(),
-    PowerSums(),
-    ScaledProducts(),
-)
-
-TASKS: dict[str, Task] = {task.name: task for task in (*_NETWORKS, *_FUNCTIONS)}
-"""Every task family by name."""
-
-NETWORK_TASKS = tuple(task.name for task in _NETWORKS)
-"""Names of the families that meta-training draws by default: networks."""
-
-FUNCTION_TASKS = tuple(task.name for task in _FUNCTIONS)
-"""Names of the families of test functions."""
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        DigitsMLP(),
+        DigitsAutoencoder(),
+        TeacherRegression(),
+        TeacherClassification(),
+        DigitsCNN(),
+        DigitsBatchNormCNN(),
+        CharTransformer(),
+        CharRecurrent(),
+        Tabular(),
+    )
+}
+"""Every task family of the library by name; meta-training draws from all of them by default."""
 
 
 def find_task(name: str) -> Task:
@@ -94,7 +74,7 @@ def _import_task(path: str) -> Task:
         )
     task_class = getattr(module, class_name)
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
-        raise TypeError(f"{path!r} is not a task family: it must be a subclass of teleport_optim.tasks.Task")
+        raise TypeError(f"{path!r} is not a task family: it must be a subclass of teleport_optim.meta_training.Task")
     if not isinstance(getattr(task_class, "name", None), str):
         raise TypeError(f"{path!r} has no name: set the class attribute 'name' to a string")
     try:

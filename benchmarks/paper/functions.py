@@ -1,7 +1,7 @@
 """Low-dimensional test functions with known group actions, those of arXiv 2504.15399 among them.
 
-These are for experiments on teleportation; the meta-training of the general optimizer does not draw them. A problem has one
-parameter ``x``, and the function's coefficients are the inputs of its model, the same for every step.
+A problem has one parameter ``x``, and the function's coefficients are the inputs of its model, the same for every step. To
+the learner these are tasks like those that users write, and are named by their import paths.
 
 Their splits differ in the coefficients and in where they start, not in architecture. The functions that are called
 fixed have one set of coefficients, and there only the starts differ.
@@ -12,35 +12,40 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from teleport_optim.symmetry import SymmetrySpec
-from teleport_optim.tasks.draws import Draw
-from teleport_optim.tasks.orbits import (
+from benchmarks.paper.orbits import (
     AffineMap,
     ChannelScaling,
     CoordinatePermutation,
     HyperbolicRotation,
+    Orbit,
     PlaneMap,
     QuadraticMap,
     Rotation,
 )
-from teleport_optim.tasks.problem import InnerProblem, Orbit, Task, bounded, log_relative
+from teleport_optim.meta_training.tasks.draws import Draw
+from teleport_optim.meta_training.tasks.problem import InnerProblem, Task, bounded, log_relative
+from teleport_optim.symmetry import SymmetrySpec
 
 __all__ = [
+    "FUNCTIONS",
     "ConvexQuadratic",
     "Ellipse",
     "FixedEllipse",
     "FixedRosenbrock",
+    "FunctionProblem",
     "FunctionTask",
     "IndefiniteQuadratic",
     "PowerSums",
     "Rosenbrock",
     "ScaledProducts",
     "asinh_relative",
+    "task_path",
 ]
 
 _SMALLEST_DETERMINANT = 1e-6
@@ -55,6 +60,23 @@ def asinh_relative(losses: Tensor, initial: Tensor) -> Tensor:
         initial: ``[..., 1]``, of any sign.
     """
     return bounded(torch.asinh(torch.clamp(losses / initial.abs(), -_LARGEST_RATIO, _LARGEST_RATIO)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionProblem(InnerProblem):
+    """Functions of one family, with what is known of them.
+
+    Attributes:
+        orbit: The group action; the inputs of ``model`` are the coefficients that it takes.
+        optimum: Where the minimum lies, ``[num_problems, dim]``, if there is one.
+    """
+
+    orbit: Orbit
+    optimum: Tensor | None
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = super().to(device)
+        return moved if self.optimum is None else replace(moved, optimum=self.optimum.to(device))
 
 
 class _FunctionModel(nn.Module):
@@ -92,7 +114,7 @@ class FunctionTask(Task):
         """Coefficients of ``num_problems`` functions, ``[num_problems, num_coefficients]``."""
 
     def draw_start(self, num_problems: int, draw: Draw) -> Tensor:
-        """Where the problems start, ``[num_problems, dim]``."""
+        """Initial points, ``[num_problems, dim]``."""
         return draw.normal(num_problems, self.dim)
 
     def optimum(self, coefficients: Tensor) -> Tensor | None:
@@ -105,14 +127,14 @@ class FunctionTask(Task):
 
     def sample(
         self, num_problems: int, horizons: tuple[int, int], split: str, generator: torch.Generator
-    ) -> InnerProblem:
+    ) -> FunctionProblem:
         draw = Draw(generator, self.name, split)
         coefficients = self.draw_coefficients(num_problems, draw)
         start = self.draw_start(num_problems, draw)
         targets = torch.zeros(num_problems)
         horizon = draw.horizon(*horizons)
         numbers = " ".join(f"{number:.2g}" for number in [*coefficients[0].tolist(), *start[0].tolist()])
-        return InnerProblem(
+        return FunctionProblem(
             model=_FunctionModel(self.value, self.dim),
             params={"x": start},
             loss=_output,
@@ -228,7 +250,7 @@ class IndefiniteQuadratic(_Quadratic):
 
 
 class PowerSums(FunctionTask):
-    """How far the power sums of four numbers are from those of a hidden solution, in any order of the numbers.
+    """Distance of the power sums of four numbers from those of a hidden solution, in any order of the numbers.
 
     ``f(x) = sum_k w_k (mean_i x_i^k - mean_i y_i^k)^2`` for k from 1 to 4; the coefficients are ``(y, w)``.
     """
@@ -283,3 +305,29 @@ class ScaledProducts(FunctionTask):
         wanted = coefficients[..., self.num_channels**2 :]
         size = wanted.abs().sqrt()
         return torch.cat([size, size * wanted.sign()], dim=-1)
+
+
+FUNCTIONS: dict[str, FunctionTask] = {
+    task.name: task
+    for task in (
+        Ellipse(),
+        FixedEllipse(),
+        Rosenbrock(),
+        FixedRosenbrock(),
+        ConvexQuadratic(),
+        IndefiniteQuadratic(),
+        PowerSums(),
+        ScaledProducts(),
+    )
+}
+"""Every family by name."""
+
+
+def task_path(name: str) -> str:
+    """Import path of a family of ``FUNCTIONS``, by which a configuration names it.
+
+    Example:
+        >>> task_path("ellipse")
+        'benchmarks.paper.functions:Ellipse'
+    """
+    return f"{__name__}:{type(FUNCTIONS[name]).__name__}"

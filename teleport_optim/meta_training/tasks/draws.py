@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from teleport_optim.meta_training.tasks.splits import check_split
 from teleport_optim.rng import generator_for
-from teleport_optim.tasks.splits import check_split
 
 __all__ = ["Draw"]
 
