@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from teleport_optim.optim.guard import Guard
 from test_optimizer import X, Y, network, seeded, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
