@@ -24,7 +24,7 @@ from torch.optim import AdamW, Muon
 from benchmarks.comparison.baselines import fast_products
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.cli.demo_runs import make_network
-from teleport_optim.optim.parameters import matrix_shape
+from teleport_optim.optim.shapes import matrix_shape
 
 __all__ = ["main", "state_bytes"]
 

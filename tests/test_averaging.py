@@ -281,7 +281,7 @@ def test_an_interrupt_while_swapping_leaves_nothing_behind(tensors: int, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("teleport_optim.optim.optimizer.swap_in", interrupted)
+        patch.setattr("teleport_optim.optim.averaged.swap_in", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.eval()
     assert same(weights_of(model), before)

@@ -17,7 +17,7 @@ from teleport_optim.meta_training.tasks import TASKS, InnerProblem, find_task
 from teleport_optim.meta_training.tasks.problem import WORST, log_relative
 from teleport_optim.meta_training.unroll import UnrollResult, init_unroll, unroll
 from teleport_optim.optim import schedule
-from teleport_optim.optim.parameters import BLOCK_ROWS
+from teleport_optim.optim.shapes import BLOCK_ROWS
 from teleport_optim.rng import generator_for
 
 BATCHES = partial(generator_for, "batch")

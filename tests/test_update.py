@@ -21,12 +21,14 @@ from torch.func import functional_call, stack_module_state
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, act, act_dual, find_symmetries
 from teleport_optim.controller.control import control
 from teleport_optim.controller.features import NUM_FEATURES, compute_features
-from teleport_optim.optim import parameters as layout_module
+from teleport_optim.optim import buckets as bucket_module
+from teleport_optim.optim import parameters
 from teleport_optim.optim import rule as update_module
+from teleport_optim.optim.buckets import Group
 from teleport_optim.optim.controls import PRIOR_MOMENTUM, Controls
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.orthogonalise import Mixing, Step, column_scales, descend, row_mixers
-from teleport_optim.optim.parameters import BLOCK_ROWS, Group, Layout, matrix_shape
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.optim.records import Factors, Hyper, UpdateState, step_factors
 from teleport_optim.optim.rule import Control, ema, update
 from teleport_optim.optim.schedule import (
@@ -37,6 +39,7 @@ from teleport_optim.optim.schedule import (
     prior_rate,
     rate_and_decay,
 )
+from teleport_optim.optim.shapes import BLOCK_ROWS, matrix_shape
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
 from teleport_optim.optim.teleport import balanced, teleport
 from teleport_optim.symmetry.groups import GROUPS
@@ -349,7 +352,8 @@ def test_buckets_hold_every_tensor_once(shapes: list[tuple[int, ...]], most: int
     tensors = {str(row): torch.randn([*runs, *shape], generator=generator(row)) for row, shape in enumerate(shapes)}
     layout = Layout({name: torch.Size(shape) for name, shape in zip(tensors, shapes)}, SymmetrySpec())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "_MAX_GROUPED", most)
+        patch.setattr(parameters, "MAX_GROUPED", most)
+        patch.setattr(bucket_module, "MAX_GROUPED", most)
         buckets = layout.buckets
     rows = [row for bucket in buckets for group in bucket.groups for row in group.rows]
     assert sorted(rows) == list(range(len(shapes)))
@@ -417,7 +421,8 @@ def test_a_step_changes_nothing_but_what_it_may(
     grads = {name: torch.randn(param.shape, generator=source).to(dtype) for name, param in params.items()}
     meta_optimizer = MetaOptimizer(block_rows=block_rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "_MAX_GROUPED", most)
+        patch.setattr(parameters, "MAX_GROUPED", most)
+        patch.setattr(bucket_module, "MAX_GROUPED", most)
         if not may_be_native:
             patch.setattr(native, "_native", None)
         layout = Layout.of(params, block_rows=block_rows)
@@ -751,8 +756,9 @@ def test_large_tensors_step_like_grouped_ones(
     outputs = torch.randn(*runs, len(SHAPES), len(Controls._fields), generator=source)
     shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
     ends, steps = [], []
-    for most in (layout_module._MAX_GROUPED, 0):
-        monkeypatch.setattr(layout_module, "_MAX_GROUPED", most)
+    for most in (bucket_module.MAX_GROUPED, 0):
+        monkeypatch.setattr(parameters, "MAX_GROUPED", most)
+        monkeypatch.setattr(bucket_module, "MAX_GROUPED", most)
         layout = Layout(shapes, SymmetrySpec(), block_rows=block_rows)
         assert len(layout.buckets) == (1 if most else len(SHAPES))
         hyper = Hyper.default(len(SHAPES), 20)
@@ -810,8 +816,9 @@ def test_parameters_that_are_not_contiguous_step_like_others(
         [torch.randn(shape, generator=generator(seed)).to(dtype) for shape in shapes.values()] for seed in range(2)
     )
     ends = []
-    for most, is_turned in itertools.product((layout_module._MAX_GROUPED, 0), (False, True)):
-        monkeypatch.setattr(layout_module, "_MAX_GROUPED", most)
+    for most, is_turned in itertools.product((bucket_module.MAX_GROUPED, 0), (False, True)):
+        monkeypatch.setattr(parameters, "MAX_GROUPED", most)
+        monkeypatch.setattr(bucket_module, "MAX_GROUPED", most)
         params = [nn.Parameter(x.mT.contiguous().mT if is_turned else x.clone()) for x in starts]
         assert all(param.is_contiguous() != is_turned for param in params)
         optimizer = LearnedTeleportOptimizer(params, total_steps=20, checkpoint=MetaOptimizer(4, block_rows=block_rows))

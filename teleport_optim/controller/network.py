@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from teleport_optim.controller.control import control
 from teleport_optim.controller.features import NUM_FEATURES
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.parameters import BLOCK_ROWS, Layout
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.optim.records import UpdateState
+from teleport_optim.optim.shapes import BLOCK_ROWS
 
 __all__ = ["MetaOptimizer"]
 

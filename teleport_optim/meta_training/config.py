@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from teleport_optim.meta_training.tasks import TASKS, find_task
-from teleport_optim.optim.parameters import BLOCK_ROWS
+from teleport_optim.optim.shapes import BLOCK_ROWS
 
 __all__ = ["ESTIMATOR_NAMES", "PRESETS", "Config", "log_uniform_horizon", "parse_config", "read_config"]
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from teleport_optim.optim.checks import check_parameter
 from teleport_optim.optim.diagnostics import Notices
-from teleport_optim.optim.parameters import Depth, as_real, embedding_names, matrix_shape
+from teleport_optim.optim.shapes import Depth, as_real, embedding_names, matrix_shape
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs, InputWatch
 from teleport_optim.symmetry.spec import SymmetrySpec

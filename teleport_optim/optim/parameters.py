@@ -9,76 +9,17 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from teleport_optim.optim.buckets import MAX_GROUPED, Block, Bucket, Group
+from teleport_optim.optim.shapes import BLOCK_ROWS, Depth, matrix_shape
 from teleport_optim.symmetry.spec import Symmetry, SymmetrySpec
 
-__all__ = [
-    "Block",
-    "Bucket",
-    "Depth",
-    "Group",
-    "Layout",
-    "Table",
-    "as_real",
-    "embedding_names",
-    "in_full_precision",
-    "matrix_shape",
-]
+__all__ = ["Layout", "Table"]
 
 NUM_STATIC_FEATURES = 9
-BLOCK_ROWS = 64
-"""Number of rows of a matrix that are made orthogonal to each other, unless a checkpoint says otherwise."""
 _WIDTH = 128
 """Columns from which on the step of a row is shorter, with the root of their number."""
-_MAX_GROUPED = 2**15
-"""Most entries of what is updated together: tensors of one shape, or rows of one tensor that are for themselves."""
-
-
-def matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
-    """How the rule reads a tensor: ``(rows, columns)``, rows being output units, or None for a vector.
-
-    Kernels ``[out, in, k, k]`` are read as ``out x (in * k * k)``. Leading axes of length one are dropped (position
-    embeddings ``[1, n, d]``); a tensor with more than two axes that leaves a single column (a gain per channel) is a
-    vector.
-
-    Example:
-        >>> matrix_shape(torch.Size([16, 3, 5, 5])), matrix_shape(torch.Size([16])), matrix_shape(torch.Size([16, 1, 1]))
-        ((16, 75), None, None)
-    """
-    sizes = list(shape)
-    while len(sizes) > 2 and sizes[0] == 1:
-        sizes.pop(0)
-    if len(sizes) < 2:
-        return None
-    columns = math.prod(sizes[1:])
-    if len(shape) > 2 and columns == 1:
-        return None
-    return sizes[0], columns
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """A view of complex numbers as pairs of real ones, ``[*shape, 2]``, or ``[2 * n]`` of a vector; a real tensor itself.
-
-    Example:
-        >>> as_real(torch.zeros(3, 2, dtype=torch.complex64)).shape, as_real(torch.zeros(3, dtype=torch.complex64)).shape
-        (torch.Size([3, 2, 2]), torch.Size([6]))
-    """
-    if not tensor.is_complex():
-        return tensor
-    pairs = torch.view_as_real(tensor.detach().resolve_conj())
-    return pairs.view(-1) if tensor.dim() == 1 else pairs
-
-
-def embedding_names(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of ``model`` that are embedding tables.
-
-    Example:
-        >>> sorted(embedding_names(nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 1))))
-        ['0.weight']
-    """
-    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding))
 
 
 class Table(NamedTuple):
@@ -100,136 +41,6 @@ class Table(NamedTuple):
     """``[num_tensors]``: where in ``Layout.buckets`` every tensor stands."""
     block_tensors: Tensor
     """``[num_blocks]``: the row of the tensor of every block, in the order of ``Layout.buckets``."""
-
-
-class Depth(NamedTuple):
-    """What the rate needs to know of a network as a whole, whichever of its tensors have a gradient."""
-
-    num_layers: int
-    """Number of matrices and kernels, embeddings not counted; at least 1."""
-    is_linear: bool = False
-    """Whether it has one matrix only."""
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, torch.Size], embeddings: Iterable[str] = (), *, is_whole: bool = False) -> Depth:
-        """The depth of a network with tensors of these shapes; ``is_whole`` says that it is known to have no others."""
-        matrices = [name for name, shape in shapes.items() if matrix_shape(shape) is not None]
-        num_layers = len(set(matrices) - set(embeddings))
-        return cls(max(1, num_layers), is_whole and len(matrices) == 1)
-
-
-class Group(NamedTuple):
-    """Tensors of one shape, which lie side by side in the vector of a bucket.
-
-    Attributes:
-        entries: Rows and columns of every one if they are matrices, else the number of entries.
-        rows: Their rows in the layout.
-        num_blocks: Number of blocks of rows of every one; a vector is one row.
-        block_size: Number of rows of a block; the last block of a matrix may have fewer.
-        is_large: Whether it is one large tensor of full blocks.
-    """
-
-    entries: tuple[int, ...]
-    rows: tuple[int, ...]
-    num_blocks: int
-    block_size: int
-    is_large: bool
-
-    @classmethod
-    def of(cls, entries: tuple[int, ...], rows: Sequence[int], most: int) -> Group:
-        """The group with blocks of at most ``most`` rows: as few as can be, or some more that have the same size."""
-        num_rows = max(entries[0], 1) if len(entries) == 2 else 1
-        num_blocks = -(-num_rows // most)
-        even = (number for number in range(num_blocks, min(2 * num_blocks, num_rows) + 1) if num_rows % number == 0)
-        num_blocks = next(even, num_blocks)
-        is_large = num_rows % num_blocks == 0 and math.prod(entries) > _MAX_GROUPED
-        return cls(entries, tuple(rows), num_blocks, -(-num_rows // num_blocks), is_large)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether they are matrices."""
-        return len(self.entries) == 2
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether blocks have more than one row."""
-        return self.block_size > 1
-
-    def blocks_of(self, tensors: Tensor) -> Tensor:
-        """Tensors ``[*runs, len(rows), *entries]`` as blocks ``[*runs, blocks, block_size, columns]``; zeros fill the last ones."""
-        if not self.is_matrix:
-            return tensors.unsqueeze(-2)
-        missing = self.num_blocks * self.block_size - self.entries[0]
-        if missing:
-            tensors = F.pad(tensors, [0, 0, 0, missing])
-        return tensors.reshape(
-            [*tensors.shape[:-3], len(self.rows) * self.num_blocks, self.block_size, self.entries[1]]
-        )
-
-    def tensors_of(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of blocks, each ``[*runs, *entries]``."""
-        runs = blocks.shape[:-3]
-        if not self.is_matrix:
-            return blocks.squeeze(-2).unbind(-2)
-        padded = blocks.reshape([*runs, len(self.rows), self.num_blocks * self.block_size, self.entries[1]])
-        return padded.narrow(-2, 0, self.entries[0]).unbind(-3)
-
-
-class Block(NamedTuple):
-    """Rows of a tensor that are updated as one; a vector is one row."""
-
-    tensor: int
-    """Row of the tensor in the layout."""
-    offset: int
-    """First entry of the block in the tensor."""
-    rows: int
-    columns: int
-    is_mixed: bool
-    """Whether the rows are made orthogonal to each other, or every row is for itself."""
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return self.rows * self.columns
-
-    @property
-    def work(self) -> int:
-        """About how many multiplications its update takes."""
-        side = min(self.rows, self.columns)
-        return 10 * side**3 + 2 * side * self.size if self.is_mixed else 4 * self.size
-
-
-class Bucket(NamedTuple):
-    """Tensors that are updated as one long vector.
-
-    Attributes:
-        names: Their names, in the order in which they lie in the vector.
-        groups: What it consists of.
-        sizes: Number of entries of every group.
-    """
-
-    names: tuple[str, ...]
-    groups: tuple[Group, ...]
-    sizes: tuple[int, ...]
-
-    def gather(self, tensors: Mapping[str, Tensor], run_axes: int) -> Tensor:
-        """The tensors, each ``[*runs, *shape]``, as one vector ``[*runs, n]``; 16-bit ones become float32."""
-        parts = []
-        for name in self.names:
-            tensor = tensors[name]
-            parts.append(tensor.flatten(run_axes) if tensor.dim() > run_axes else tensor.unsqueeze(-1))
-        return in_full_precision(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """The groups in a vector ``[*runs, n]``, each ``[*runs, len(rows), *entries]``."""
-        runs = vector.shape[:-1]
-        parts = torch.split(vector, list(self.sizes), dim=-1)
-        return [part.view([*runs, len(group.rows), *group.entries]) for group, part in zip(self.groups, parts)]
-
-
-def in_full_precision(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 if it has 16 bits, else as it is."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _balances(symmetry: Symmetry) -> bool:
@@ -296,7 +107,7 @@ class Layout:
         large: list[dict[tuple[int, ...], list[int]]] = []
         for row, (name, shape) in enumerate(self.shapes.items()):
             entries: tuple[int, ...] = self.matrices.get(name) or (shape.numel(),)
-            if shape.numel() > _MAX_GROUPED:
+            if shape.numel() > MAX_GROUPED:
                 large.append({entries: [row]})
             else:
                 small.setdefault(entries, []).append(row)
@@ -308,7 +119,7 @@ class Layout:
         blocks = []
         for group in (group for bucket in self.buckets for group in bucket.groups):
             rows, columns = group.entries if group.is_matrix else (1, *group.entries)
-            most = group.block_size if group.is_mixed else max(1, _MAX_GROUPED // max(columns, 1))
+            most = group.block_size if group.is_mixed else max(1, MAX_GROUPED // max(columns, 1))
             for tensor in group.rows:
                 for first in range(0, rows if columns else 0, most):
                     blocks.append(Block(tensor, first * columns, min(most, rows - first), columns, group.is_mixed))

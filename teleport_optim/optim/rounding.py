@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.parameters import Layout, in_full_precision
+from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.shapes import in_full_precision
 from teleport_optim.optim.sharding import whole
 
 __all__ = ["bias_pairs", "rounding_errors"]

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.orthogonalise import descend
-from teleport_optim.optim.parameters import Layout, in_full_precision
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.optim.records import Hyper, UpdateState, step_factors
 from teleport_optim.optim.schedule import averaging_weight, is_due
+from teleport_optim.optim.shapes import in_full_precision
 from teleport_optim.optim.teleport import balanced, teleport
 
 __all__ = ["Control", "active_rows", "average_offset", "ema", "update"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.averaging import AVERAGE_SLOTS, END, FINGERPRINT, ITERATE, START, initial_average
-from teleport_optim.optim.parameters import as_real
 from teleport_optim.optim.records import UpdateState, slot_dtype
 from teleport_optim.optim.schedule import Horizon
+from teleport_optim.optim.shapes import as_real
 from teleport_optim.optim.sharding import is_distributed, local, part_like
 
 __all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "Slots", "initial_slots", "read_state_dict"]

@@ -17,11 +17,12 @@ from teleport_optim.optim.fingerprints import fingerprints
 from teleport_optim.optim.kernels import inplace, native
 from teleport_optim.optim.kernels.native import NativeStep, are_plain
 from teleport_optim.optim.orthogonalise import Step
-from teleport_optim.optim.parameters import Layout, as_real
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.optim.records import Factors, Hyper, Pace, UpdateState
 from teleport_optim.optim.rounding import bias_pairs
 from teleport_optim.optim.rule import Control, ema
 from teleport_optim.optim.schedule import Horizon, averaging_weight, is_due
+from teleport_optim.optim.shapes import as_real
 from teleport_optim.optim.sharding import all_whole
 from teleport_optim.optim.state import ROW_KEYS, Progress, Slots
 from teleport_optim.optim.teleport import balanced, teleport

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from teleport_optim.optim.parameters import Depth, Layout, embedding_names
+from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.shapes import Depth, embedding_names
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 __all__ = ["WORST", "InnerProblem", "Loss", "SampleBatch", "Task", "bounded", "log_relative"]

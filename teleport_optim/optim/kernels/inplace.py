@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.orthogonalise import Step
-from teleport_optim.optim.parameters import Layout, in_full_precision
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.optim.rule import active_rows, average_offset
+from teleport_optim.optim.shapes import in_full_precision
 from teleport_optim.optim.sharding import all_local, all_parts_like, local, part_like
 from teleport_optim.symmetry.moves import Moved, unmoved
 

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.parameters import Block, Layout, matrix_shape
+from teleport_optim.optim.buckets import Block
+from teleport_optim.optim.parameters import Layout
 from teleport_optim.optim.records import Pace
+from teleport_optim.optim.shapes import matrix_shape
 from teleport_optim.symmetry.moves import pick
 
 try:
