@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from teleport_optim import LearnedTeleportOptimizer
-from teleport_optim.optim import parameters as layout
+from teleport_optim.optim import buckets as buckets_module
+from teleport_optim.optim import parameters
 from teleport_optim.optim.optimizer import TeleportOptimizer
 
 pytestmark = [
@@ -299,8 +300,9 @@ def test_steps_within_the_backward_pass(make: Callable[..., Optimizer]) -> None:
 
 def test_tensors_of_one_shape_go_together_as_they_go_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
-    for most in (layout._MAX_GROUPED, 0):
-        monkeypatch.setattr(layout, "_MAX_GROUPED", most)
+    for most in (buckets_module.MAX_GROUPED, 0):
+        monkeypatch.setattr(parameters, "MAX_GROUPED", most)
+        monkeypatch.setattr(buckets_module, "MAX_GROUPED", most)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layers = [module for _ in range(4) for module in (nn.Linear(6, 6), nn.Tanh())]
@@ -311,7 +313,7 @@ def test_tensors_of_one_shape_go_together_as_they_go_alone(monkeypatch: pytest.M
             F.cross_entropy(model(X.double()), Y).backward()
             optimizer.step()
         assert optimizer._cache is not None
-        buckets = optimizer._cache.layout.buckets
+        buckets = optimizer._cache.table.buckets
         assert len(buckets) == (1 if most else len(list(model.parameters())))
         assert max(len(group.rows) for bucket in buckets for group in bucket.groups) == (4 if most else 1)
         ends.append(list(model.parameters()))

@@ -46,7 +46,7 @@ def network() -> nn.Sequential:
         return nn.Sequential(*layers).double()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -60,8 +60,8 @@ def train(model: nn.Module, optimizer: LearnedTeleportOptimizer, inputs: Tensor,
         optimizer.step()
         sizes.append(optimizer.teleport_size)
         if step == steps - 4:  # before the average goes to the parameters
-            averages = {name: whole(value) for name, value in optimizer.averaged_parameters().items()}
-    parameters = {name.removeprefix("module."): whole(p.detach()).clone() for name, p in model.named_parameters()}
+            averages = {name: full_tensor(value) for name, value in optimizer.averaged_parameters().items()}
+    parameters = {name.removeprefix("module."): full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
     skipped = optimizer.stats().num_skipped_steps
     return {"parameters": parameters, "averages": averages, "sizes": sizes, "skipped": skipped}
 
@@ -128,7 +128,7 @@ def sharded_and_resumed_from_one_process() -> Result:
     for name, slots in full["state"].items():
         for key, value in slots.items():
             if key != "fingerprint":  # that of a part, which is another in every process
-                assert torch.equal(whole(back["state"][name][key]), value), (name, key)
+                assert torch.equal(full_tensor(back["state"][name][key]), value), (name, key)
     return train(model, resumed, part(X), part(Y), NUM_STEPS - 13)
 
 

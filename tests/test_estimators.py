@@ -58,7 +58,7 @@ def draw(task: str) -> InnerProblem:
     problem = find_task(task).sample(2, (horizon, horizon), "train", generator_for("test", seed))
     assert kind in problem.description
     assert problem.knows_horizon
-    assert len(problem.layout.spec) == (2 if task == TELEPORTING else 0)
+    assert len(problem.table.spec) == (2 if task == TELEPORTING else 0)
     return in_float64(problem)
 
 

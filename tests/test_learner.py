@@ -48,7 +48,7 @@ def log_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("estimator", ESTIMATOR_NAMES)
 def test_two_runs_agree_and_an_interrupted_one_too(estimator: str, tmp_path: Path) -> None:
-    config = replace(TINY, estimator=estimator, run_dir=str(tmp_path / "whole"))
+    config = replace(TINY, estimator=estimator, run_dir=str(tmp_path / "full_tensor"))
     whole = Learner(config)
     reports = [report._replace(seconds=0.0) for report in whole.run()]
     other = replace(config, run_dir=str(tmp_path / "other"))
@@ -60,7 +60,7 @@ def test_two_runs_agree_and_an_interrupted_one_too(estimator: str, tmp_path: Pat
         assert torch.equal(getattr(resumed, name), getattr(whole, name))
     assert reports[1].validation is not None
     assert reports[4].validation is not None
-    assert log_of(tmp_path / "other") == log_of(tmp_path / "whole")
+    assert log_of(tmp_path / "other") == log_of(tmp_path / "full_tensor")
     assert not torch.equal(whole.theta.detach(), whole.untrained)
 
 

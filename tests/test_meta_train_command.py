@@ -162,7 +162,7 @@ def hears_ctrl_c() -> Iterator[None]:
 def test_an_interrupted_run_goes_on_where_it_was(
     number: int, hears_ctrl_c: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert meta_train([*options(FUNCTIONS), "--run-dir", "whole"]) == 0
+    assert meta_train([*options(FUNCTIONS), "--run-dir", "full_tensor"]) == 0
     run = Learner.run
 
     def interrupted(learner: Learner) -> Iterator[OuterStep]:
@@ -185,7 +185,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.setattr(Learner, "run", run)
     next_second()
     assert meta_train(["--resume", "parts", "--device", "cpu"]) == 0
-    whole, parts = (torch.load(f"{name}/state.pt", weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (torch.load(f"{name}/state.pt", weights_only=True) for name in ("full_tensor", "parts"))
     assert torch.equal(whole["best"], parts["best"])
     assert [step for step, _ in scalars_of("parts")["objective"]] == [1, 2, 3]
 

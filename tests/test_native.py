@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.kernels.native import NativeStep, all_norms, are_plain
-from teleport_optim.optim.orthogonalise import descend
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Factors, Pace
+from teleport_optim.optim.orthogonalise import compute_steps
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import StepCoefficients, UnitCoefficients
 from teleport_optim.optim.rule import active_rows, average_offset, ema
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 
@@ -51,13 +51,13 @@ def test_it_is_built_where_there_is_a_compiler() -> None:
     assert native._native is None or native._native is modules()[-1]
 
 
-def factors(num_tensors: int, generator: torch.Generator, beta: float = 0.65) -> Factors:
-    shrinks, lengths = torch.rand(2, num_tensors, generator=generator)
-    return Factors(torch.tensor(beta), 1.0 - 0.1 * shrinks, 0.01 + 0.1 * lengths)
+def coefficients(num_tensors: int, generator: torch.Generator, beta: float = 0.65) -> StepCoefficients:
+    decay_factors, lengths = torch.rand(2, num_tensors, generator=generator)
+    return StepCoefficients(torch.tensor(beta), 1.0 - 0.1 * decay_factors, 0.01 + 0.1 * lengths)
 
 
 class Tensors(NamedTuple):
-    """What a step reads and writes, every tensor of the layout in each list."""
+    """What a step reads and writes, every tensor of the table in each list."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -73,25 +73,29 @@ class Tensors(NamedTuple):
 WEIGHT = 0.1
 
 
-def by_torch(tensors: Tensors, known: Factors, layout: Layout) -> None:
+def by_torch(tensors: Tensors, known: StepCoefficients, table: ParameterTable) -> None:
     """The step in place, as :mod:`teleport_optim.optim.rule` writes it."""
     averages = [ema(m, g, known.beta) for m, g in zip(tensors.momenta, tensors.grads)]
-    masks = [active_rows(name, grad, layout) for name, grad in zip(layout.names, tensors.grads)]
-    steps = descend({n: a * mask for n, a, mask in zip(layout.names, averages, masks)}, known, layout)
+    masks = [active_rows(name, grad, table) for name, grad in zip(table.names, tensors.grads)]
+    steps = compute_steps({n: a * mask for n, a, mask in zip(table.names, averages, masks)}, known, table)
     for momentum, average in zip(tensors.momenta, averages):
         momentum.copy_(average)
-    for name, param, offset, shrink, mask in zip(layout.names, tensors.params, tensors.offsets, known.shrinks, masks):
+    for name, param, offset, shrink, mask in zip(
+        table.names, tensors.params, tensors.offsets, known.decay_factors, masks
+    ):
         old = param.clone()
         param.copy_(torch.where(mask, steps[name].taken_from(param * shrink), param))
         offset.copy_(average_offset(offset, old, param, WEIGHT))
 
 
-def natively(tensors: Tensors, known: Factors, layout: Layout) -> None:
+def natively(tensors: Tensors, known: StepCoefficients, table: ParameterTable) -> None:
     counts = [torch.tensor(3.0) for _ in tensors.params]
-    pace = Pace(known.beta, known.lengths / 0.1, (1.0 - known.shrinks) / 0.1, torch.zeros(len(counts)))
+    unit = UnitCoefficients(
+        known.beta, known.step_lengths / 0.1, (1.0 - known.decay_factors) / 0.1, torch.zeros(len(counts))
+    )
     prints, ends = ([torch.tensor(0) for _ in counts] for _ in range(2))
     weights = [WEIGHT] * len(counts)
-    NativeStep(layout).take(*tensors, counts, prints, ends, pace=pace, rate=0.1, decay=1.0, weights=weights)
+    NativeStep(table).take(*tensors, counts, prints, ends, unit=unit, rate=0.1, decay=1.0, weights=weights)
     assert counts == [4.0] * len(counts)
     assert ends == [1] * len(counts)
 
@@ -119,15 +123,17 @@ def test_it_takes_the_step_of_torch(
     if has_zeros:
         for tensor in (tensor for tensor in [*tensors.momenta, *tensors.grads] if tensor.dim()):
             tensor[: len(tensor) // 2] = 0.0
-    layout = Layout.of({str(number): param for number, param in enumerate(tensors.params)}, block_rows=block_rows)
-    known = factors(len(shapes), generator, beta)
+    table = ParameterTable.of(
+        {str(number): param for number, param in enumerate(tensors.params)}, block_rows=block_rows
+    )
+    known = coefficients(len(shapes), generator, beta)
     expected = copy.deepcopy(tensors)
-    by_torch(expected, known, layout)
+    by_torch(expected, known, table)
     for module in modules():
         ours = copy.deepcopy(tensors)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "_native", module)
-            natively(ours, known, layout)
+            natively(ours, known, table)
         for before, own, right in zip(zip(*tensors), zip(*ours), zip(*expected)):
             old, new, there = (Tensors._make(each) for each in (before, own, right))
             torch.testing.assert_close(new.momenta, there.momenta, rtol=2**-7, atol=1e-6)
@@ -143,9 +149,9 @@ def test_it_rounds_as_torch_does() -> None:
     upper = torch.arange(1, 0x7F00, 7, dtype=torch.int32)
     grads = torch.cat([(upper << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32)
     grads = grads[grads < 1e18]
-    layout = Layout.of({"v": grads})
+    table = ParameterTable.of({"v": grads})
     tensors = Tensors([torch.zeros_like(grads)], [grads], *([torch.zeros_like(grads).bfloat16()] for _ in range(2)))
-    natively(tensors, Factors(torch.tensor(0.0), torch.ones(1), torch.ones(1)), layout)
+    natively(tensors, StepCoefficients(torch.tensor(0.0), torch.ones(1), torch.ones(1)), table)
     assert torch.equal(tensors.momenta[0], grads.bfloat16())
 
 
@@ -185,16 +191,16 @@ def test_threads_make_no_difference(num_threads: Callable[[int], None]) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(300, 2000), (2000,), (256, 256), (10, 30)]
     start = Tensors.random(shapes, generator)
-    layout = Layout.of({str(number): param for number, param in enumerate(start.params)})
-    known = factors(len(shapes), generator)
+    table = ParameterTable.of({str(number): param for number, param in enumerate(start.params)})
+    known = coefficients(len(shapes), generator)
     results = []
     for number in (1, 2, 3, 50):
         num_threads(number)
-        parts = NativeStep(layout)._parts()
+        parts = NativeStep(table)._parts()
         assert (len(parts) > 1) == (number > 1)
-        assert b"".join(bytes(part) for part in parts) == bytes(NativeStep(layout)._units)
+        assert b"".join(bytes(part) for part in parts) == bytes(NativeStep(table)._blocks)
         tensors = copy.deepcopy(start)
-        natively(tensors, known, layout)
+        natively(tensors, known, table)
         results.append([*tensors.params, *tensors.momenta, *tensors.offsets])
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
@@ -300,7 +306,7 @@ def empty_count(model: nn.Module, optimizer: LearnedTeleportOptimizer) -> None:
 def test_sizes_that_have_changed_are_not_written_to(
     spoil: Callable[[nn.Module, LearnedTeleportOptimizer], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An address is taken at its word, so torch gets whatever is not as the layout says: it raises, or computes nothing."""
+    """An address is taken at its word, so torch gets whatever is not as the table says: it raises, or computes nothing."""
     model = network()
     optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20, teleport=False)
     train(model, optimizer, 2)

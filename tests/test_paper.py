@@ -13,7 +13,7 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper import newton
 from benchmarks.paper.ellipse_directions import short_axis
 from benchmarks.paper.functions import FUNCTIONS
-from benchmarks.paper.groups import balanced, permutation_spread
+from benchmarks.paper.groups import balance, permutation_spread
 from benchmarks.paper.harness import (
     NEVER,
     Study,
@@ -192,7 +192,7 @@ def test_permutations_keep_the_gradient_norm_and_balance_keeps_the_loss(study: S
     permuted = study.problem("power_sums")
     assert permutation_spread(permuted, permuted.params["x"]).max() < 1e-4
     scaled = study.problem("scaled_products")
-    u, v = balanced(scaled, scaled.params["x"]).chunk(2, dim=-1)
+    u, v = balance(scaled, scaled.params["x"]).chunk(2, dim=-1)
     torch.testing.assert_close(u.abs(), v.abs())
     inputs, _ = scaled.sample_batch(torch.Generator())
     value = FUNCTIONS["scaled_products"].value

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.meta_training.tasks.data import digits
-from teleport_optim.optim.schedule import is_due
+from teleport_optim.optim.schedule import is_control_step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
@@ -76,7 +76,7 @@ def teleport_size(optimizer: Optimizer) -> float:
 def assert_teleports(make: Make, sizes: list[float]) -> None:
     """The learned optimizer teleports in its first step and in every fortieth from there, AdamW never."""
     assert [step for step, size in enumerate(sizes) if size > 0] == (
-        [step for step in range(len(sizes)) if is_due(step)] if make is ours else []
+        [step for step in range(len(sizes)) if is_control_step(step)] if make is ours else []
     )
 
 

@@ -122,7 +122,7 @@ def exploding(problem: InnerProblem, is_lost: Tensor) -> InnerProblem:
         bad = (is_lost & (count > 3)).reshape(-1, *[1] * (inputs.dim() - 1))
         return torch.where(bad, torch.inf, inputs), targets
 
-    return dataclasses.replace(problem, sample_batch=sample_batch, symmetries=problem.layout.spec)
+    return dataclasses.replace(problem, sample_batch=sample_batch, symmetries=problem.table.spec)
 
 
 def test_a_run_that_explodes_stays_exploded_and_leaves_the_others_alone() -> None:

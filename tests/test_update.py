@@ -24,24 +24,24 @@ from teleport_optim.controller.features import NUM_FEATURES, compute_features
 from teleport_optim.optim import buckets as bucket_module
 from teleport_optim.optim import parameters
 from teleport_optim.optim import rule as update_module
-from teleport_optim.optim.buckets import Group
+from teleport_optim.optim.buckets import ShapeGroup
 from teleport_optim.optim.controls import PRIOR_MOMENTUM, Controls
 from teleport_optim.optim.kernels import native
-from teleport_optim.optim.orthogonalise import Mixing, Step, column_scales, descend, row_mixers
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Factors, Hyper, UpdateState, step_factors
+from teleport_optim.optim.orthogonalise import Mixing, Step, column_scales, compute_steps, row_mixers
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import HyperParameters, StepCoefficients, UpdateState, step_coefficients
 from teleport_optim.optim.rule import Control, ema, update
 from teleport_optim.optim.schedule import (
     TELEPORT_INTERVAL,
     Horizon,
     averaging_weight,
-    is_due,
+    is_control_step,
     prior_rate,
     rate_and_decay,
 )
 from teleport_optim.optim.shapes import BLOCK_ROWS, matrix_shape
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
-from teleport_optim.optim.teleport import balanced, teleport
+from teleport_optim.optim.teleport import balance, teleport
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.moves import move, move_scaling
 from teleport_optim.symmetry.spec import Leg, Symmetry, SymmetrySpec
@@ -92,12 +92,12 @@ def loss_and_grads(
 def momentum_step(
     grads: dict[str, Tensor],
     momenta: dict[str, Tensor],
-    factors: Factors,
-    layout: Layout,
+    coefficients: StepCoefficients,
+    table: ParameterTable,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a step takes from parameters at zero, with the opposite sign, and the new momenta."""
-    averages = {name: ema(momentum, grads[name], factors.beta) for name, momentum in momenta.items()}
-    steps = descend(averages, factors, layout)
+    averages = {name: ema(momentum, grads[name], coefficients.beta) for name, momentum in momenta.items()}
+    steps = compute_steps(averages, coefficients, table)
     return {name: -steps[name].taken_from(torch.zeros_like(average)) for name, average in averages.items()}, averages
 
 
@@ -164,7 +164,7 @@ def test_the_prior_is_the_documented_one() -> None:
 @pytest.mark.parametrize("block_rows", [BLOCK_ROWS, 4, 3, 1])
 def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int, sizes: tuple[int, ...]) -> None:
     model = perceptron(*sizes)
-    layout = Layout.of(named(model), block_rows=block_rows)
+    table = ParameterTable.of(named(model), block_rows=block_rows)
     x, y = (
         torch.randn(20, sizes[0], generator=generator()).double(),
         torch.randn(20, 3, generator=generator(1)).double(),
@@ -173,11 +173,11 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int, size
     state = UpdateState.initial(ours, torch.zeros(len(ours), 1))
     buffers = {name: torch.zeros_like(param) for name, param in reference.items()}
     average = named(model)
-    hyper = Hyper.default(len(ours), 50)
+    hyper = HyperParameters.default(len(ours), 50)
     for step in range(50):
         _, grads = loss_and_grads(model, ours, x, y)
         ours, state = update(
-            partial(control, constant_controller), ours, grads, state, step=step, hyper=hyper, layout=layout
+            partial(control, constant_controller), ours, grads, state, step=step, hyper=hyper, table=table
         )
         _, grads = loss_and_grads(model, reference, x, y)
         rule_h(reference, grads, buffers, step, 50, block_rows)
@@ -196,21 +196,21 @@ def test_constant_controls_give_the_prior_over_fifty_steps(block_rows: int, size
 @given(columns=st.integers(1, 700), is_embedding=st.booleans())
 def test_rows_of_wide_matrices_take_shorter_steps_but_not_those_of_embeddings(columns: int, is_embedding: bool) -> None:
     params = {"w": torch.zeros(3, columns)}
-    layout = Layout.of(params, embeddings=["w"] if is_embedding else [])
-    factors = step_factors(Controls.prior(1), step=5, hyper=Hyper.default(1), layout=layout)
-    steps = descend({"w": torch.randn(3, columns, generator=generator())}, factors, layout)
-    rate, _ = rate_and_decay(5, Horizon(), layout)
+    table = ParameterTable.of(params, embeddings=["w"] if is_embedding else [])
+    coefficients = step_coefficients(Controls.prior(1), step=5, hyper=HyperParameters.default(1), table=table)
+    steps = compute_steps({"w": torch.randn(3, columns, generator=generator())}, coefficients, table)
+    rate, _ = rate_and_decay(5, Horizon(), table)
     length = rate if is_embedding else rate * min(1.0, math.sqrt(128 / columns))
     torch.testing.assert_close(steps["w"].product().norm(dim=1), torch.full((3,), length), rtol=1e-5, atol=0)
 
 
 def test_vectors_move_like_normalised_sgd_with_momentum_of_torch() -> None:
     """m is, up to its length, the update of torch.optim.SGD with the same gradients."""
-    layout = Layout.of({"v": torch.zeros(7)})
+    table = ParameterTable.of({"v": torch.zeros(7)})
     theta = nn.Parameter(torch.zeros(7, dtype=torch.float64))
     sgd = torch.optim.SGD([theta], lr=1.0, momentum=PRIOR_MOMENTUM)
     momenta = {"v": torch.zeros(7, dtype=torch.float64)}
-    hyper = Hyper.default(1, 1000)
+    hyper = HyperParameters.default(1, 1000)
     source = generator()
     for step in range(50):
         grad = torch.randn(7, generator=source, dtype=torch.float64)
@@ -218,8 +218,8 @@ def test_vectors_move_like_normalised_sgd_with_momentum_of_torch() -> None:
         theta.grad = grad
         sgd.step()
         expected = theta.detach() - before
-        factors = step_factors(Controls.prior(1), step=step, hyper=hyper, layout=layout)
-        steps, momenta = momentum_step({"v": grad}, momenta, factors, layout)
+        coefficients = step_coefficients(Controls.prior(1), step=step, hyper=hyper, table=table)
+        steps, momenta = momentum_step({"v": grad}, momenta, coefficients, table)
         move = -steps["v"]
         torch.testing.assert_close(move / move.norm(), expected / expected.norm(), rtol=0, atol=1e-6)
         rate, _ = prior_rate(step, Horizon(1000), 1)
@@ -229,7 +229,7 @@ def test_vectors_move_like_normalised_sgd_with_momentum_of_torch() -> None:
 def test_matrices_move_like_muon_of_torch_with_rows_normalised() -> None:
     theta = nn.Parameter(torch.zeros(6, 9))
     muon = torch.optim.Muon([theta], lr=1.0, momentum=PRIOR_MOMENTUM, nesterov=False, weight_decay=0.0)
-    layout = Layout.of({"w": theta.detach()})
+    table = ParameterTable.of({"w": theta.detach()})
     momenta = {"w": torch.zeros(6, 9)}
     source = generator()
     for step in range(10):
@@ -238,8 +238,10 @@ def test_matrices_move_like_muon_of_torch_with_rows_normalised() -> None:
         muon.step()
         expected = theta.detach() - before
         expected = expected / expected.square().mean(dim=1, keepdim=True).sqrt()
-        factors = step_factors(Controls.prior(1), step=step, hyper=Hyper.default(1, 1000), layout=layout)
-        steps, momenta = momentum_step({"w": grad}, momenta, factors, layout)
+        coefficients = step_coefficients(
+            Controls.prior(1), step=step, hyper=HyperParameters.default(1, 1000), table=table
+        )
+        steps, momenta = momentum_step({"w": grad}, momenta, coefficients, table)
         move = -steps["w"]
         assert F.cosine_similarity(move.flatten(), expected.flatten(), dim=0) > 0.9  # Muon has other polynomials.
 
@@ -252,15 +254,15 @@ def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool, block_rows:
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
     spec = find_symmetries(model, x) if teleports else None
     params = named(model)
-    layout = Layout.of(params, spec, block_rows=block_rows)
-    assert len(layout.spec) == (2 if teleports else 0)
+    table = ParameterTable.of(params, spec, block_rows=block_rows)
+    assert len(table.spec) == (2 if teleports else 0)
     state = UpdateState.initial(params, meta_optimizer.initial_hidden(len(params)))
-    hyper = Hyper.default(len(params), 90)
+    hyper = HyperParameters.default(len(params), 90)
     optimizer = LearnedTeleportOptimizer(
         model.parameters(), model=model, total_steps=90, checkpoint=meta_optimizer, teleport=teleports
     )
     sizes = []
-    options: dict[str, Any] = {"hyper": hyper, "layout": layout}
+    options: dict[str, Any] = {"hyper": hyper, "table": table}
     for step in range(90):
         _, grads = loss_and_grads(model, params, x, y)
         with torch.no_grad():
@@ -271,11 +273,11 @@ def test_the_class_equals_the_pure_rule_bit_for_bit(teleports: bool, block_rows:
         sizes.append(optimizer.teleport_size)
         for name, param in model.named_parameters():
             assert torch.equal(param, params[name]), (step, name)
-    assert all((size > 0) == (teleports and is_due(step)) for step, size in enumerate(sizes))
+    assert all((size > 0) == (teleports and is_control_step(step)) for step, size in enumerate(sizes))
 
 
 def test_the_meta_optimizer_is_asked_ever_less_often_and_its_controls_are_held_in_between() -> None:
-    assert [step for step in range(1000) if is_due(step)] == [0, 80, 160, 320, 640]
+    assert [step for step in range(1000) if is_control_step(step)] == [0, 80, 160, 320, 640]
     asked: list[int] = []
     model = perceptron(5, 8, 3)
     x, y = torch.randn(20, 5, generator=generator()).double(), torch.randn(20, 3, generator=generator(1)).double()
@@ -304,25 +306,27 @@ def test_rows_in_blocks_of_their_own_are_normalised(rows: int, columns: int, see
         {name: torch.randn(shape, generator=source).double() for name, shape in shapes.items()} for _ in range(2)
     )
     grads["w"][0] = momenta["w"][0] = 0.0
-    layout = Layout.of(grads)
+    table = ParameterTable.of(grads)
     controls = Controls.from_outputs(torch.randn(3, len(Controls._fields), generator=source))
-    factors = step_factors(controls, step=3, hyper=Hyper.default(3, 20), layout=layout)
+    coefficients = step_coefficients(controls, step=3, hyper=HyperParameters.default(3, 20), table=table)
     (steps, new_momenta), (usual, usual_momenta) = (
-        momentum_step(grads, momenta, factors, layout.with_blocks_of(block_rows)) for block_rows in (1, BLOCK_ROWS)
+        momentum_step(grads, momenta, coefficients, table.with_blocks_of(block_rows)) for block_rows in (1, BLOCK_ROWS)
     )
-    rest = (1 - factors.beta).double()  # beta is single precision
+    rest = (1 - coefficients.beta).double()  # beta is single precision
     for row, name in enumerate(shapes):
         m = (1 - rest) * momenta[name] + rest * grads[name]
         torch.testing.assert_close(new_momenta[name], m, rtol=1e-12, atol=1e-12)
         assert torch.equal(new_momenta[name], usual_momenta[name])
-        direction = F.normalize(m.reshape(layout.matrices.get(name, -1)), dim=-1).reshape(m.shape)
-        torch.testing.assert_close(steps[name], factors.lengths[row].double() * direction, rtol=1e-5, atol=1e-6)
+        direction = F.normalize(m.reshape(table.matrices.get(name, -1)), dim=-1).reshape(m.shape)
+        torch.testing.assert_close(
+            steps[name], coefficients.step_lengths[row].double() * direction, rtol=1e-5, atol=1e-6
+        )
     assert torch.equal(steps["v"], usual["v"])
-    for name in layout.matrices:
-        lengths, usual_lengths = (each[name].reshape(layout.matrices[name]).norm(dim=1) for each in (steps, usual))
+    for name in table.matrices:
+        lengths, usual_lengths = (each[name].reshape(table.matrices[name]).norm(dim=1) for each in (steps, usual))
         torch.testing.assert_close(lengths, usual_lengths, rtol=1e-6, atol=1e-9)
-    if "k" in layout.matrices:
-        has_one_row = layout.matrices["k"][0] == 1
+    if "k" in table.matrices:
+        has_one_row = table.matrices["k"][0] == 1
         assert torch.allclose(steps["k"], usual["k"], rtol=1e-3) == has_one_row
 
 
@@ -350,30 +354,30 @@ def test_momentum_is_one_number_for_a_network(num_tensors: int, runs: tuple[int,
 )
 def test_buckets_hold_every_tensor_once(shapes: list[tuple[int, ...]], most: int, runs: tuple[int, ...]) -> None:
     tensors = {str(row): torch.randn([*runs, *shape], generator=generator(row)) for row, shape in enumerate(shapes)}
-    layout = Layout({name: torch.Size(shape) for name, shape in zip(tensors, shapes)}, SymmetrySpec())
+    table = ParameterTable({name: torch.Size(shape) for name, shape in zip(tensors, shapes)}, SymmetrySpec())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parameters, "MAX_GROUPED", most)
         patch.setattr(bucket_module, "MAX_GROUPED", most)
-        buckets = layout.buckets
+        buckets = table.buckets
     rows = [row for bucket in buckets for group in bucket.groups for row in group.rows]
     assert sorted(rows) == list(range(len(shapes)))
-    assert [name for bucket in buckets for name in bucket.names] == [layout.names[row] for row in rows]
+    assert [name for bucket in buckets for name in bucket.names] == [table.names[row] for row in rows]
     for bucket in buckets:
-        assert len(bucket.names) == 1 or all(layout.shapes[name].numel() <= most for name in bucket.names)
+        assert len(bucket.names) == 1 or all(table.shapes[name].numel() <= most for name in bucket.names)
         vector = bucket.gather(tensors, len(runs))
-        assert vector.shape == (*runs, sum(layout.shapes[name].numel() for name in bucket.names))
+        assert vector.shape == (*runs, sum(table.shapes[name].numel() for name in bucket.names))
         for group, view in zip(bucket.groups, bucket.views(vector)):
             for index, row in enumerate(group.rows):
-                name = layout.names[row]
-                assert group.is_matrix == (name in layout.matrices)
+                name = table.names[row]
+                assert group.is_matrix == (name in table.matrices)
                 own = view.select(len(runs), index)
-                assert own.shape[len(runs) :] == (layout.matrices.get(name) or (layout.shapes[name].numel(),))
+                assert own.shape[len(runs) :] == (table.matrices.get(name) or (table.shapes[name].numel(),))
                 assert torch.equal(own.flatten(), tensors[name].flatten())
                 blocks = group.blocks_of(view)
                 assert blocks.shape[-3:] == (len(group.rows) * group.num_blocks, group.block_size, group.entries[-1])
                 assert torch.equal(group.tensors_of(blocks)[index], own)
-            assert not group.is_large or (len(group.rows) == 1 and layout.shapes[name].numel() > most)
-    table = layout.table(torch.zeros(()))
+            assert not group.is_large or (len(group.rows) == 1 and table.shapes[name].numel() > most)
+    table = table.tensors(torch.zeros(()))
     assert torch.equal(torch.tensor(rows)[table.inverse_order], torch.arange(len(rows)))
     groups = [group for bucket in buckets for group in bucket.groups]
     assert table.block_tensors.tolist() == [row for g in groups for row in g.rows for _ in range(g.num_blocks)]
@@ -382,7 +386,7 @@ def test_buckets_hold_every_tensor_once(shapes: list[tuple[int, ...]], most: int
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 500), st.integers(1, 40), st.integers(1, 64))
 def test_blocks_are_few_and_even_where_they_can_be(num_rows: int, columns: int, most: int) -> None:
-    group = Group.of((num_rows, columns), [0], most)
+    group = ShapeGroup.of((num_rows, columns), [0], most)
     least = max(1, math.ceil(num_rows / most))
     assert 1 <= group.block_size <= most
     assert least <= group.num_blocks < 2 * least
@@ -398,7 +402,7 @@ def test_blocks_are_few_and_even_where_they_can_be(num_rows: int, columns: int, 
     assert not rows[num_rows:].any()
     if num_rows:
         assert len(blocks_of(matrix[0], most)[0]) == group.block_size
-    vector = Group.of((num_rows,), [0], most)
+    vector = ShapeGroup.of((num_rows,), [0], most)
     assert (vector.num_blocks, vector.block_size, vector.is_mixed) == (1, 1, False)
 
 
@@ -425,8 +429,8 @@ def test_a_step_changes_nothing_but_what_it_may(
         patch.setattr(bucket_module, "MAX_GROUPED", most)
         if not may_be_native:
             patch.setattr(native, "_native", None)
-        layout = Layout.of(params, block_rows=block_rows)
-        assert len(layout.buckets) == (1 if most else len(shapes))
+        table = ParameterTable.of(params, block_rows=block_rows)
+        assert len(table.buckets) == (1 if most else len(shapes))
         optimizer = LearnedTeleportOptimizer(params.values(), total_steps=20, checkpoint=meta_optimizer)
         expected = {name: param.detach().clone() for name, param in params.items()}
         state = UpdateState.initial(expected, meta_optimizer.initial_hidden(len(params)))
@@ -442,8 +446,8 @@ def test_a_step_changes_nothing_but_what_it_may(
                     grads,
                     state,
                     step=step,
-                    hyper=Hyper.default(len(params), 20),
-                    layout=layout,
+                    hyper=HyperParameters.default(len(params), 20),
+                    table=table,
                 )
             for name, param in params.items():
                 assert param.grad is not None
@@ -469,14 +473,12 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
     params = named(model)
     source = generator(seed)
     x, y = torch.randn(9, 4, generator=source).double(), torch.randn(9, 2, generator=source).double()
-    layout = Layout.of(params, find_symmetries(model, x))
+    table = ParameterTable.of(params, find_symmetries(model, x))
     loss, grads = loss_and_grads(model, params, x, y)
     momenta = {name: 2.0 * grad for name, grad in grads.items()}
     controls = Controls.from_outputs(torch.randn(len(params), len(Controls._fields), generator=source))
     offsets = {name: torch.randn(param.shape, generator=source).double() for name, param in params.items()}
-    moved, moved_grads, moved_momenta, moved_offsets, sizes = teleport(
-        params, grads, momenta, offsets, controls, layout
-    )
+    moved, moved_grads, moved_momenta, moved_offsets, sizes = teleport(params, grads, momenta, offsets, controls, table)
     loss_there, grads_there = loss_and_grads(model, dict(moved), x, y)
     assert (sizes > 0).all()
     assert loss_there == pytest.approx(loss, rel=1e-12)
@@ -499,36 +501,36 @@ def test_a_run_begins_at_the_balanced_point_of_the_orbit(seed: int, spread: floa
     source = generator(seed)
     x, y = torch.randn(9, 4, generator=source).double(), torch.randn(9, 2, generator=source).double()
     params = named(model)
-    layout = Layout.of(params, find_symmetries(model, x))
-    element = {site.id: torch.exp(spread * torch.randn(site.size, generator=source).double()) for site in layout.spec}
+    table = ParameterTable.of(params, find_symmetries(model, x))
+    element = {site.id: torch.exp(spread * torch.randn(site.size, generator=source).double()) for site in table.spec}
     ends = []
-    for start in (params, act(layout.spec, element, params)):
+    for start in (params, act(table.spec, element, params)):
         loss, grads = loss_and_grads(model, start, x, y)
-        moved, moved_grads, moved_momenta, moved_offsets, sizes = balanced(start, grads, grads, start, layout)
+        moved, moved_grads, moved_momenta, moved_offsets, sizes = balance(start, grads, grads, start, table)
         assert all(torch.allclose(moved_momenta[name], moved_grads[name], rtol=1e-9) for name in grads)
         assert all(torch.allclose(moved_offsets[name], moved[name], rtol=1e-9) for name in start)
-        for symmetry, size in zip(layout.spec, sizes):
+        for symmetry, size in zip(table.spec, sizes):
             (bias,) = (leg.name for leg in symmetry.writers if leg.name.endswith("bias"))
             way = torch.log(moved[bias] / start[bias])
             assert size.item() == pytest.approx(way.square().mean().sqrt().item(), rel=1e-4)
         loss_there, grads_there = loss_and_grads(model, dict(moved), x, y)
         assert loss_there == pytest.approx(loss, rel=1e-9)
         torch.testing.assert_close(dict(moved_grads), grads_there, rtol=1e-8, atol=1e-12)
-        for symmetry in layout.spec:
+        for symmetry in table.spec:
             assert 0.25 * log_ratio(site_log_norms(symmetry, moved)).abs().max() < 0.02
         ends.append(dict(moved))
     torch.testing.assert_close(*ends, rtol=0.1, atol=1e-6)
-    assert balanced(params, grads, grads, params, Layout.of(params))[:4] == (params, grads, grads, params)
+    assert balance(params, grads, grads, params, ParameterTable.of(params))[:4] == (params, grads, grads, params)
 
 
 def test_full_strength_balances_a_site() -> None:
     model = perceptron(4, 7, 2)
     params = named(model)
-    layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
+    table = ParameterTable.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    moved, *_ = teleport(params, zeros, zeros, zeros, controls, layout)
-    (symmetry,) = layout.spec
+    moved, *_ = teleport(params, zeros, zeros, zeros, controls, table)
+    (symmetry,) = table.spec
     assert log_ratio(site_log_norms(symmetry, params)).abs().max() > 0.1
     assert log_ratio(site_log_norms(symmetry, moved)).abs().max() < 1e-5
 
@@ -554,12 +556,15 @@ def test_steps_are_equivariant_under_permutation_of_hidden_units(block_rows: int
     params = named(model)
     state = UpdateState.initial(params, meta_optimizer.initial_hidden(len(params)))
     num_steps = 2 * TELEPORT_INTERVAL
-    layout, hyper = Layout.of(params, scalings, block_rows=block_rows), Hyper.default(len(params), num_steps)
+    table, hyper = (
+        ParameterTable.of(params, scalings, block_rows=block_rows),
+        HyperParameters.default(len(params), num_steps),
+    )
 
     def train(params: dict[str, Tensor], state: UpdateState, step: int) -> tuple[dict[str, Tensor], UpdateState]:
         _, grads = loss_and_grads(model, params, x, y)
         with torch.no_grad():
-            return update(meta_optimizer.control, params, grads, state, step=step, hyper=hyper, layout=layout)
+            return update(meta_optimizer.control, params, grads, state, step=step, hyper=hyper, table=table)
 
     largest = 0.0
     for step in range(num_steps):  # Every step from one state: over many, the rounding of float32 features would grow.
@@ -581,13 +586,13 @@ def test_features_do_not_see_the_scale_of_the_loss(seed: int, scale: float) -> N
     model = perceptron(4, 7, 6, 2, seed=seed)
     params = named(model)
     source = generator(seed)
-    layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
+    table = ParameterTable.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     grads, momenta = ({n: torch.randn(p.shape, generator=source).double() for n, p in params.items()} for _ in range(2))
     unseen = torch.full((len(params), 2), math.nan)
 
     def features(factor: float) -> Tensor:
         scaled = [{name: factor * value for name, value in slot.items()} for slot in (grads, momenta)]
-        return compute_features(params, *scaled, unseen, layout=layout, step=0, total_steps=None)[0]
+        return compute_features(params, *scaled, unseen, table=table, step=0, total_steps=None)[0]
 
     assert features(1.0).shape == (len(params), NUM_FEATURES)
     torch.testing.assert_close(features(scale), features(1.0), rtol=0, atol=1e-3)
@@ -733,8 +738,8 @@ def test_mixed_rows_see_no_scale_and_no_neighbour(shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("rank", [1, 5, 1000])
 def test_mixed_rows_in_float32_are_near_those_in_float64(shape: tuple[int, int], rank: int) -> None:
     """Also of blocks of low rank, where what is added up is much larger than the sum."""
-    factors = [torch.randn(10, size, min(rank, *shape), generator=generator(size)) for size in shape]
-    x = factors[0] @ factors[1].mT
+    coefficients = [torch.randn(10, size, min(rank, *shape), generator=generator(size)) for size in shape]
+    x = coefficients[0] @ coefficients[1].mT
     result, exact = mixed(x), mixed(x.double())
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=0.01)
     torch.testing.assert_close(result.norm(dim=-1), torch.ones(10, shape[0]), rtol=0, atol=0.01)
@@ -759,12 +764,12 @@ def test_large_tensors_step_like_grouped_ones(
     for most in (bucket_module.MAX_GROUPED, 0):
         monkeypatch.setattr(parameters, "MAX_GROUPED", most)
         monkeypatch.setattr(bucket_module, "MAX_GROUPED", most)
-        layout = Layout(shapes, SymmetrySpec(), block_rows=block_rows)
-        assert len(layout.buckets) == (1 if most else len(SHAPES))
-        hyper = Hyper.default(len(SHAPES), 20)
-        factors = step_factors(Controls.from_outputs(outputs), step=3, hyper=hyper, layout=layout)
-        ends.append(momentum_step(grads, momenta, factors, layout)[0])
-        steps.append(descend(grads, factors, layout))
+        table = ParameterTable(shapes, SymmetrySpec(), block_rows=block_rows)
+        assert len(table.buckets) == (1 if most else len(SHAPES))
+        hyper = HyperParameters.default(len(SHAPES), 20)
+        coefficients = step_coefficients(Controls.from_outputs(outputs), step=3, hyper=hyper, table=table)
+        ends.append(momentum_step(grads, momenta, coefficients, table)[0])
+        steps.append(compute_steps(grads, coefficients, table))
     assert all(step.lengths is None for step in steps[0].values())
     late = {name for name, step in steps[1].items() if step.lengths is not None}
     uneven = {"odd", "prime"} if 1 < block_rows < 7 else {"odd"} if 1 < block_rows < 37 else set()
@@ -785,23 +790,25 @@ def test_blocks_of_more_rows_than_there_are_make_no_difference() -> None:
     source = generator()
     grads = {name: torch.randn(shape, generator=source).double() for name, shape in SHAPES.items()}
     zeros = {name: torch.zeros_like(grad) for name, grad in grads.items()}
-    layout = Layout.of(grads, block_rows=40)
-    factors = step_factors(Controls.prior(len(SHAPES)), step=0, hyper=Hyper.default(len(SHAPES), 20), layout=layout)
+    table = ParameterTable.of(grads, block_rows=40)
+    coefficients = step_coefficients(
+        Controls.prior(len(SHAPES)), step=0, hyper=HyperParameters.default(len(SHAPES), 20), table=table
+    )
     steps = {
-        block_rows: momentum_step(grads, zeros, factors, layout.with_blocks_of(block_rows))[0]
+        block_rows: momentum_step(grads, zeros, coefficients, table.with_blocks_of(block_rows))[0]
         for block_rows in (20, 40, 41, 1000)
     }
     for block_rows in (41, 1000):
         assert all(torch.equal(steps[block_rows][name], steps[40][name]) for name in SHAPES)
     assert not torch.allclose(steps[20]["even"], steps[40]["even"], rtol=0.1)
-    assert layout.with_blocks_of(40) is layout
-    assert layout.with_blocks_of(20).with_blocks_of(40).block_rows == 40
+    assert table.with_blocks_of(40) is table
+    assert table.with_blocks_of(20).with_blocks_of(40).block_rows == 40
     for name, step in steps[40].items():
-        if name in layout.matrices:
-            row = layout.names.index(name)
-            rows = grads[name].reshape(layout.matrices[name])
+        if name in table.matrices:
+            row = table.names.index(name)
+            rows = grads[name].reshape(table.matrices[name])
             expected = F.normalize(direction(rows) if len(rows) > 1 else rows, dim=1)
-            expected = factors.lengths[row].double() * expected.reshape(step.shape)
+            expected = coefficients.step_lengths[row].double() * expected.reshape(step.shape)
             torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -884,12 +891,10 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
     model = perceptron(4, 6, 2)
     params = named(model)
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    hyper = Hyper(torch.ones(len(params)), torch.zeros(len(params)), Horizon(10))
-    layout, state = Layout.of(params), UpdateState.initial(params, torch.zeros(len(params), 12))
+    hyper = HyperParameters(torch.ones(len(params)), torch.zeros(len(params)), Horizon(10))
+    table, state = ParameterTable.of(params), UpdateState.initial(params, torch.zeros(len(params), 12))
     with torch.no_grad():
-        moved, state = update(
-            trained_meta_optimizer().control, params, zeros, state, step=0, hyper=hyper, layout=layout
-        )
+        moved, state = update(trained_meta_optimizer().control, params, zeros, state, step=0, hyper=hyper, table=table)
     for name, param in params.items():
         assert torch.equal(moved[name], param)
     assert torch.isfinite(state.hidden).all()
@@ -898,7 +903,7 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
 def test_update_leaves_its_arguments_alone() -> None:
     model = perceptron(4, 6, 2)
     params = named(model)
-    layout = Layout.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
+    table = ParameterTable.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     state = UpdateState.initial(params, torch.zeros(len(params), 12))
     grads = {name: torch.ones_like(param) for name, param in params.items()}
     before = copy.deepcopy((params, grads, state))
@@ -909,8 +914,8 @@ def test_update_leaves_its_arguments_alone() -> None:
             grads,
             state,
             step=0,
-            hyper=Hyper.default(len(params)),
-            layout=layout,
+            hyper=HyperParameters.default(len(params)),
+            table=table,
         )
     torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0, equal_nan=True)
 
@@ -926,12 +931,12 @@ def test_teleported_momentum_is_the_dual_not_the_vector() -> None:
 
 def stacked_runs(
     make: Callable[[int], nn.Module], inputs: Tensor, num_runs: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Layout]:
-    """Parameters and made-up gradients of several networks of one architecture, and its layout."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], ParameterTable]:
+    """Parameters and made-up gradients of several networks of one architecture, and its table."""
     models = [make(seed + run) for run in range(num_runs)]
     params = {name: value.detach() for name, value in stack_module_state(models)[0].items()}
     grads = {name: torch.randn(v.shape, generator=generator(seed), dtype=v.dtype) for name, v in params.items()}
-    return params, grads, Layout.of(named(models[0]), find_symmetries(models[0], inputs))
+    return params, grads, ParameterTable.of(named(models[0]), find_symmetries(models[0], inputs))
 
 
 def convolutional(seed: int) -> nn.Sequential:
@@ -962,8 +967,8 @@ def one_run(x: Any, run: tuple[int, ...]) -> Any:
 def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, ...], seed: int) -> None:
     """With weights, controls and teleports of their own; float64, up to features and log-scales, which are float32."""
     make, inputs = ARCHITECTURES[architecture]
-    params, grads, layout = stacked_runs(make, inputs, math.prod(runs), seed)
-    assert len(layout.spec) >= 2
+    params, grads, table = stacked_runs(make, inputs, math.prod(runs), seed)
+    assert len(table.spec) >= 2
     unflatten = lambda tensors: {name: x.unflatten(0, runs) for name, x in tensors.items()}  # noqa: E731
     params, grads = unflatten(params), unflatten(grads)
     meta_optimizer = MetaOptimizer(6)
@@ -977,18 +982,18 @@ def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, 
             control, lambda features, hidden: functional_call(meta_optimizer, own_weights, (features, hidden))
         )
 
-    hyper = Hyper.default(len(params), 20)
+    hyper = HyperParameters.default(len(params), 20)
     hidden = meta_optimizer.initial_hidden(len(params)).detach().expand(*runs, -1, -1)
     state = UpdateState.initial(params, hidden)
     for step in (0, 1, TELEPORT_INTERVAL):
-        new_params, new_state = update(controller(weights), params, grads, state, step=step, hyper=hyper, layout=layout)
+        new_params, new_state = update(controller(weights), params, grads, state, step=step, hyper=hyper, table=table)
         for run in itertools.product(*map(range, runs)):
             expected = update(
                 controller(one_run(weights, run)),
                 *(one_run(x, run) for x in (params, grads, state)),
                 step=step,
                 hyper=hyper,
-                layout=layout,
+                table=table,
             )
             actual = one_run(new_params, run), one_run(new_state, run)
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -999,18 +1004,18 @@ def test_many_runs_at_once_equal_run_by_run(architecture: str, runs: tuple[int, 
 @given(st.sampled_from([*ARCHITECTURES]), st.integers(0, 10**6))
 def test_momentum_steps_of_many_runs_equal_those_of_each(architecture: str, seed: int) -> None:
     make, inputs = ARCHITECTURES[architecture]
-    params, grads, layout = stacked_runs(make, inputs, 3, seed)
+    params, grads, table = stacked_runs(make, inputs, 3, seed)
     momenta = {name: torch.randn(x.shape, generator=generator(seed + 1)).double() for name, x in params.items()}
     outputs = torch.randn(3, len(params), len(Controls._fields), generator=generator(seed)).double()
 
-    def factors(outputs: Tensor) -> Factors:
-        controls, hyper = Controls.from_outputs(outputs), Hyper.default(len(params), 20)
-        return step_factors(controls, step=3, hyper=hyper, layout=layout)
+    def coefficients(outputs: Tensor) -> StepCoefficients:
+        controls, hyper = Controls.from_outputs(outputs), HyperParameters.default(len(params), 20)
+        return step_coefficients(controls, step=3, hyper=hyper, table=table)
 
-    together = momentum_step(grads, momenta, factors(outputs), layout)
+    together = momentum_step(grads, momenta, coefficients(outputs), table)
     for run in range(3):
         of_run = (one_run(tensors, (run,)) for tensors in (grads, momenta))
-        alone = momentum_step(*of_run, factors(outputs[run]), layout)
+        alone = momentum_step(*of_run, coefficients(outputs[run]), table)
         actual = tuple(one_run(tensors, (run,)) for tensors in together)
         torch.testing.assert_close(actual, alone, rtol=1e-12, atol=1e-12)
 
@@ -1018,10 +1023,10 @@ def test_momentum_steps_of_many_runs_equal_those_of_each(architecture: str, seed
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, -1]))
 def test_scalings_of_many_runs_are_the_moves_of_each(seed: int, kind: int) -> None:
-    params, _, layout = stacked_runs(*ARCHITECTURES["convolutional"], 3, seed)
-    assert any(leg.within for symmetry in layout.spec for leg in symmetry.legs)
-    assert any(leg.repeat > 1 for symmetry in layout.spec for leg in symmetry.legs)
-    for symmetry in layout.spec:
+    params, _, table = stacked_runs(*ARCHITECTURES["convolutional"], 3, seed)
+    assert any(leg.within for symmetry in table.spec for leg in symmetry.legs)
+    assert any(leg.repeat > 1 for symmetry in table.spec for leg in symmetry.legs)
+    for symmetry in table.spec:
         scales = torch.rand(3, symmetry.size, generator=generator(seed), dtype=torch.float64) + 0.5
         moved = move_scaling(symmetry, scales, params, kind)
         for run in range(3):
@@ -1047,11 +1052,11 @@ def test_factors_beyond_float16_move_tensors_of_float16() -> None:
 def test_training_can_be_differentiated_where_gradients_vanish() -> None:
     """Two steps, differentiated in the controls, through the gradients too; those of one run are zero in places."""
     x = torch.randn(9, 4, generator=generator()).double()
-    params, _, layout = stacked_runs(partial(perceptron_of, (4, 6, 5, 2)), x, 3, 0)
+    params, _, table = stacked_runs(partial(perceptron_of, (4, 6, 5, 2)), x, 3, 0)
     params["0.bias"] = params["0.bias"] - torch.tensor([0.0, 0.0, 100.0]).double()[:, None]  # The last run is dead.
     outputs = (0.1 * torch.randn(3, len(params), len(Controls._fields), generator=generator())).double()
     outputs.requires_grad_()
-    model, hyper = perceptron(4, 6, 5, 2), Hyper.default(len(params), 20)
+    model, hyper = perceptron(4, 6, 5, 2), HyperParameters.default(len(params), 20)
     state = UpdateState.initial(params, torch.zeros(3, len(params), 1))
     loss = torch.zeros(())
     for step in (0, 1):
@@ -1066,7 +1071,7 @@ def test_training_can_be_differentiated_where_gradients_vanish() -> None:
             state,
             step=step,
             hyper=hyper,
-            layout=layout,
+            table=table,
         )
         loss = losses.sum() + sum(param.square().sum() for param in params.values())
     (slope,) = torch.autograd.grad(loss, outputs)

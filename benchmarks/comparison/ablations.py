@@ -14,7 +14,7 @@ from teleport_optim.cli.training import Recipe, Stepper, learned
 from teleport_optim.controller.checkpoints import load_checkpoint
 from teleport_optim.learned import LearnedTeleportOptimizer
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.schedule import is_due
+from teleport_optim.optim.schedule import is_control_step
 from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import move_scaling
 
@@ -62,7 +62,7 @@ class _RandomTeleports:
     @torch.no_grad()
     def step(self) -> None:
         """Take one step, after a teleport every so often."""
-        if is_due(self._count):
+        if is_control_step(self._count):
             params = dict(self._model.named_parameters())
             state = self._optimizer.state
             values = {name: param.detach() for name, param in params.items()}

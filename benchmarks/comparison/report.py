@@ -16,7 +16,7 @@ __all__ = ["plot", "score_table", "task_table"]
 
 
 def score_table(results: Sequence[TaskResult], *, with_horizon: bool = True) -> str:
-    """Table with one row for every optimizer over all tasks; for ablations without the horizon speed and its wall-clock.
+    """ParameterTensors with one row for every optimizer over all tasks; for ablations without the horizon speed and its wall-clock.
 
     A mean with a task that counts as 4 because it is beyond is marked "≥", one with a task that counts as 1/2 because it is
     below "≤", one with both "≈".
@@ -50,7 +50,7 @@ def _mark(*, is_least: bool, is_most: bool) -> str:
 
 
 def task_table(result: TaskResult) -> str:
-    """Table with one row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
+    """ParameterTensors with one row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
     headings = ["optimizer", "rate", "final loss", "lowest to highest", "held-out loss"]
     headings += ["horizon speed", "open-ended speed", "ms per step", "peak memory, MB", "set-up, s"]
     rows = []
@@ -85,7 +85,7 @@ def plot(results: Sequence[TaskResult], path: Path) -> None:
 
     columns = min(4, len(results) + 1)
     rows = math.ceil((len(results) + 1) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), table="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     names = list(results[0].runs)
     for axes, result in zip(grid, results):

@@ -15,7 +15,7 @@ from benchmarks.paper.functions import FunctionProblem
 from benchmarks.paper.harness import Study, Trajectory, gradient_descent, gradients, separation, summary, teleport_facts
 from benchmarks.paper.tables import centre, markdown, number, percent, times
 
-__all__ = ["balanced", "permutation_spread", "run", "tables"]
+__all__ = ["balance", "permutation_spread", "run", "tables"]
 
 _ALL = ("update", "update+teleport", "lr", "lr+teleport")
 _PERMUTATION = ("update", "update+teleport")
@@ -30,7 +30,7 @@ _EVOLUTION: dict[str, Any] = {
 """Permutations have no derivative, so both variants are trained by persistent evolution strategies, with a smaller LSTM."""
 
 
-def balanced(problem: FunctionProblem, x: Tensor) -> Tensor:
+def balance(problem: FunctionProblem, x: Tensor) -> Tensor:
     """The point of the scaling orbit through ``x = (u, v)`` with ``|u_i| = |v_i|``."""
     u, v = x.chunk(2, dim=-1)
     size = (u * v).abs().sqrt()
@@ -58,9 +58,9 @@ def run(study: Study) -> dict[str, Any]:
         rate = study.best_rate(task)
         descent = gradient_descent(study.problem(task), rate, study.num_steps)
         results[group]["baselines"] = {"gradient descent, swept": {"rate": rate, **summary(descent.final)}}
-    rate = study.best_rate("scaled_products", schedule, balanced)
+    rate = study.best_rate("scaled_products", schedule, balance)
     start = study.problem("scaled_products")
-    descent = gradient_descent(start, rate, study.num_steps, schedule, balanced)
+    descent = gradient_descent(start, rate, study.num_steps, schedule, balance)
     results["scaling"]["baselines"]["the same + exact balance"] = {"rate": rate, **summary(descent.final)}
     problem = study.problem("power_sums")
     results["permutation"]["largest_spread"] = float(permutation_spread(problem, problem.params["x"]).max())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from teleport_optim.controller.features import compute_features
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.records import UpdateState
 
 __all__ = ["control"]
@@ -21,7 +21,7 @@ def control(
     *,
     step: int,
     total_steps: int | None,
-    layout: Layout,
+    table: ParameterTable,
 ) -> UpdateState:
     """The state after a control step; :class:`~teleport_optim.optim.rule.Control` with a network in front.
 
@@ -32,10 +32,10 @@ def control(
         state: The state before.
         step: Steps taken so far.
         total_steps: Length of the run, or None.
-        layout: Shapes, roles and symmetries.
+        table: Shapes, roles and symmetries.
     """
     features, log_grad_rms = compute_features(
-        params, grads, state.momenta, state.log_grad_rms, layout=layout, step=step, total_steps=total_steps
+        params, grads, state.momenta, state.log_grad_rms, table=table, step=step, total_steps=total_steps
     )
     outputs, hidden = network(features, state.hidden)
     return state._replace(outputs=outputs, hidden=hidden, log_grad_rms=log_grad_rms)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.parameters import NUM_STATIC_FEATURES, Layout, Table
+from teleport_optim.optim.parameters import NUM_STATIC_FEATURES, ParameterTable, ParameterTensors
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
 from teleport_optim.symmetry.moves import PART_SIZE, pick, unmoved
 
@@ -49,17 +49,17 @@ def compute_features(
     momenta: Mapping[str, Tensor],
     log_grad_rms: Tensor,
     *,
-    layout: Layout,
+    table: ParameterTable,
     step: int,
     total_steps: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The features of every tensor at one control step.
 
     Args:
-        params, grads, momenta: Tensors by name, all with the names of ``layout``, each ``[*runs, *shape]``.
+        params, grads, momenta: Tensors by name, all with the names of ``table``, each ``[*runs, *shape]``.
         log_grad_rms: ``[*runs, num_tensors, 2]``: the log of the gradient's RMS as a running mean, and at its first value; NaN
             for a tensor that has had no gradient but zeros.
-        layout: Shapes, roles and symmetries.
+        table: Shapes, roles and symmetries.
         step: Steps taken so far.
         total_steps: Length of the run, or None.
 
@@ -70,10 +70,10 @@ def compute_features(
     """
     runs = log_grad_rms.shape[:-2]
     # Squares of very large gradients are no floats: the largest one takes their place.
-    gg, mm, pp, gm, gp = map(torch.nan_to_num, _inner_products(params, grads, momenta, layout, len(runs)))
-    table = layout.table(gg)
+    gg, mm, pp, gm, gp = map(torch.nan_to_num, _inner_products(params, grads, momenta, table, len(runs)))
+    known = table.tensors(gg)
     norm_g, norm_m, norm_p = (square.clamp_min(_TINY).sqrt() for square in (gg, mm, pp))
-    log_g, log_m, log_p = (0.5 * torch.log((square / table.size).clamp_min(_TINY)) for square in (gg, mm, pp))
+    log_g, log_m, log_p = (0.5 * torch.log((square / known.size).clamp_min(_TINY)) for square in (gg, mm, pp))
     running, first = torch.where(log_grad_rms.isnan(), log_g.unsqueeze(-1), log_grad_rms).unbind(-1)
     tensor_features = torch.stack(
         [
@@ -82,15 +82,15 @@ def compute_features(
             torch.where(mm > 0, log_m - log_g, 0.0),
             2.0 * gm / norm_g / norm_m,
             2.0 * gp / norm_g / norm_p,
-            (log_p - torch.log(table.step_scale)).clamp(-_BOUND, _BOUND) / 2.0,
+            (log_p - torch.log(known.step_scale)).clamp(-_BOUND, _BOUND) / 2.0,
         ],
         dim=-1,
     )
     shared = tensor_features.mean(dim=-2, keepdim=True).expand_as(tensor_features)
     time = torch.tensor(time_features(step, total_steps), dtype=torch.float32, device=gg.device)
-    constant = torch.cat([table.static_features, time.expand(len(layout.names), -1)], dim=-1)
+    constant = torch.cat([known.static_features, time.expand(len(table.names), -1)], dim=-1)
     features = torch.cat(
-        [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, layout, runs, table)],
+        [constant.expand(*runs, -1, -1), tensor_features, shared, _site_features(params, momenta, table, runs, known)],
         dim=-1,
     )
     seen = torch.stack([torch.lerp(running, log_g, 0.2), first], dim=-1)
@@ -101,13 +101,13 @@ def _inner_products(
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     momenta: Mapping[str, Tensor],
-    layout: Layout,
+    table: ParameterTable,
     run_axes: int,
 ) -> tuple[Tensor, ...]:
     """``<g, g>, <m, m>, <p, p>, <g, m>, <g, p>`` of every tensor, ``[*runs, num_tensors]`` each."""
     products = []
-    for group in (group for bucket in layout.buckets for group in bucket.groups):
-        names = [layout.names[row] for row in group.rows]
+    for group in (group for bucket in table.buckets for group in bucket.groups):
+        names = [table.names[row] for row in group.rows]
         size = math.prod(group.entries)
         if size > PART_SIZE:
             products += [_products_in_parts((params, grads, momenta), name, run_axes) for name in names]
@@ -116,7 +116,7 @@ def _inner_products(
             groups = [names[first : first + count] for first in range(0, len(names), count)]
             products += [_products((params, grads, momenta), some, run_axes) for some in groups]
     inner = torch.cat(products, dim=-1)
-    return inner.index_select(-1, layout.table(inner).inverse_order).unbind(-2)
+    return inner.index_select(-1, table.tensors(inner).inverse_order).unbind(-2)
 
 
 def _products(
@@ -149,15 +149,19 @@ def _products_in_parts(kinds: Iterable[Mapping[str, Tensor]], name: str, run_axe
 
 
 def _site_features(
-    params: Mapping[str, Tensor], momenta: Mapping[str, Tensor], layout: Layout, runs: torch.Size, table: Table
+    params: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    table: ParameterTable,
+    runs: torch.Size,
+    known: ParameterTensors,
 ) -> Tensor:
     """Per tensor, how far the channels that it writes or reads are out of balance, shape ``[*runs, num_tensors, 4]``."""
-    if not len(layout.spec):
-        return table.size.new_zeros(*runs, len(layout.names), NUM_SITE_FEATURES)
+    if not len(table.spec):
+        return known.size.new_zeros(*runs, len(table.names), NUM_SITE_FEATURES)
     rows = []
-    for symmetry in layout.spec:
+    for symmetry in table.spec:
         weight, momentum = (log_ratio(site_log_norms(symmetry, tensors, len(runs))) for tensors in (params, momenta))
         std, mean = torch.std_mean(torch.stack([weight, -momentum], dim=-2), dim=-1, correction=0)
         rows.append(torch.stack([mean, std], dim=-1).flatten(-2))
-    spread = table.site_weights.mT
+    spread = known.site_weights.mT
     return spread @ torch.stack(rows, dim=-2) / spread.sum(dim=1, keepdim=True).clamp_min(1e-6)

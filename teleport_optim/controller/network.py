@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teleport_optim.controller.control import control
 from teleport_optim.controller.features import NUM_FEATURES
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.records import UpdateState
 from teleport_optim.optim.shapes import BLOCK_ROWS
 
@@ -110,8 +110,8 @@ class MetaOptimizer(nn.Module):
         *,
         step: int,
         total_steps: int | None,
-        layout: Layout,
+        table: ParameterTable,
     ) -> UpdateState:
         """Set the controls at a control step; see :class:`teleport_optim.optim.rule.Control`."""
         network = self.to(state.hidden.device)
-        return control(network, params, grads, state, step=step, total_steps=total_steps, layout=layout)
+        return control(network, params, grads, state, step=step, total_steps=total_steps, table=table)

@@ -172,7 +172,7 @@ def _measure(learner: Learner, task: str, number: int, num_steps: int) -> tuple[
     episode = Episode(0, number, num_steps, draw, batches)
     start = time.perf_counter()
     problem = episode.problem
-    assert problem.layout.names  # Finding the symmetries is a part of drawing.
+    assert problem.table.names  # Finding the symmetries is a part of drawing.
     drawn = time.perf_counter()
     weights = learner.rule.unflatten(learner.untrained.expand(problem.num_problems, -1))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from teleport_optim.controller.control import control
 from teleport_optim.controller.network import MetaOptimizer
 from teleport_optim.meta_training.tasks.problem import InnerProblem
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.records import Hyper, UpdateState
+from teleport_optim.optim.records import HyperParameters, UpdateState
 from teleport_optim.optim.rule import update
 
 __all__ = ["ControllerRule", "Rule", "Tensors"]
@@ -130,9 +130,9 @@ class ControllerRule(Rule):
         def network(features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
             return functional_call(self.network, weights, (features, hidden))  # type: ignore[no-any-return]
 
-        layout = problem.layout.with_blocks_of(self.network.block_rows)
-        hyper = Hyper.default(len(layout.names), problem.horizon if problem.knows_horizon else None)
-        return update(partial(control, network), params, grads, state, step=step, hyper=hyper, layout=layout)
+        table = problem.table.with_blocks_of(self.network.block_rows)
+        hyper = HyperParameters.default(len(table.names), problem.horizon if problem.knows_horizon else None)
+        return update(partial(control, network), params, grads, state, step=step, hyper=hyper, table=table)
 
     def eval_params(self, params: Tensors, state: Any) -> Tensors:
         return {name: param + state.average_offsets[name].to(param) for name, param in params.items()}

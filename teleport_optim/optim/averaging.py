@@ -19,7 +19,7 @@ from torch import Tensor
 from teleport_optim.optim.fingerprints import bits_of, fingerprints
 from teleport_optim.optim.records import slot_dtype
 from teleport_optim.optim.schedule import Horizon, averaging_weight
-from teleport_optim.optim.sharding import local
+from teleport_optim.optim.sharding import local_tensor
 
 __all__ = [
     "AVERAGE_SLOTS",
@@ -105,7 +105,7 @@ def swap_in(pairs: Iterable[tuple[Tensor, Slots]]) -> None:
     """
     for param, own in pairs:
         own[ITERATE] = param.detach().clone()
-        local(param).data.add_(local(own[OFFSET]))
+        local_tensor(param).data.add_(local_tensor(own[OFFSET]))
 
 
 def swap_out(pairs: Iterable[tuple[Tensor, Slots]], step: int) -> None:
@@ -116,8 +116,8 @@ def swap_out(pairs: Iterable[tuple[Tensor, Slots]], step: int) -> None:
     for param, own in pairs:
         if ITERATE not in own:
             continue
-        values, iterate = local(param).data, local(own[ITERATE])
-        if _same_bits(values, average_of(iterate, {OFFSET: local(own[OFFSET])})):
+        values, iterate = local_tensor(param).data, local_tensor(own[ITERATE])
+        if _same_bits(values, average_of(iterate, {OFFSET: local_tensor(own[OFFSET])})):
             values.copy_(iterate)
         elif not _same_bits(values, iterate):
             begin_again(own, step)

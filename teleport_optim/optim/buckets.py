@@ -12,19 +12,19 @@ from torch import Tensor
 
 from teleport_optim.optim.shapes import in_full_precision
 
-__all__ = ["MAX_GROUPED", "Block", "Bucket", "Group"]
+__all__ = ["MAX_GROUPED", "Bucket", "RowBlock", "ShapeGroup"]
 
 
 MAX_GROUPED = 2**15
 """Most entries of what is updated together: tensors of one shape, or rows of one tensor that are for themselves."""
 
 
-class Group(NamedTuple):
+class ShapeGroup(NamedTuple):
     """Tensors of one shape, which lie side by side in the vector of a bucket.
 
     Attributes:
         entries: Rows and columns of every one if they are matrices, else the number of entries.
-        rows: Their rows in the layout.
+        rows: Their rows in the table.
         num_blocks: Number of blocks of rows of every one; a vector is one row.
         block_size: Number of rows of a block; the last block of a matrix may have fewer.
         is_large: Whether it is one large tensor of full blocks.
@@ -37,7 +37,7 @@ class Group(NamedTuple):
     is_large: bool
 
     @classmethod
-    def of(cls, entries: tuple[int, ...], rows: Sequence[int], most: int) -> Group:
+    def of(cls, entries: tuple[int, ...], rows: Sequence[int], most: int) -> ShapeGroup:
         """The group with blocks of at most ``most`` rows: as few as can be, or some more that have the same size."""
         num_rows = max(entries[0], 1) if len(entries) == 2 else 1
         num_blocks = -(-num_rows // most)
@@ -76,11 +76,11 @@ class Group(NamedTuple):
         return padded.narrow(-2, 0, self.entries[0]).unbind(-3)
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Rows of a tensor that are updated as one; a vector is one row."""
 
     tensor: int
-    """Row of the tensor in the layout."""
+    """Row of the tensor in the table."""
     offset: int
     """First entry of the block in the tensor."""
     rows: int
@@ -110,7 +110,7 @@ class Bucket(NamedTuple):
     """
 
     names: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[ShapeGroup, ...]
     sizes: tuple[int, ...]
 
     def gather(self, tensors: Mapping[str, Tensor], run_axes: int) -> Tensor:

@@ -16,7 +16,7 @@ PRIOR_MOMENTUM = 0.65
 
 
 class Controls(NamedTuple):
-    """Factors and strengths that steer a step, one per tensor (``[*runs, num_tensors]``), and one momentum for all of them."""
+    """Factors and strengths that steer a step, ``[*runs, num_tensors]``, and one momentum for all tensors."""
 
     rate: Tensor
     """Factor on the prior rate, in (e^-2, e^2); 1 at the prior."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Hyper, step_factors
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import HyperParameters, step_coefficients
 
 __all__ = ["Notices", "OptimizerStats", "ScalarWriter", "TensorStats", "brief_list", "tensor_stats"]
 
@@ -79,22 +79,22 @@ def tensor_stats(
     controls: Controls,
     *,
     step: int,
-    hyper: Hyper,
-    layout: Layout,
+    hyper: HyperParameters,
+    table: ParameterTable,
     teleport_sizes: Mapping[str, float],
 ) -> dict[str, TensorStats]:
-    """Numbers about the last step, number ``step``, of every tensor of ``layout``; the slots are in the same order."""
-    factors, known = step_factors(controls, step=step, hyper=hyper, layout=layout), layout.table(controls.rate)
+    """Numbers about the last step, number ``step``, of every tensor of ``table``; the slots are in the same order."""
+    coefficients, known = step_coefficients(controls, step=step, hyper=hyper, table=table), table.tensors(controls.rate)
     columns = [
-        factors.lengths * known.step_scale / known.step_length,
-        1.0 - factors.shrinks,
-        factors.beta.expand_as(factors.shrinks),
+        coefficients.step_lengths * known.step_scale / known.step_length,
+        1.0 - coefficients.decay_factors,
+        coefficients.beta.expand_as(coefficients.decay_factors),
         controls.balance,
         controls.gradient_balance,
     ]
     return {
         name: TensorStats._make([*row, teleport_sizes.get(name, 0.0), int(own["skipped"])])
-        for name, own, row in zip(layout.names, slots, torch.stack(columns, dim=-1).tolist())
+        for name, own, row in zip(table.names, slots, torch.stack(columns, dim=-1).tolist())
     }
 
 

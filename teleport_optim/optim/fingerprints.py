@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.kernels.native import all_fingerprints, are_plain
-from teleport_optim.optim.sharding import all_local
+from teleport_optim.optim.sharding import local_tensors
 
 __all__ = ["bits_of", "fingerprints"]
 
@@ -45,7 +45,7 @@ def fingerprints(tensors: list[Tensor]) -> Tensor:
         >>> fingerprints([one, one.clone(), other]).unique().numel()
         2
     """
-    tensors = [tensor.detach() for tensor in all_local(tensors)]
+    tensors = [tensor.detach() for tensor in local_tensors(tensors)]
     if are_plain(tensors):
         return torch.tensor(all_fingerprints(tensors), dtype=torch.int64)
     kinds = [(tensor.dtype, are_plain([tensor]), tensor.numel() > _SMALL) for tensor in tensors]

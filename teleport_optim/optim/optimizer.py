@@ -16,11 +16,11 @@ from teleport_optim.optim.binding import Binding, unwrapped
 from teleport_optim.optim.checks import check_group
 from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.diagnostics import Notices, OptimizerStats, ScalarWriter, brief_list, tensor_stats
-from teleport_optim.optim.orthogonalise import Step, descend
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Hyper
+from teleport_optim.optim.orthogonalise import Step, compute_steps
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import HyperParameters
 from teleport_optim.optim.rounding import rounding_errors
-from teleport_optim.optim.schedule import is_due, rate_and_decay
+from teleport_optim.optim.schedule import is_control_step, rate_and_decay
 from teleport_optim.optim.shapes import BLOCK_ROWS, as_real
 from teleport_optim.optim.state import Progress, Slots, initial_slots, read_state_dict
 from teleport_optim.optim.step import Controller, StepCache, StepPlan, StepTensors
@@ -158,8 +158,8 @@ class TeleportOptimizer(AveragedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._prepare(may_be_native=not torch.compiler.is_compiling())
-        if plan is not None:  # torch.compile(optimizer.step) compiles descend, and nothing else.
-            self._finish(plan, {} if plan.arguments is None else descend(*plan.arguments))
+        if plan is not None:  # torch.compile(optimizer.step) compiles compute_steps, and nothing else.
+            self._finish(plan, {} if plan.arguments is None else compute_steps(*plan.arguments))
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -190,16 +190,16 @@ class TeleportOptimizer(AveragedOptimizer):
         hyper = cache.hyper(rates, _decays(groups), progress.horizon)
         plan = StepPlan(tensors, cache, progress)
         may_balance = not progress.is_balanced and has_gradient and len(still) < len(names)
-        if is_due(step) or may_balance:
+        if is_control_step(step) or may_balance:
             control = None if self._controller is None else self._controller.control
             plan.steer(control, still, may_balance=may_balance, may_move=has_gradient)
         plan.take_controls()
         is_native = tensors.fits(cache.native)
         if not all(1e-12 < norm < 1e12 or norm == 0.0 for norm in norms):
             self._unusual_until = step + _MEMORY
-        prior = rate_and_decay(step, progress.horizon, cache.layout)
-        pace = cache.pace(plan.controls, hyper)
-        plan.choose_kernel(pace, *prior, is_native=is_native, is_unusual=step < self._unusual_until)
+        prior = rate_and_decay(step, progress.horizon, cache.table)
+        unit = cache.unit(plan.controls, hyper)
+        plan.choose_kernel(unit, *prior, is_native=is_native, is_unusual=step < self._unusual_until)
         return plan
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -226,14 +226,14 @@ class TeleportOptimizer(AveragedOptimizer):
 
     def _cache_of(self, names: list[str], params: list[Tensor]) -> StepCache:
         """The cache of these tensors: that of the step before if they are the same."""
-        if self._cache is None or self._cache.layout.names != tuple(names):
+        if self._cache is None or self._cache.table.names != tuple(names):
             self._cache = StepCache(self._layout_of(dict(zip(names, params)), self._binding.spec))
         return self._cache
 
-    def _layout_of(self, params: Mapping[str, Tensor], spec: SymmetrySpec | None) -> Layout:
+    def _layout_of(self, params: Mapping[str, Tensor], spec: SymmetrySpec | None) -> ParameterTable:
         depth = self._binding.depth({name: param for name, param, _ in self._entries()})
         block_rows = BLOCK_ROWS if self._controller is None else self._controller.block_rows
-        return Layout.of(params, spec, self._binding.embeddings, depth=depth, block_rows=block_rows)
+        return ParameterTable.of(params, spec, self._binding.embeddings, depth=depth, block_rows=block_rows)
 
     def _skip(self, numbers: list[int], tensors: StepTensors) -> None:
         """Count a step that is not taken because of the gradients of these tensors."""
@@ -276,8 +276,8 @@ class TeleportOptimizer(AveragedOptimizer):
                 slots,
                 Controls.from_outputs(torch.stack([own.get("outputs", prior) for own in slots])),
                 step=step,
-                hyper=Hyper.of(rates, _decays(groups), self._horizon(step)),
-                layout=self._layout_of({name: as_real(param) for name, param, _ in active}, None),
+                hyper=HyperParameters.of(rates, _decays(groups), self._horizon(step)),
+                table=self._layout_of({name: as_real(param) for name, param, _ in active}, None),
                 teleport_sizes=self._last_teleport[1],
             )
         counts = (self._progress.num_steps, self._progress.num_skipped_steps)

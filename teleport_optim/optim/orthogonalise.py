@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Factors
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import StepCoefficients
 
-__all__ = ["Mixing", "Step", "column_scales", "descend", "row_mixers"]
+__all__ = ["Mixing", "Step", "column_scales", "compute_steps", "row_mixers"]
 
 
 _ITERATIONS = ((7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194))
@@ -130,34 +130,36 @@ class Step(NamedTuple):
         return lengths[..., None, None].to(norms.dtype) / _threshold(norms)
 
 
-def descend(momenta: Mapping[str, Tensor], factors: Factors, layout: Layout) -> dict[str, Step]:
-    """What to take from the parameters, once they are multiplied by ``factors.shrinks``, under given gradient averages.
+def compute_steps(
+    momenta: Mapping[str, Tensor], coefficients: StepCoefficients, table: ParameterTable
+) -> dict[str, Step]:
+    """What to take from the parameters, once they are multiplied by ``coefficients.decay_factors``, under given gradient averages.
 
     Args:
         momenta: Gradient averages, this step's gradients included.
-        factors, layout: As for :func:`update`.
+        coefficients, table: As for :func:`update`.
 
     Returns:
         Steps in float32, or in float64 where momenta are.
     """
-    run_axes, table = factors.beta.dim(), layout.table(factors.lengths)
+    run_axes, known = coefficients.beta.dim(), table.tensors(coefficients.step_lengths)
     groups = [
         (group, group.blocks_of(view))
-        for bucket in layout.buckets
+        for bucket in table.buckets
         for group, view in zip(bucket.groups, bucket.views(bucket.gather(momenta, run_axes)))
     ]
-    lengths = factors.lengths.index_select(-1, table.block_tensors)
+    lengths = coefficients.step_lengths.index_select(-1, known.block_tensors)
     all_lengths = torch.split(lengths, [blocks.shape[-3] for _, blocks in groups], dim=-1)
     mixings = _mixings([blocks for group, blocks in groups if group.is_mixed])
     steps: dict[str, Step] = {}
     for (group, blocks), own_lengths in zip(groups, all_lengths):
         step = Step(blocks, own_lengths, next(mixings) if group.is_mixed else None)
         if group.is_large:
-            steps[layout.names[group.rows[0]]] = step
+            steps[table.names[group.rows[0]]] = step
             continue
         for row, move in zip(group.rows, group.tensors_of(step.product())):
-            name = layout.names[row]
-            shape = layout.shapes[name]
+            name = table.names[row]
+            shape = table.shapes[name]
             fits = len(shape) == len(group.entries)
             steps[name] = Step(move if fits else move.reshape([*move.shape[:run_axes], *shape]))
     return steps

@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.buckets import MAX_GROUPED, Block, Bucket, Group
+from teleport_optim.optim.buckets import MAX_GROUPED, Bucket, RowBlock, ShapeGroup
 from teleport_optim.optim.shapes import BLOCK_ROWS, Depth, matrix_shape
 from teleport_optim.symmetry.spec import Symmetry, SymmetrySpec
 
-__all__ = ["Layout", "Table"]
+__all__ = ["ParameterTable", "ParameterTensors"]
 
 NUM_STATIC_FEATURES = 9
 _WIDTH = 128
 """Columns from which on the step of a row is shorter, with the root of their number."""
 
 
-class Table(NamedTuple):
-    """What a layout knows, as tensors on one device: one row or column per parameter tensor, in the order of the names."""
+class ParameterTensors(NamedTuple):
+    """What a table knows, as tensors on one device: one row or column per parameter tensor, in the order of the names."""
 
     step_scale: Tensor
     """``[num_tensors]``: RMS of a unit step, step_length/sqrt(columns) for matrices and 1/6 for vectors."""
@@ -38,9 +38,9 @@ class Table(NamedTuple):
     site_weights: Tensor
     """``[num_sites, num_tensors]``: averages a per-tensor quantity over the matrices on the legs of a site."""
     inverse_order: Tensor
-    """``[num_tensors]``: where in ``Layout.buckets`` every tensor stands."""
+    """``[num_tensors]``: where in ``ParameterTable.buckets`` every tensor stands."""
     block_tensors: Tensor
-    """``[num_blocks]``: the row of the tensor of every block, in the order of ``Layout.buckets``."""
+    """``[num_blocks]``: the row of the tensor of every block, in the order of ``ParameterTable.buckets``."""
 
 
 def _balances(symmetry: Symmetry) -> bool:
@@ -50,7 +50,7 @@ def _balances(symmetry: Symmetry) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParameterTable:
     """The static side of an update: one row per parameter tensor, in a fixed order.
 
     Attributes:
@@ -76,8 +76,8 @@ class Layout:
         *,
         depth: Depth | None = None,
         block_rows: int = BLOCK_ROWS,
-    ) -> Layout:
-        """The layout of ``tensors``; of ``spec`` it keeps the exact scalings that balance none but these tensors.
+    ) -> ParameterTable:
+        """The table of ``tensors``; of ``spec`` it keeps the exact scalings that balance none but these tensors.
 
         A scaling of one tensor alone, or of tensors that are all written (a weight that is divided by its norm), balances nothing.
         """
@@ -114,7 +114,7 @@ class Layout:
         return tuple(self._bucket(groups) for groups in ([small] if small else []) + large)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[RowBlock]:
         """All blocks of all tensors; those whose rows are for themselves are as large as the cache of a processor likes."""
         blocks = []
         for group in (group for bucket in self.buckets for group in bucket.groups):
@@ -122,16 +122,16 @@ class Layout:
             most = group.block_size if group.is_mixed else max(1, MAX_GROUPED // max(columns, 1))
             for tensor in group.rows:
                 for first in range(0, rows if columns else 0, most):
-                    blocks.append(Block(tensor, first * columns, min(most, rows - first), columns, group.is_mixed))
+                    blocks.append(RowBlock(tensor, first * columns, min(most, rows - first), columns, group.is_mixed))
         return blocks
 
     def _bucket(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> Bucket:
-        groups = tuple(Group.of(entries, members, self.block_rows) for entries, members in rows.items())
+        groups = tuple(ShapeGroup.of(entries, members, self.block_rows) for entries, members in rows.items())
         names = tuple(self.names[row] for group in groups for row in group.rows)
         return Bucket(names, groups, tuple(len(group.rows) * math.prod(group.entries) for group in groups))
 
-    def with_blocks_of(self, block_rows: int) -> Layout:
-        """This layout, with blocks of at most so many rows."""
+    def with_blocks_of(self, block_rows: int) -> ParameterTable:
+        """This table, with blocks of at most so many rows."""
         if block_rows == self.block_rows:
             return self
         return self._variants.setdefault(block_rows, replace(self, block_rows=block_rows))
@@ -156,14 +156,14 @@ class Layout:
             axis += 1
         return torch.Size([size if other == axis else 1 for other, size in enumerate(shape)])
 
-    def table(self, like: Tensor) -> Table:
-        """What the layout knows, of the device and dtype of ``like``; kept, since every step needs it."""
+    def tensors(self, like: Tensor) -> ParameterTensors:
+        """What the table knows, of the device and dtype of ``like``; kept, since every step needs it."""
         key = (like.device, like.dtype)
         if key not in self._tables:
             groups = [group for bucket in self.buckets for group in bucket.groups]
             block_tensors = [row for group in groups for row in group.rows for _ in range(group.num_blocks)]
             order = torch.tensor([row for group in groups for row in group.rows], dtype=torch.int64)
-            table = Table(
+            table = ParameterTensors(
                 step_scale=torch.tensor([self._step_scale(name) for name in self.names], dtype=torch.float64),
                 step_length=torch.tensor([self._step_length(name) for name in self.names], dtype=torch.float64),
                 is_matrix=torch.tensor([name in self.matrices for name in self.names], dtype=torch.float32),
@@ -174,7 +174,7 @@ class Layout:
                 block_tensors=torch.tensor(block_tensors, dtype=torch.int64),
             )
             floats = (tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device) for tensor in table)
-            self._tables[key] = Table(*floats)
+            self._tables[key] = ParameterTensors(*floats)
         return self._tables[key]
 
     def _step_length(self, name: str) -> float:
@@ -190,11 +190,11 @@ class Layout:
         return self._step_length(name) / math.sqrt(max(self.matrices[name][1], 1))
 
     @cached_property
-    def _tables(self) -> dict[tuple[torch.device, torch.dtype], Table]:
+    def _tables(self) -> dict[tuple[torch.device, torch.dtype], ParameterTensors]:
         return {}
 
     @cached_property
-    def _variants(self) -> dict[int, Layout]:
+    def _variants(self) -> dict[int, ParameterTable]:
         return {}
 
     def teleport_sizes(self, site_sizes: Tensor) -> dict[str, float]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.schedule import Horizon, rate_and_decay
 
-__all__ = ["Factors", "Hyper", "Pace", "UpdateState", "slot_dtype", "step_factors"]
+__all__ = ["HyperParameters", "StepCoefficients", "UnitCoefficients", "UpdateState", "slot_dtype", "step_coefficients"]
 
 
-class Hyper(NamedTuple):
-    """What the user may set; tensors hold one entry per tensor of the layout.
+class HyperParameters(NamedTuple):
+    """What the user may set; tensors hold one entry per tensor of the table.
 
     Attributes:
         lr: Factor on the rate of every step.
@@ -30,13 +30,13 @@ class Hyper(NamedTuple):
     horizon: Horizon = Horizon()
 
     @classmethod
-    def of(cls, rates: Sequence[float], decays: Sequence[float], horizon: Horizon) -> Hyper:
+    def of(cls, rates: Sequence[float], decays: Sequence[float], horizon: Horizon) -> HyperParameters:
         """From one number per tensor; a decay of NaN stands for the learned one."""
         lr, weight_decay = (torch.tensor(values, dtype=torch.float32) for values in (rates, decays))
         return cls(lr, weight_decay, horizon)
 
     @classmethod
-    def default(cls, num_tensors: int, total_steps: int | None = None) -> Hyper:
+    def default(cls, num_tensors: int, total_steps: int | None = None) -> HyperParameters:
         """Nothing set: ``lr`` 1 and the learned decay."""
         ones = torch.ones(num_tensors, dtype=torch.float32)
         return cls(ones, math.nan * ones, Horizon(total_steps))
@@ -79,23 +79,23 @@ def slot_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.bfloat16
 
 
-class Factors(NamedTuple):
-    """What steers one momentum step."""
+class StepCoefficients(NamedTuple):
+    """Numbers that steer one momentum step."""
 
     beta: Tensor
     """Decay of the gradient average, ``[*runs]``."""
-    shrinks: Tensor
-    """What the parameters are multiplied by, ``[*runs, num_tensors]``."""
-    lengths: Tensor
+    decay_factors: Tensor
+    """Factors by which the parameters shrink, ``[*runs, num_tensors]``."""
+    step_lengths: Tensor
     """Length of the step of every row of a matrix, or of a vector, ``[*runs, num_tensors]``."""
 
 
-class Pace(NamedTuple):
-    """What the factors of a step have per unit of the prior rate; it changes only with the controls and with what the user sets."""
+class UnitCoefficients(NamedTuple):
+    """Step coefficients per unit of the prior rate; they change only with the controls and with what the user sets."""
 
     beta: Tensor
     """Decay of the gradient average, ``[*runs]``."""
-    lengths: Tensor
+    step_lengths: Tensor
     """Length of the step of every row of a matrix, or of a vector, ``[*runs, num_tensors]``."""
     learned_decays: Tensor
     """Decay per unit of the prior decay, where it is learned."""
@@ -103,25 +103,27 @@ class Pace(NamedTuple):
     """Decay where the user has set it."""
 
     @classmethod
-    def of(cls, controls: Controls, hyper: Hyper, layout: Layout) -> Pace:
-        """The pace under these controls."""
-        table = layout.table(controls.rate)
+    def of(cls, controls: Controls, hyper: HyperParameters, table: ParameterTable) -> UnitCoefficients:
+        """The coefficients under these controls."""
+        known = table.tensors(controls.rate)
         rates = controls.rate * hyper.lr.to(controls.rate)
         user_decay = hyper.weight_decay.to(controls.rate)
         is_learned = torch.isnan(user_decay)
         return cls(
             controls.momentum,
-            rates * table.step_length,
-            rates * torch.where(is_learned, controls.decay * table.is_matrix, 0.0),
+            rates * known.step_length,
+            rates * torch.where(is_learned, controls.decay * known.is_matrix, 0.0),
             rates * torch.where(is_learned, 0.0, user_decay),
         )
 
-    def factors(self, rate: float, decay: float) -> Factors:
-        """What steers a momentum step at this prior rate and decay."""
-        shrinks = (1.0 - rate * self.user_decays).sub_(self.learned_decays, alpha=rate * decay)
-        return Factors(self.beta, shrinks, rate * self.lengths)
+    def coefficients(self, rate: float, decay: float) -> StepCoefficients:
+        """The coefficients of a step at this prior rate and decay."""
+        decay_factors = (1.0 - rate * self.user_decays).sub_(self.learned_decays, alpha=rate * decay)
+        return StepCoefficients(self.beta, decay_factors, rate * self.step_lengths)
 
 
-def step_factors(controls: Controls, *, step: int, hyper: Hyper, layout: Layout) -> Factors:
-    """What steers the momentum step of this number."""
-    return Pace.of(controls, hyper, layout).factors(*rate_and_decay(step, hyper.horizon, layout))
+def step_coefficients(
+    controls: Controls, *, step: int, hyper: HyperParameters, table: ParameterTable
+) -> StepCoefficients:
+    """The coefficients of the momentum step of this number."""
+    return UnitCoefficients.of(controls, hyper, table).coefficients(*rate_and_decay(step, hyper.horizon, table))

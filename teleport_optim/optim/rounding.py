@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.shapes import in_full_precision
-from teleport_optim.optim.sharding import whole
+from teleport_optim.optim.sharding import full_tensor
 
 __all__ = ["bias_pairs", "rounding_errors"]
 
@@ -19,20 +19,20 @@ _AGREEMENT = 0.9
 """Least cosine with the momentum of a gradient that is so small and still no rounding error."""
 
 
-def bias_pairs(layout: Layout) -> list[tuple[int, int]]:
+def bias_pairs(table: ParameterTable) -> list[tuple[int, int]]:
     """Numbers of the biases, each with that of the matrix of its layer.
 
     The matrix is found by name, or else it is the last one before the bias, if it has as many rows.
     """
-    numbers = {name: number for number, name in enumerate(layout.names)}
+    numbers = {name: number for number, name in enumerate(table.names)}
     pairs = []
     last: str | None = None
-    for name, shape in layout.shapes.items():
-        if name in layout.matrices:
+    for name, shape in table.shapes.items():
+        if name in table.matrices:
             last = name
         elif len(shape) == 1:
-            own = next((n for n in (name.replace("bias", "weight"), last) if n in layout.matrices and n != name), None)
-            if own is not None and layout.matrices[own][0] == shape[0]:
+            own = next((n for n in (name.replace("bias", "weight"), last) if n in table.matrices and n != name), None)
+            if own is not None and table.matrices[own][0] == shape[0]:
                 pairs.append((numbers[name], numbers[own]))
     return pairs
 
@@ -55,7 +55,7 @@ def rounding_errors(
         grad = grads[bias]
         rounding = _ROUNDING_64 if grad.dtype == torch.float64 else _ROUNDING
         if 0.0 < norms[bias] < rounding * norms[matrix]:
-            own, other = (in_full_precision(one).flatten() for one in (grad, whole(momenta[bias])))
+            own, other = (in_full_precision(one).flatten() for one in (grad, full_tensor(momenta[bias])))
             # Divided by their largest entries, since squares of very small numbers are no floats.
             own, other = (one / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny) for one in (own, other))
             if not float(own @ other) > _AGREEMENT * float(own.norm() * other.norm()):

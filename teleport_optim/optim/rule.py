@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.orthogonalise import descend
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Hyper, UpdateState, step_factors
-from teleport_optim.optim.schedule import averaging_weight, is_due
+from teleport_optim.optim.orthogonalise import compute_steps
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import HyperParameters, UpdateState, step_coefficients
+from teleport_optim.optim.schedule import averaging_weight, is_control_step
 from teleport_optim.optim.shapes import in_full_precision
-from teleport_optim.optim.teleport import balanced, teleport
+from teleport_optim.optim.teleport import balance, teleport
 
 __all__ = ["Control", "active_rows", "average_offset", "ema", "update"]
 
@@ -50,7 +50,7 @@ class Control(Protocol):
         *,
         step: int,
         total_steps: int | None,
-        layout: Layout,
+        table: ParameterTable,
     ) -> UpdateState:
         """The state with new ``outputs``, and with what the controller remembers in ``hidden`` and ``log_grad_rms``."""
         ...
@@ -63,19 +63,19 @@ def update(
     state: UpdateState,
     *,
     step: int,
-    hyper: Hyper,
-    layout: Layout,
+    hyper: HyperParameters,
+    table: ParameterTable,
 ) -> tuple[dict[str, Tensor], UpdateState]:
     """One step: at control steps new controls and a teleport; then momentum, step and average.
 
     Args:
         control: Sets the controls at control steps; without it they stay at their prior, or as the state has them.
-        params: Parameters, with exactly the names of ``layout``, each ``[*runs, *shape]``.
+        params: Parameters, with exactly the names of ``table``, each ``[*runs, *shape]``.
         grads: Gradients at ``params``, one for each.
         state: State after the last step.
         step: Steps taken so far.
         hyper: What the user set.
-        layout: Shapes, roles and symmetries of the parameters.
+        table: Shapes, roles and symmetries of the parameters.
 
     Returns:
         New parameters and state; the arguments are unchanged.
@@ -83,21 +83,21 @@ def update(
     momenta: Mapping[str, Tensor] = state.momenta
     offsets: Mapping[str, Tensor] = state.average_offsets
     if step == 0:
-        params, grads, momenta, offsets, _ = balanced(params, grads, momenta, offsets, layout)
-    if is_due(step) and control is not None:
-        state = control(params, grads, state, step=step, total_steps=hyper.horizon.total_steps, layout=layout)
+        params, grads, momenta, offsets, _ = balance(params, grads, momenta, offsets, table)
+    if is_control_step(step) and control is not None:
+        state = control(params, grads, state, step=step, total_steps=hyper.horizon.total_steps, table=table)
     controls = Controls.from_outputs(state.outputs)
-    if is_due(step) and len(layout.spec):
-        params, grads, momenta, offsets, _ = teleport(params, grads, momenta, offsets, controls, layout)
+    if is_control_step(step) and len(table.spec):
+        params, grads, momenta, offsets, _ = teleport(params, grads, momenta, offsets, controls, table)
     params, grads, momenta, offsets = map(dict, (params, grads, momenta, offsets))
-    factors = step_factors(controls, step=step, hyper=hyper, layout=layout)
-    averages = {name: ema(momenta[name], grads[name], factors.beta) for name in params}
-    active = {name: active_rows(name, grad, layout) for name, grad in grads.items()}
-    steps = descend({name: average * active[name] for name, average in averages.items()}, factors, layout)
+    coefficients = step_coefficients(controls, step=step, hyper=hyper, table=table)
+    averages = {name: ema(momenta[name], grads[name], coefficients.beta) for name in params}
+    active = {name: active_rows(name, grad, table) for name, grad in grads.items()}
+    steps = compute_steps({name: average * active[name] for name, average in averages.items()}, coefficients, table)
     weight = averaging_weight(step, hyper.horizon.steps_left(step))
     new_params, new_offsets = {}, {}
-    for (name, param), shrink in zip(params.items(), factors.shrinks.unbind(-1)):
-        shrink = shrink.reshape([*shrink.shape, *[1] * len(layout.shapes[name])])
+    for (name, param), shrink in zip(params.items(), coefficients.decay_factors.unbind(-1)):
+        shrink = shrink.reshape([*shrink.shape, *[1] * len(table.shapes[name])])
         stepped = steps[name].taken_from(in_full_precision(param) * shrink).to(param)
         new_params[name] = torch.where(active[name], stepped, param)
         new_offsets[name] = average_offset(offsets[name], param, new_params[name], weight)
@@ -105,15 +105,15 @@ def update(
     return new_params, state._replace(momenta=momenta, average_offsets=new_offsets)
 
 
-def active_rows(name: str, grad: Tensor, layout: Layout) -> Tensor:
+def active_rows(name: str, grad: Tensor, table: ParameterTable) -> Tensor:
     """Which rows of a tensor have a gradient; the others stay where they are, whatever their momentum.
 
     Returns:
         Booleans ``[*runs, *row_shape]`` for a gradient ``[*runs, *shape]``, which go with it.
     """
-    kept = layout.row_shape(name)
+    kept = table.row_shape(name)
     run_axes = grad.dim() - len(kept)
-    axes = tuple(run_axes + axis for axis, size in enumerate(layout.shapes[name]) if size != kept[axis])
+    axes = tuple(run_axes + axis for axis, size in enumerate(table.shapes[name]) if size != kept[axis])
     return (grad != 0).any(dim=axes, keepdim=True) if axes else grad != 0
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 
-__all__ = ["TELEPORT_INTERVAL", "Horizon", "averaging_weight", "is_due", "prior_rate", "rate_and_decay"]
+__all__ = ["TELEPORT_INTERVAL", "Horizon", "averaging_weight", "is_control_step", "prior_rate", "rate_and_decay"]
 
 
 TELEPORT_INTERVAL = 80
@@ -97,13 +97,13 @@ def averaging_weight(age: int, steps_left: float = math.inf) -> float:
     return max((_POWER + 1.0) / (age + _POWER + 1.0), min(1.0, _TAIL / steps_left))
 
 
-def rate_and_decay(step: int, horizon: Horizon, layout: Layout) -> tuple[float, float]:
-    """:func:`prior_rate` for the tensors of ``layout``."""
-    rate, decay = prior_rate(step, horizon, layout.num_layers)
-    return (_LINEAR_RATE * rate, decay / _LINEAR_RATE) if layout.is_linear else (rate, decay)
+def rate_and_decay(step: int, horizon: Horizon, table: ParameterTable) -> tuple[float, float]:
+    """:func:`prior_rate` for the tensors of ``table``."""
+    rate, decay = prior_rate(step, horizon, table.num_layers)
+    return (_LINEAR_RATE * rate, decay / _LINEAR_RATE) if table.is_linear else (rate, decay)
 
 
-def is_due(step: int) -> bool:
+def is_control_step(step: int) -> bool:
     """Whether the step of this number begins with asking the meta-optimizer, and with a teleport: 0, 80, 160, 320 and so on.
 
     What changes with the root of time changes ever slower.

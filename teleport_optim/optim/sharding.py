@@ -10,20 +10,28 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["all_local", "all_parts_like", "all_whole", "is_distributed", "local", "part_like", "whole"]
+__all__ = [
+    "full_tensor",
+    "full_tensors",
+    "is_distributed",
+    "local_tensor",
+    "local_tensors",
+    "shard_like",
+    "shards_like",
+]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """``tensor`` itself, or all of a ``DTensor``, gathered from all processes."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """``tensor`` itself, or the part of a ``DTensor`` that lies in this process."""
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
-def part_like(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """``value``, which every process has as a whole, placed as ``like`` is; without communication."""
     if not is_distributed(like) or is_distributed(value):
         return value
@@ -34,19 +42,19 @@ def part_like(value: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements)
 
 
-def all_whole(tensors: list[Tensor]) -> list[Tensor]:
-    """:func:`whole` of every tensor; it costs nothing where there is no ``DTensor``."""
-    return [whole(tensor) for tensor in tensors] if _any_distributed(tensors) else tensors
+def full_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """:func:`full_tensor` of every tensor; it costs nothing where there is no ``DTensor``."""
+    return [full_tensor(tensor) for tensor in tensors] if _any_distributed(tensors) else tensors
 
 
-def all_local(tensors: list[Tensor]) -> list[Tensor]:
-    """:func:`local` of every tensor."""
-    return [local(tensor) for tensor in tensors] if _any_distributed(tensors) else tensors
+def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """:func:`local_tensor` of every tensor."""
+    return [local_tensor(tensor) for tensor in tensors] if _any_distributed(tensors) else tensors
 
 
-def all_parts_like(values: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
+def shards_like(values: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
     """Of values, which every process has as a whole, the parts that lie where those of the targets lie in this process."""
-    return [local(part_like(*pair)) for pair in zip(values, targets)] if _any_distributed(targets) else values
+    return [local_tensor(shard_like(*pair)) for pair in zip(values, targets)] if _any_distributed(targets) else values
 
 
 def _any_distributed(tensors: list[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from teleport_optim.optim.averaging import AVERAGE_SLOTS, END, FINGERPRINT, ITER
 from teleport_optim.optim.records import UpdateState, slot_dtype
 from teleport_optim.optim.schedule import Horizon
 from teleport_optim.optim.shapes import as_real
-from teleport_optim.optim.sharding import is_distributed, local, part_like
+from teleport_optim.optim.sharding import is_distributed, local_tensor, shard_like
 
 __all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "Slots", "initial_slots", "read_state_dict"]
 
@@ -268,12 +268,12 @@ def _read_slot(key: Any, name: str, value: Any, like: Tensor, num_steps: int) ->
             f"{name} of parameter {key!r} is {found}, expected a tensor of {kind} of shape {tuple(like.shape)}"
         )
     new = value.detach().to(device=like.device, dtype=like.dtype, copy=True)
-    values = local(new)
+    values = local_tensor(new)
     is_good = values.isfinite() | values.isnan() if name == "log_grad_rms" else values.isfinite()
     if name in (START, END):
         is_good = (values >= 0) & (values <= num_steps)
     if not bool(is_good.all()) or (name in _COUNTS and not (values >= 0 and values == values.floor())):
         raise OptimizerStateError(
-            f"{name} of parameter {key!r} holds values that cannot be: {local(value).flatten()[:4].tolist()}"
+            f"{name} of parameter {key!r} holds values that cannot be: {local_tensor(value).flatten()[:4].tolist()}"
         )
-    return part_like(new, like)
+    return shard_like(new, like)

@@ -17,15 +17,15 @@ from teleport_optim.optim.fingerprints import fingerprints
 from teleport_optim.optim.kernels import inplace, native
 from teleport_optim.optim.kernels.native import NativeStep, are_plain
 from teleport_optim.optim.orthogonalise import Step
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Factors, Hyper, Pace, UpdateState
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import HyperParameters, StepCoefficients, UnitCoefficients, UpdateState
 from teleport_optim.optim.rounding import bias_pairs
 from teleport_optim.optim.rule import Control, ema
-from teleport_optim.optim.schedule import Horizon, averaging_weight, is_due
+from teleport_optim.optim.schedule import Horizon, averaging_weight, is_control_step
 from teleport_optim.optim.shapes import as_real
-from teleport_optim.optim.sharding import all_whole
+from teleport_optim.optim.sharding import full_tensors
 from teleport_optim.optim.state import ROW_KEYS, Progress, Slots
-from teleport_optim.optim.teleport import balanced, teleport
+from teleport_optim.optim.teleport import balance, teleport
 from teleport_optim.symmetry.spec import SymmetrySpec
 
 __all__ = ["Controller", "StepCache", "StepPlan", "StepTensors"]
@@ -56,7 +56,7 @@ class StepTensors:
     Attributes:
         names: Names of the parameters.
         params: The parameters, as real numbers.
-        grads: Gradients to descend, put together from all processes.
+        grads: Gradients to compute_steps, put together from all processes.
         slots: State of every parameter.
         is_plain: Whether all are contiguous ones of the usual dtypes on the CPU, as the step in C takes them.
     """
@@ -109,7 +109,7 @@ class StepTensors:
         slots = [slots_of(param) for param in params]
         if not is_plain:
             params, grads = list(map(as_real, params)), list(map(as_real, grads))
-        tensors = cls(names, params, all_whole(grads), slots, is_plain)
+        tensors = cls(names, params, full_tensors(grads), slots, is_plain)
         if not tensors.is_plain or any(maximize):
             tensors.grads = [_to_descend(*pair) for pair in zip(tensors.grads, maximize)]
         return tensors
@@ -120,7 +120,7 @@ class StepTensors:
 
     def whole(self) -> Point:
         """Whole tensors by name."""
-        lists = (all_whole(self.params), self.grads, all_whole(self.momenta), all_whole(self.offsets))
+        lists = (full_tensors(self.params), self.grads, full_tensors(self.momenta), full_tensors(self.offsets))
         return Point(*(dict(zip(self.names, tensors)) for tensors in lists))
 
     def fits(self, step: NativeStep) -> bool:
@@ -135,7 +135,7 @@ class StepTensors:
 
 
 def _to_descend(grad: Tensor, maximize: bool) -> Tensor:
-    """The gradient to descend; that of float16 in float32, whose range teleports need."""
+    """The gradient to compute_steps; that of float16 in float32, whose range teleports need."""
     grad = grad.float() if grad.dtype == torch.float16 else grad
     return -grad if maximize else grad
 
@@ -154,34 +154,34 @@ class StepCache:
     """What steps of the same tensors share; dropped as a whole when tensors, symmetries or state change.
 
     Attributes:
-        layout: The layout of the tensors, whose names are the key.
+        table: The table of the tensors, whose names are the key.
         native: The step in C for them.
         bias_pairs: Biases with the matrices of their layers.
         controls: What the controller has said last; None before the first step.
         starts: The steps with which the averages begin; None where they have to be read.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.native = NativeStep(layout)
-        self.bias_pairs = bias_pairs(layout)
+    def __init__(self, table: ParameterTable) -> None:
+        self.table = table
+        self.native = NativeStep(table)
+        self.bias_pairs = bias_pairs(table)
         self.controls: Controls | None = None
         self.starts: list[int] | None = None
-        self._hyper: tuple[tuple[Any, ...], Hyper] | None = None
-        self._pace: tuple[Controls, Hyper, Pace] | None = None
+        self._hyper: tuple[tuple[Any, ...], HyperParameters] | None = None
+        self._unit: tuple[Controls, HyperParameters, UnitCoefficients] | None = None
 
-    def hyper(self, rates: list[float], decays: list[float], horizon: Horizon) -> Hyper:
+    def hyper(self, rates: list[float], decays: list[float], horizon: Horizon) -> HyperParameters:
         """What the user has set, which rarely changes from step to step."""
         key = (rates, decays, horizon)
         if self._hyper is None or self._hyper[0] != key:
-            self._hyper = (key, Hyper.of(*key))
+            self._hyper = (key, HyperParameters.of(*key))
         return self._hyper[1]
 
-    def pace(self, controls: Controls, hyper: Hyper) -> Pace:
-        """The pace under these controls, which most steps share with the step before."""
-        if self._pace is None or self._pace[0] is not controls or self._pace[1] is not hyper:
-            self._pace = (controls, hyper, Pace.of(controls, hyper, self.layout))
-        return self._pace[2]
+    def unit(self, controls: Controls, hyper: HyperParameters) -> UnitCoefficients:
+        """The unit under these controls, which most steps share with the step before."""
+        if self._unit is None or self._unit[0] is not controls or self._unit[1] is not hyper:
+            self._unit = (controls, hyper, UnitCoefficients.of(controls, hyper, self.table))
+        return self._unit[2]
 
     def starts_of(self, slots: list[Slots], step: int, horizon: Horizon) -> list[int]:
         """The steps with which the averages begin, after they have been brought up to date."""
@@ -198,8 +198,8 @@ class StepCache:
 class StepPlan:
     """A step that is ready to be taken. A compiled momentum step reads ``arguments`` alone, and is guarded by nothing else."""
 
-    arguments: tuple[dict[str, Tensor], Factors, Layout] | None = field(init=False, default=None)
-    """Those of :func:`~teleport_optim.optim.orthogonalise.descend`; None where the step is taken in C."""
+    arguments: tuple[dict[str, Tensor], StepCoefficients, ParameterTable] | None = field(init=False, default=None)
+    """Those of :func:`~teleport_optim.optim.orthogonalise.compute_steps`; None where the step is taken in C."""
     tensors: StepTensors
     cache: StepCache
     progress: Progress
@@ -214,7 +214,7 @@ class StepPlan:
     """Which rows have a gradient, of tensors of which some have none."""
     rows: dict[str, Tensor] = field(init=False, default_factory=dict)
     """The rows of the state that a control step changes."""
-    moved: Layout | None = field(init=False, default=None)
+    moved: ParameterTable | None = field(init=False, default=None)
     """The sites along which the parameters move; None if they do not."""
     teleport_sizes: Tensor | None = field(init=False, default=None)
 
@@ -228,17 +228,17 @@ class StepPlan:
             may_move: Whether the parameters may move along their orbit at all.
         """
         step, slots = self.progress.num_steps, self.tensors.slots
-        layout, point = self.cache.layout, self.tensors.whole()
-        self.moved = _without(layout, still) if may_move else None
+        table, point = self.cache.table, self.tensors.whole()
+        self.moved = _without(table, still) if may_move else None
         if self.moved is not None and not self.progress.is_balanced:
-            *tensors, self.teleport_sizes = balanced(*point, self.moved)
+            *tensors, self.teleport_sizes = balance(*point, self.moved)
             point = Point(*tensors)
         self.progress = self.progress._replace(is_balanced=self.progress.is_balanced or may_balance)
-        if is_due(step) and control is not None:
+        if is_control_step(step) and control is not None:
             held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
             state = UpdateState(momenta=point.momenta, average_offsets=point.offsets, **held)
             total_steps = self.progress.horizon.total_steps
-            state = control(point.params, point.grads, state, step=step, total_steps=total_steps, layout=layout)
+            state = control(point.params, point.grads, state, step=step, total_steps=total_steps, table=table)
             self.rows = {key: getattr(state, key) for key in ROW_KEYS}
             if self.moved is not None:
                 *tensors, sizes = teleport(*point, Controls.from_outputs(state.outputs), self.moved)
@@ -259,11 +259,13 @@ class StepPlan:
             prior = Controls.prior(len(slots))
             self.controls = Controls(*(value.to(self.tensors.params[0].device) for value in prior))
 
-    def choose_kernel(self, pace: Pace, rate: float, decay: float, *, is_native: bool, is_unusual: bool) -> None:
+    def choose_kernel(
+        self, unit: UnitCoefficients, rate: float, decay: float, *, is_native: bool, is_unusual: bool
+    ) -> None:
         """Make the momentum step ready, in C or in torch.
 
         Args:
-            pace, rate, decay: The controls' share in the step, and the prior rate and decay that they multiply.
+            unit, rate, decay: The controls' share in the step, and the prior rate and decay that they multiply.
             is_native: Whether it is taken in C.
             is_unusual: Whether a square of an entry of a momentum may be no float.
         """
@@ -272,17 +274,17 @@ class StepPlan:
             grads = tensors.grads if self.point is None else self.point.grads
             lists = (tensors.params, grads, tensors.momenta, tensors.offsets)
             numbers = (tensors.counts, tensors.fingerprints, tensors.ends)
-            self.take = partial(self.cache.native.take, *lists, *numbers, pace=pace, rate=rate, decay=decay)
+            self.take = partial(self.cache.native.take, *lists, *numbers, unit=unit, rate=rate, decay=decay)
             return
         point = tensors.whole() if self.point is None else self.point
-        factors, layout = pace.factors(rate, decay), self.cache.layout
-        self.momenta = {name: ema(point.momenta[name], point.grads[name], factors.beta) for name in tensors.names}
-        self.masks = inplace.gradient_masks(point.grads, layout)
+        coefficients, table = unit.coefficients(rate, decay), self.cache.table
+        self.momenta = {name: ema(point.momenta[name], point.grads[name], coefficients.beta) for name in tensors.names}
+        self.masks = inplace.gradient_masks(point.grads, table)
         directions = inplace.in_range(self.momenta) if is_unusual else self.momenta
         directions = {
             name: value * self.masks[name] if name in self.masks else value for name, value in directions.items()
         }
-        self.arguments = (directions, factors, layout)
+        self.arguments = (directions, coefficients, table)
 
     def write(self, steps: Mapping[str, Step]) -> None:
         """Write everything that the step changes; ``steps`` are those of the kernel in torch."""
@@ -311,11 +313,11 @@ class StepPlan:
                 slots[number][END].fill_(step + 1)
                 starts[number] = step
         elif self.arguments is not None:
-            _, factors, layout = self.arguments
+            _, coefficients, table = self.arguments
             inplace.copy_all(tensors.momenta, list(self.momenta.values()))
-            masks = {layout.names.index(name): mask for name, mask in self.masks.items()}
-            all_steps = [steps[name] for name in layout.names]
-            inplace.take_steps(params, tensors.offsets, all_steps, masks, factors.shrinks, weights)
+            masks = {table.names.index(name): mask for name, mask in self.masks.items()}
+            all_steps = [steps[name] for name in table.names]
+            inplace.take_steps(params, tensors.offsets, all_steps, masks, coefficients.decay_factors, weights)
             torch._foreach_add_(tensors.counts, 1.0)
             if tensors.ends:
                 torch._foreach_add_(tensors.ends, 1)
@@ -343,9 +345,9 @@ class StepPlan:
         return float((self.teleport_sizes.square() @ channels / channels.sum()).sqrt())
 
 
-def _without(layout: Layout, names: set[str]) -> Layout | None:
-    """The layout with the sites on which none of these tensors lie; None if there are none."""
-    sites = [site for site in layout.spec if not any(leg.name in names for leg in site.legs)]
+def _without(table: ParameterTable, names: set[str]) -> ParameterTable | None:
+    """The table with the sites on which none of these tensors lie; None if there are none."""
+    sites = [site for site in table.spec if not any(leg.name in names for leg in site.legs)]
     if not sites:
         return None
-    return layout if len(sites) == len(layout.spec) else replace(layout, spec=SymmetrySpec(tuple(sites)))
+    return table if len(sites) == len(table.spec) else replace(table, spec=SymmetrySpec(tuple(sites)))

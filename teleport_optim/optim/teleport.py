@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.controls import Controls
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
 from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import move_scaling, unmoved
 from teleport_optim.symmetry.spec import Symmetry
 
-__all__ = ["MAX_LOG_SCALE", "balanced", "teleport"]
+__all__ = ["MAX_LOG_SCALE", "balance", "teleport"]
 
 
 MAX_LOG_SCALE = 3.0
@@ -31,7 +31,7 @@ def teleport(
     momenta: Mapping[str, Tensor],
     offsets: Mapping[str, Tensor],
     controls: Controls,
-    layout: Layout,
+    table: ParameterTable,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
     """Move along the positive-scaling orbits towards balance, one site after the other.
 
@@ -45,11 +45,11 @@ def teleport(
         Parameters, gradients, momenta and offsets of the average, all at the same new point of the orbit, each computed when it
         is asked for, and for every site the RMS of ``log s``.
     """
-    weights = layout.table(controls.balance).site_weights
+    weights = table.tensors(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
     run_axes = controls.balance.dim() - 1
     sizes = []
-    for symmetry, strength in zip(layout.spec, strengths.unbind(-2)):
+    for symmetry, strength in zip(table.spec, strengths.unbind(-2)):
         balance, gradient_balance = strength.unsqueeze(-2).unbind(-1)
         norms = site_log_norms(symmetry, params, run_axes)
         # A channel's log-scale that equalises squared norms is a quarter of their log-ratio: s^2 w^2 = r^2 / s^2.
@@ -67,12 +67,12 @@ def teleport(
     return params, grads, momenta, offsets, torch.stack(sizes, dim=-1)
 
 
-def balanced(
+def balance(
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     momenta: Mapping[str, Tensor],
     offsets: Mapping[str, Tensor],
-    layout: Layout,
+    table: ParameterTable,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
     """The point of the positive-scaling orbit where every run begins, what goes with it there, and the way to it.
 
@@ -85,15 +85,15 @@ def balanced(
         Parameters, gradients, momenta and offsets of the average (if there are any), each computed when it is asked for, and for
         every site the RMS of ``log s`` in all, ``[*runs, num_sites]``.
     """
-    name = layout.names[0]
+    name = table.names[0]
     shape = unmoved(params)[name].shape
-    run_axes = len(shape) - len(layout.shapes[name])
+    run_axes = len(shape) - len(table.shapes[name])
     runs = shape[:run_axes]
     ways: dict[str, Tensor] = {}
     is_moving = torch.ones(runs, dtype=torch.bool)
-    for _ in range(_MAX_SWEEPS if len(layout.spec) else 0):
+    for _ in range(_MAX_SWEEPS if len(table.spec) else 0):
         largest = torch.zeros(runs)
-        for symmetry in layout.spec:
+        for symmetry in table.spec:
             norms = site_log_norms(symmetry, params, run_axes)
             log_scale = _in_range(0.25 * log_ratio(norms), norms, symmetry, params)
             log_scale = torch.where(is_moving.to(log_scale.device).unsqueeze(-1), log_scale, 0.0)
@@ -105,7 +105,7 @@ def balanced(
         is_moving = is_moving & (largest >= _BALANCED)
         if not bool(is_moving.any()):
             break
-    for symmetry in layout.spec:
+    for symmetry in table.spec:
         scales = symmetry.group.exp(ways[symmetry.id])
         grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
         if offsets:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.shapes import Depth, embedding_names
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
@@ -119,7 +119,7 @@ class InnerProblem:
         return next(iter(self.params.values())).shape[0]
 
     @cached_property
-    def layout(self) -> Layout:
+    def table(self) -> ParameterTable:
         """Shapes and symmetries of one problem's parameters."""
         tensors = {name: param[0] for name, param in self.params.items()}
         spec = self.symmetries
@@ -128,7 +128,7 @@ class InnerProblem:
             spec = find_symmetries(self.model, inputs[0], groups=["scaling"])
         embeddings = embedding_names(self.model)
         depth = Depth.of({name: tensor.shape for name, tensor in tensors.items()}, embeddings, is_whole=True)
-        return Layout.of(tensors, spec, embeddings, depth=depth)
+        return ParameterTable.of(tensors, spec, embeddings, depth=depth)
 
     def to(self, device: torch.device | str) -> Self:
         """The same problem on another device; minibatches are drawn on the CPU, so that they are the same everywhere."""

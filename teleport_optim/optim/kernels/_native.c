@@ -39,9 +39,9 @@ static const float ITERATIONS[3][3] = {
 /* A block of rows of one tensor, which the step treats on its own. */
 typedef struct {
     int64_t tensor, offset, rows, columns, is_mixed;
-} Unit;
+} RowBlock;
 
-/* What steers the step of one tensor, per unit of the rate. */
+/* What steers the step of one tensor, per unit of the prior rate. */
 typedef struct {
     double length, user_decay, learned_decay;
 } Numbers;
@@ -427,7 +427,7 @@ INLINE void mix_rows(Workspace *w, float *values, int rows, int64_t columns) {
     }
 }
 
-/* The averages of a unit after the gradients have come in: rounded where they are kept, and as they are in values. */
+/* The averages of a block after the gradients have come in: rounded where they are kept, and as they are in values. */
 INLINE void average(bfloat16 *restrict averages, const float *restrict grads, int64_t size, float rest, float *restrict values) {
     for (int64_t start = 0; start < size; start += STRIP) {
         int64_t end = start + STRIP < size ? start + STRIP : size;
@@ -447,37 +447,37 @@ INLINE int is_idle(const float *grads, int64_t size) {
     return 1;
 }
 
-PORTABLE static void take_units(const Unit *units, int64_t count, float *const *params, bfloat16 *const *averages,
+PORTABLE static void take_blocks(const RowBlock *blocks, int64_t count, float *const *params, bfloat16 *const *averages,
                                 bfloat16 *const *offsets, float *const *grads, const Numbers *numbers, double rate,
                                 double decay, float rest, const float *keeps, uint64_t *prints, Workspace *w) {
-    for (const Unit *unit = units; unit < units + count; unit++) {
-        int64_t size = unit->rows * unit->columns, tensor = unit->tensor, offset = unit->offset;
+    for (const RowBlock *block = blocks; block < blocks + count; block++) {
+        int64_t size = block->rows * block->columns, tensor = block->tensor, offset = block->offset;
         const Numbers *own = numbers + tensor;
         float shrink = (float)(1.0 - rate * (own->user_decay + decay * own->learned_decay));
         float length = (float)(rate * own->length), *values = w->values;
         const float *own_grads = grads[tensor] + offset;
         average(averages[tensor] + offset, own_grads, size, rest, values);
         /* A row without a gradient stays where it is, whatever its momentum, and has no influence on the others. */
-        for (int64_t at = 0; at < size; at += unit->columns)
-            if (is_idle(own_grads + at, unit->columns)) memset(values + at, 0, unit->columns * sizeof(float));
-        if (unit->is_mixed) {
-            rescale_columns(w, values, (int)unit->rows, unit->columns);
-            if (unit->columns < unit->rows)
-                mix_columns(w, values, (int)unit->rows, (int)unit->columns);
+        for (int64_t at = 0; at < size; at += block->columns)
+            if (is_idle(own_grads + at, block->columns)) memset(values + at, 0, block->columns * sizeof(float));
+        if (block->is_mixed) {
+            rescale_columns(w, values, (int)block->rows, block->columns);
+            if (block->columns < block->rows)
+                mix_columns(w, values, (int)block->rows, (int)block->columns);
             else
-                mix_rows(w, values, (int)unit->rows, unit->columns);
+                mix_rows(w, values, (int)block->rows, block->columns);
         }
         uint64_t own_prints[2] = {0, 0};
-        for (int64_t row = 0; row < unit->rows; row++, values += unit->columns, own_grads += unit->columns) {
-            double norm = sqrt(square_in_range(values, unit->columns));
+        for (int64_t row = 0; row < block->rows; row++, values += block->columns, own_grads += block->columns) {
+            double norm = sqrt(square_in_range(values, block->columns));
             float factor = norm > 1e-18 ? (float)(length / norm) : 0.0f;
-            float own_shrink = factor == 0.0f && is_idle(own_grads, unit->columns) ? 1.0f : shrink;
-            int64_t at = offset + row * unit->columns;
+            float own_shrink = factor == 0.0f && is_idle(own_grads, block->columns) ? 1.0f : shrink;
+            int64_t at = offset + row * block->columns;
             if (offsets)
-                move_with_average(params[tensor] + at, offsets[tensor] + at, values, unit->columns, own_shrink, factor,
+                move_with_average(params[tensor] + at, offsets[tensor] + at, values, block->columns, own_shrink, factor,
                                   keeps[tensor], at, own_prints);
             else
-                move(params[tensor] + at, values, unit->columns, own_shrink, factor);
+                move(params[tensor] + at, values, block->columns, own_shrink, factor);
         }
         if (offsets) /* other threads may have other rows of the same tensor */
             for (int i = 0; i < 2; i++) __atomic_fetch_add(prints + 2 * tensor + i, own_prints[i], __ATOMIC_RELAXED);
@@ -510,23 +510,23 @@ static void *addresses(PyObject *list, Py_ssize_t count) {
 }
 
 static PyObject *step(PyObject *self, PyObject *args) {
-    Py_buffer numbers, keeps, prints, units;
+    Py_buffer numbers, keeps, prints, blocks;
     PyObject *lists[4];
     double rate, decay;
     float rest;
     int most_rows;
     if (!PyArg_ParseTuple(args, "OOOOy*ddfy*w*iy*", &lists[0], &lists[1], &lists[2], &lists[3], &numbers, &rate, &decay, &rest,
-                          &keeps, &prints, &most_rows, &units))
+                          &keeps, &prints, &most_rows, &blocks))
         return NULL;
     void *tensors[4] = {0};
     Py_ssize_t count = numbers.len / (Py_ssize_t)sizeof(Numbers);
     int has_average = lists[2] != Py_None;
     Workspace workspace = {0};
-    const Unit *first = units.buf, *end = first + units.len / (Py_ssize_t)sizeof(Unit);
+    const RowBlock *first = blocks.buf, *end = first + blocks.len / (Py_ssize_t)sizeof(RowBlock);
     int64_t most_entries = 0, most_columns = 0;
-    for (const Unit *unit = first; unit < end; unit++) {
-        if (unit->is_mixed && unit->columns > most_columns) most_columns = unit->columns;
-        if (unit->rows * unit->columns > most_entries) most_entries = unit->rows * unit->columns;
+    for (const RowBlock *block = first; block < end; block++) {
+        if (block->is_mixed && block->columns > most_columns) most_columns = block->columns;
+        if (block->rows * block->columns > most_entries) most_entries = block->rows * block->columns;
     }
     int is_ready = 1;
     for (int i = 0; i < 4 && is_ready; i++)
@@ -542,7 +542,7 @@ static PyObject *step(PyObject *self, PyObject *args) {
     }
     if (is_ready) {
         Py_BEGIN_ALLOW_THREADS
-        take_units(first, end - first, (float *const *)tensors[0], (bfloat16 *const *)tensors[1],
+        take_blocks(first, end - first, (float *const *)tensors[0], (bfloat16 *const *)tensors[1],
                    (bfloat16 *const *)tensors[2], (float *const *)tensors[3], numbers.buf, rate, decay, rest, keeps.buf,
                    prints.buf, &workspace);
         Py_END_ALLOW_THREADS
@@ -552,7 +552,7 @@ static PyObject *step(PyObject *self, PyObject *args) {
     PyBuffer_Release(&numbers);
     PyBuffer_Release(&keeps);
     PyBuffer_Release(&prints);
-    PyBuffer_Release(&units);
+    PyBuffer_Release(&blocks);
     if (!is_ready) return NULL;
     Py_RETURN_NONE;
 }

@@ -12,7 +12,7 @@ def step(
     keeps: array[float],
     prints: array[int],
     most_rows: int,
-    units: memoryview,
+    blocks: memoryview,
     /,
 ) -> None: ...
 def norms(tensors: list[int], sizes: array[int], /) -> list[float]: ...

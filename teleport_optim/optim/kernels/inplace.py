@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from teleport_optim.optim.orthogonalise import Step
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.rule import active_rows, average_offset
 from teleport_optim.optim.shapes import in_full_precision
-from teleport_optim.optim.sharding import all_local, all_parts_like, local, part_like
+from teleport_optim.optim.sharding import local_tensor, local_tensors, shard_like, shards_like
 from teleport_optim.symmetry.moves import Moved, unmoved
 
 __all__ = ["all_norms", "copy_all", "gradient_masks", "in_range", "move_all", "take_steps"]
 
 
-def gradient_masks(grads: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def gradient_masks(grads: Mapping[str, Tensor], table: ParameterTable) -> dict[str, Tensor]:
     """Masks of the rows that have a gradient, for the tensors of which some rows have none."""
     masks = {}
     for name, grad in grads.items():
         # A quick look first: most gradients have no zeros at all.
         if int(torch.count_nonzero(grad)) < grad.numel():
-            mask = active_rows(name, grad, layout)
+            mask = active_rows(name, grad, table)
             if not bool(mask.all()):
                 masks[name] = mask
     return masks
@@ -55,7 +55,7 @@ def in_range(momenta: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_all(targets: list[Tensor], values: Sequence[Tensor]) -> None:
     """Write values, which are whole, where the targets lie; both are in one order."""
-    torch._foreach_copy_(all_local(targets), all_parts_like(list(values), targets))
+    torch._foreach_copy_(local_tensors(targets), shards_like(list(values), targets))
 
 
 def move_all(targets: list[Tensor], values: Mapping[str, Tensor]) -> None:
@@ -64,7 +64,7 @@ def move_all(targets: list[Tensor], values: Mapping[str, Tensor]) -> None:
         if source is target and isinstance(values, Moved):
             values.write(name)
         elif source is not target:
-            local(target).copy_(local(part_like(values[name], target)))
+            local_tensor(target).copy_(local_tensor(shard_like(values[name], target)))
 
 
 def take_steps(
@@ -72,24 +72,24 @@ def take_steps(
     offsets: list[Tensor],
     steps: list[Step],
     masks: dict[int, Tensor],
-    shrinks: Tensor,
+    decay_factors: Tensor,
     weights: list[float],
 ) -> None:
     """Shrink the parameters and take the steps, where they lie, but not in rows that are masked; then move their averages."""
-    here = all_local(targets)
+    here = local_tensors(targets)
     if any(part is not target for part, target in zip(here, targets)):
         moves = [step.product().view(target.shape) for step, target in zip(steps, targets)]
-        steps = list(map(Step, all_parts_like(moves, targets)))
+        steps = list(map(Step, shards_like(moves, targets)))
     numbers = range(len(here))
     small = [number for number in numbers if steps[number].lengths is None]
     large = [[number] for number in numbers if steps[number].lengths is not None]  # a copy of one at a time
-    local_offsets, all_shrinks = all_local(offsets), shrinks.tolist()
+    local_offsets, all_shrinks = local_tensors(offsets), decay_factors.tolist()
     for group in [small, *large] if small else large:
         own = [here[number] for number in group]
         old = {number: here[number].clone() for number in group if offsets or number in masks}
         _take_steps(own, [steps[number] for number in group], [all_shrinks[number] for number in group])
         for number in masks.keys() & set(group):
-            mask = local(part_like(masks[number].expand(targets[number].shape), targets[number]))
+            mask = local_tensor(shard_like(masks[number].expand(targets[number].shape), targets[number]))
             here[number].copy_(torch.where(mask, here[number], old[number]))
         if offsets:
             own_offsets = [local_offsets[number] for number in group]
@@ -97,12 +97,12 @@ def take_steps(
             torch._foreach_copy_(own_offsets, list(map(average_offset, own_offsets, old.values(), own, own_weights)))
 
 
-def _take_steps(targets: list[Tensor], steps: list[Step], shrinks: list[float]) -> None:
+def _take_steps(targets: list[Tensor], steps: list[Step], decay_factors: list[float]) -> None:
     if any(in_full_precision(target) is not target for target in targets):
-        for target, shrink, step in zip(targets, shrinks, steps):
+        for target, shrink, step in zip(targets, decay_factors, steps):
             target.copy_(step.taken_from(in_full_precision(target) * shrink))
         return
-    shrunk = [(target, shrink) for target, shrink in zip(targets, shrinks) if shrink != 1.0]
+    shrunk = [(target, shrink) for target, shrink in zip(targets, decay_factors) if shrink != 1.0]
     if shrunk:
         torch._foreach_mul_(*map(list, zip(*shrunk)))
     if steps[0].lengths is None:

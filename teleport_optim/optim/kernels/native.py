@@ -1,7 +1,7 @@
 """The momentum step in C, where all tensors are contiguous ones of float32 on the CPU.
 
-It is the arithmetic of ``ema``, ``descend`` and ``average_offset`` of :mod:`teleport_optim.optim.rule` in one call, where torch
-needs a hundred. Results differ in rounding only. ``_native`` is built where there is a compiler when the package is installed.
+It is the arithmetic of ``ema``, ``compute_steps`` and ``average_offset`` of :mod:`teleport_optim.optim.rule` in one call, where
+torch needs a hundred. Results differ in rounding only. ``_native`` is built where there is a compiler when the package is installed.
 Without it, and for all other tensors, the step is taken with torch.
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_optim.optim.buckets import Block
-from teleport_optim.optim.parameters import Layout
-from teleport_optim.optim.records import Pace
+from teleport_optim.optim.buckets import RowBlock
+from teleport_optim.optim.parameters import ParameterTable
+from teleport_optim.optim.records import UnitCoefficients
 from teleport_optim.optim.shapes import matrix_shape
 from teleport_optim.symmetry.moves import pick
 
@@ -80,19 +80,19 @@ def all_fingerprints(tensors: list[Tensor]) -> array[int]:
 
 
 class NativeStep:
-    """The momentum step of a layout, for plain tensors."""
+    """The momentum step of a table, for plain tensors."""
 
-    def __init__(self, layout: Layout) -> None:
-        blocks = layout.blocks
-        self._units = array("q", [number for block in blocks for number in block])
-        self._layout = layout
+    def __init__(self, table: ParameterTable) -> None:
+        blocks = table.blocks
+        self._blocks = array("q", [number for block in blocks for number in block])
+        self._layout = table
         self._work = list(accumulate(block.work for block in blocks))
         self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
-        self._numbers: tuple[Pace, array[float], float] | None = None
-        self._shapes = list(layout.shapes.values())
+        self._numbers: tuple[UnitCoefficients, array[float], float] | None = None
+        self._shapes = list(table.shapes.values())
 
     def fits(self, *lists: list[Tensor], numbers: list[Tensor]) -> bool:
-        """Whether plain tensors have the shapes of the layout, list by list, and ``numbers`` have no axes.
+        """Whether plain tensors have the shapes of the table, list by list, and ``numbers`` have no axes.
 
         What lies at an address is not looked at any more after this.
         """
@@ -112,14 +112,14 @@ class NativeStep:
         fingerprints: list[Tensor],
         ends: list[Tensor],
         *,
-        pace: Pace,
+        unit: UnitCoefficients,
         rate: float,
         decay: float,
         weights: list[float],
     ) -> list[int]:
         """Average the gradients, move the parameters and their averages and count the step, in place.
 
-        Tensors are in the order of the layout. Large steps are split over as many threads as torch has; which takes what makes no
+        Tensors are in the order of the table. Large steps are split over as many threads as torch has; which takes what makes no
         difference to the result.
 
         Args:
@@ -131,9 +131,9 @@ class NativeStep:
         Returns:
             Numbers of the tensors whose parameters were not, before the step, what their fingerprint says.
         """
-        if self._numbers is None or self._numbers[0] is not pace:
-            rows = (pace.lengths, pace.user_decays, pace.learned_decays)
-            self._numbers = (pace, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - pace.beta.item())
+        if self._numbers is None or self._numbers[0] is not unit:
+            rows = (unit.step_lengths, unit.user_decays, unit.learned_decays)
+            self._numbers = (unit, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - unit.beta.item())
         _, numbers, rest = self._numbers
         prints = array("q", bytes(16 * len(params)))  # of every tensor before and after the step
         here, averages = _addresses(params), _addresses(momenta)
@@ -165,7 +165,7 @@ class NativeStep:
                 addresses[tensor] = parts[-1].data_ptr() - parts[-1].element_size() * own[0].offset
             yield addresses, first, last
 
-    def _rows(self, grads: Mapping[str, Tensor], blocks: list[Block]) -> Tensor:
+    def _rows(self, grads: Mapping[str, Tensor], blocks: list[RowBlock]) -> Tensor:
         """The rows of a gradient that lie in neighbouring blocks."""
         name = self._layout.names[blocks[0].tensor]
         axes = [axis for axis, size in enumerate(self._layout.row_shape(name)) if size > 1]
@@ -178,7 +178,7 @@ class NativeStep:
         """Blocks, all by default, in parts of about equal work, one for each thread."""
         before = self._work[first - 1] if first else 0
         bounds = _bounds([work - before for work in self._work[first:last]])
-        whole, size = memoryview(self._units), len(Block._fields)
+        whole, size = memoryview(self._blocks), len(RowBlock._fields)
         return [whole[size * (first + start) : size * (first + end)] for start, end in pairwise(bounds)]
 
 
