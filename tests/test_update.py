@@ -41,7 +41,7 @@ from teleport_optim.optim.schedule import (
 )
 from teleport_optim.optim.shapes import BLOCK_ROWS, matrix_shape
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
-from teleport_optim.optim.teleport import balance, teleport
+from teleport_optim.optim.teleport import MAX_LOG_SCALE, balance, teleport
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.moves import move, move_scaling
 from teleport_optim.symmetry.spec import Leg, Symmetry, SymmetrySpec
@@ -918,6 +918,27 @@ def test_update_leaves_its_arguments_alone() -> None:
             table=table,
         )
     torch.testing.assert_close((params, grads, state), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("imbalance", [1.0, 2.0, 30.0])
+def test_a_teleport_has_a_bound_and_the_balanced_start_has_none(imbalance: float) -> None:
+    """At full strength channels move back to balance, up to the bound; the start moves all the way."""
+    model = perceptron(4, 6, 2)
+    start = named(model)
+    table = ParameterTable.of(start, find_symmetries(model, torch.zeros(2, 4).double()))
+    nothing = {name: torch.zeros_like(param) for name, param in start.items()}
+    params = dict(balance(start, nothing, nothing, {}, table)[0])
+    log_scale = torch.full((6,), imbalance).double()
+    (site,) = table.spec
+    far = dict(move_scaling(site, log_scale.exp(), params, 1))
+    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
+    controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
+    *_, sizes = teleport(far, zeros, zeros, {}, controls, table)
+    assert sizes.item() == pytest.approx(min(imbalance, MAX_LOG_SCALE), rel=1e-3)
+    there, *_, way = balance(far, zeros, zeros, {}, table)
+    assert way.item() == pytest.approx(imbalance, rel=1e-3)
+    for name, param in params.items():
+        torch.testing.assert_close(there[name], param, rtol=1e-2, atol=1e-6)
 
 
 def test_teleported_momentum_is_the_dual_not_the_vector() -> None:

@@ -18,8 +18,8 @@ from teleport_optim.symmetry.spec import Symmetry
 __all__ = ["MAX_LOG_SCALE", "balance", "teleport"]
 
 
-MAX_LOG_SCALE = 3.0
-"""Largest |log s| by which one teleport moves a channel."""
+MAX_LOG_SCALE = 0.75
+"""Largest |log s| by which a teleport moves a channel; the balanced start, from where a run begins, has no bound."""
 
 
 _MAX_SWEEPS, _BALANCED = 30, 0.01
@@ -33,7 +33,7 @@ def teleport(
     controls: Controls,
     table: ParameterTable,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
-    """Move along the positive-scaling orbits towards balance, one site after the other.
+    """Move along the positive-scaling orbits towards balance, one site after the other, by ``MAX_LOG_SCALE`` at most.
 
     At strength 1 the weights (or the averaged gradients) that write into a channel and those that read from it get equal
     norms; the two strengths of a site are the means of those of the matrices on its legs. ``|log s|`` is at most
@@ -50,12 +50,13 @@ def teleport(
     run_axes = controls.balance.dim() - 1
     sizes = []
     for symmetry, strength in zip(table.spec, strengths.unbind(-2)):
-        balance, gradient_balance = strength.unsqueeze(-2).unbind(-1)
+        of_weights, of_gradients = strength.unsqueeze(-2).unbind(-1)
         norms = site_log_norms(symmetry, params, run_axes)
         # A channel's log-scale that equalises squared norms is a quarter of their log-ratio: s^2 w^2 = r^2 / s^2.
         log_scale = 0.25 * (
-            balance * log_ratio(norms) - gradient_balance * log_ratio(site_log_norms(symmetry, momenta, run_axes))
-        ).clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
+            of_weights * log_ratio(norms) - of_gradients * log_ratio(site_log_norms(symmetry, momenta, run_axes))
+        )
+        log_scale = log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
         # Gradients whose squares are no floats say nothing about balance.
         log_scale = _in_range(torch.nan_to_num(log_scale), norms, symmetry, params)
         sizes.append(log_scale.square().mean(dim=-1).sqrt())
@@ -78,8 +79,8 @@ def balance(
 
     It is where the norms of what writes into a channel and of what reads from it are equal, for all channels at once: the
     least sum of squared weights on the orbit, so that where on the orbit a network was initialised makes no difference. Found
-    by balancing one site after the other until none moves by more than 1 %, at most 30 times. In 16 bits nothing moves by less
-    than a power of two.
+    by balancing one site after the other until none moves by more than 1 %, at most 30 times; ``|log s|`` has no bound. In 16
+    bits nothing moves by less than a power of two.
 
     Returns:
         Parameters, gradients, momenta and offsets of the average (if there are any), each computed when it is asked for, and for

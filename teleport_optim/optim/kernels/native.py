@@ -1,8 +1,8 @@
 """The momentum step in C, where all tensors are contiguous ones of float32 on the CPU.
 
-It is the arithmetic of ``ema``, ``compute_steps`` and ``average_offset`` of :mod:`teleport_optim.optim.rule` in one call, where
-torch needs a hundred. Results differ in rounding only. ``_native`` is built where there is a compiler when the package is installed.
-Without it, and for all other tensors, the step is taken with torch.
+It is the arithmetic of ``ema``, ``compute_steps`` and ``average_offset`` in one call, where torch needs a hundred. Results differ
+in rounding only. ``_native`` is built where there is a compiler when the package is installed. Without it, and for all other
+tensors, the step is taken with torch.
 """
 
 from __future__ import annotations
