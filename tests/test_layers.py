@@ -1,6 +1,10 @@
-"""The layers of the package: imports point down only."""
+"""The layers of the package: imports point down only, and nothing imports in a circle."""
+
+from __future__ import annotations
 
 import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,31 +12,35 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "teleport_optim"
 
 LAYERS = (
-    ("_native", "guard", "rng", "sharding"),
-    ("groups",),
+    ("rng",),
     ("symmetry",),
-    ("action",),
-    ("layout", "alignment", "testing"),
-    ("features",),
-    ("meta_optimizer",),
-    ("update",),
-    ("checkpoints", "first_call", "native"),
-    ("averaging",),
-    ("optimizer_state",),
-    ("optimizer",),
+    ("alignment", "optim", "testing"),
+    ("controller",),
+    ("learned",),
     ("integrations", "meta_training"),
     ("cli",),
     ("__main__",),
 )
 """From the lowest layer to the highest. A module imports from lower layers, and a folder from within itself."""
 
-NO_IMPORTS_BETWEEN = ({"optimizer", "meta_training"},)
-"""Parts that do not know each other although one lies above the other."""
+CLASSES = {
+    "meta_training": ("teleport_optim.learned", "teleport_optim.optim.optimizer", "teleport_optim.optim.averaged")
+}
+"""What a part must not know although it lies below: meta-training runs the rule, not the class."""
+
+OUTSIDE = {
+    "symmetry": {"torch", "numpy"},
+    "optim": {"torch"},
+    "controller": {"torch", "safetensors", "huggingface_hub"},
+}
+"""The other packages that a part may import. The testing kit and the alignment need one each, and say so."""
+OPTIONAL = {"symmetry/testing": {"hypothesis"}, "symmetry/alignment": {"scipy"}, "symmetry/draw.py": {"matplotlib"}}
 
 NOT_SHIPPED = ("benchmarks", "examples", "tests")
 """Folders beside the package."""
 
 MODULES = sorted({*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")} - {PACKAGE / "__init__.py"})
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def part_of(path: Path) -> str:
@@ -59,40 +67,82 @@ def imported_parts(source: str) -> set[str]:
     return {name[1] if len(name) > 1 else "(package)" for name in parts}
 
 
+def misdirected(part: str, source: str) -> set[str]:
+    """The imports of a module of ``part`` that do not point down."""
+    ranks = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+    upward = {name for name in imported_parts(source) - {part} if name not in ranks or ranks[name] >= ranks[part]}
+    return upward | {
+        name for name in imported_modules(source) if name.startswith(CLASSES.get(part, ("no such module",)))
+    }
+
+
+def foreign(path: Path, source: str) -> set[str]:
+    """The other packages that a module imports and may not."""
+    if part_of(path) not in OUTSIDE:
+        return set()
+    known = {PACKAGE.name, *sys.stdlib_module_names, *OUTSIDE[part_of(path)]}
+    place = str(path.relative_to(PACKAGE))
+    known |= {name for prefix, names in OPTIONAL.items() if place.startswith(prefix) for name in names}
+    return {name.split(".")[0] for name in imported_modules(source)} - known
+
+
 def unshipped(source: str) -> list[str]:
     """The imports of what is in a checkout only."""
     return [name for name in imported_modules(source) if name.split(".")[0] in NOT_SHIPPED]
 
 
-def misdirected(part: str, source: str) -> set[str]:
-    """The imports of a module of ``part`` that do not point down."""
-    ranks = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-    parts = imported_parts(source) - {part}
-    upward = {name for name in parts if name not in ranks or ranks[name] >= ranks[part]}
-    return upward | {name for name in parts if {name, part} in NO_IMPORTS_BETWEEN}
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@every_module
 def test_imports_point_down(path: Path) -> None:
     assert misdirected(part_of(path), path.read_text()) == set()
+
+
+@every_module
+def test_a_part_needs_no_other_packages_than_it_says(path: Path) -> None:
+    assert foreign(path, path.read_text()) == set()
 
 
 def test_the_table_lists_every_part() -> None:
     assert {part_of(path) for path in MODULES} == {name for names in LAYERS for name in names}
 
 
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """A circle of modules, each of which imports the next one; empty if there is none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
+    modules = {name: path for name, path in names.items() if path.stem != "__init__" and path.suffix == ".py"}
+    imports = {name: set(imported_modules(path.read_text())) & modules.keys() for name, path in modules.items()}
+    assert circle(imports) == []
+    assert circle(
+        imports | {"teleport_optim.rng": {"teleport_optim.learned"}, "teleport_optim.learned": {"teleport_optim.rng"}}
+    )
+
+
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("groups", "from teleport_optim.symmetry.action import act"),
-        ("update", "import teleport_optim.optim.optimizer"),
-        ("meta_training", "def f():\n    from teleport_optim.optim.optimizer import LearnedTeleportOptimizer"),
-        ("action", "from teleport_optim import find_symmetries"),
+        ("symmetry", "from teleport_optim.optim.rule import update"),
+        ("optim", "import teleport_optim.controller.network"),
+        ("optim", "def f():\n    from teleport_optim.learned import LearnedTeleportOptimizer"),
+        ("meta_training", "def f():\n    from teleport_optim.optim.optimizer import TeleportOptimizer"),
+        ("symmetry", "from teleport_optim import find_symmetries"),
         ("meta_training", "from teleport_optim.cli.training import train"),
     ],
 )
 def test_a_wrong_import_is_caught(part: str, source: str) -> None:
     assert misdirected(part, source)
+
+
+def test_a_foreign_package_is_caught() -> None:
+    assert foreign(PACKAGE / "symmetry" / "find.py", "import scipy.optimize") == {"scipy"}
+    assert foreign(PACKAGE / "symmetry" / "alignment" / "matching.py", "import scipy.optimize") == set()
+    assert foreign(PACKAGE / "optim" / "rule.py", "def f():\n    import numpy") == {"numpy"}
 
 
 @pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *MODULES], ids=lambda path: str(path.relative_to(PACKAGE)))
