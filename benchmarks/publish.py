@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.comparison.baselines import LIGHT, OURS, REFERENCE
 from benchmarks.comparison.comparison import Comparison, Score, TaskResult
-from benchmarks.comparison.report import plot, score_table, task_table
+from benchmarks.comparison.report import brief_table, plot, score_table, task_table
 from benchmarks.comparison.suite import SUITE
 from teleport_optim.controller.checkpoints import find_checkpoint, read_card, write_atomically
 
@@ -72,13 +72,6 @@ them.
 _ABLATIONS = (
     "The learned optimizer is told the length of the run, and its losses are of the average of the iterates all along."
 )
-
-_EXPLANATION = """\
-Horizon speed: how many times shorter a run may be that ends where tuned AdamW ends, when the optimizer is told its length and the
-parameters are measured as they are. Open-ended speed: how many times sooner one run of the usual length is where tuned AdamW ends,
-measured in the average of the iterates for everybody who averages. "≥", "≤", "≈": some task is beyond 4 or below 1/2, and counts as
-that. "-": not measured ([docs/comparison.md](docs/comparison.md) says how).
-"""
 
 
 def _scores(results: list[TaskResult], optimizer: str, command: str) -> dict[str, Any]:
@@ -142,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     readme = _ROOT / "README.md"
     before, rest = readme.read_text().split(_BEGIN)
     _, after = rest.split(_END)
-    readme.write_text(f"{before}{_BEGIN}{table}\n{_EXPLANATION}{_END}{after}")
+    readme.write_text(f"{before}{_BEGIN}{brief_table(results)}{_END}{after}")
     for name, optimizer in (("default", OURS), ("light", LIGHT)):
         path = find_checkpoint(name)
         card = read_card(path) | {"scores": _scores(results, optimizer, command)}

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.baselines import OURS, REFERENCE
+from benchmarks.comparison.baselines import LIGHT, OURS, REFERENCE
 from benchmarks.comparison.comparison import Score, TaskResult
 from benchmarks.comparison.training import FASTEST, SLOWEST
 
-__all__ = ["plot", "score_table", "task_table"]
+__all__ = ["brief_table", "plot", "score_table", "task_table"]
+
+BRIEF = (REFERENCE, "Muon + AdamW cosine, tuned", "Schedule-Free AdamW, tuned", LIGHT, OURS)
+"""Optimizers of the table for readers in a hurry."""
 
 
 def score_table(results: Sequence[TaskResult], *, with_horizon: bool = True) -> str:
-    """ParameterTensors with one row for every optimizer over all tasks; for ablations without the horizon speed and its wall-clock.
+    """Table with one row for every optimizer over all tasks; for ablations without the horizon speed and its wall-clock.
 
     A mean with a task that counts as 4 because it is beyond is marked "≥", one with a task that counts as 1/2 because it is
     below "≤", one with both "≈".
@@ -45,12 +48,24 @@ def score_table(results: Sequence[TaskResult], *, with_horizon: bool = True) -> 
     return _markdown(headings, rows)
 
 
+def brief_table(results: Sequence[TaskResult]) -> str:
+    """Table of the optimizers with a horizon speed, and of the reference's closest rivals; for readers in a hurry."""
+    rows = []
+    for name in BRIEF:
+        score = Score.of(name, results)
+        mark = _mark(is_least=score.beyond > 0, is_most=score.below > 0)
+        speeds = (score.horizon_speed, score.wall_clock)
+        shown = ["-" if speed is None else f"{mark}{speed:.2f}" for speed in speeds]
+        rows.append([name, *shown, f"{score.loss_ratio:.2f}", f"{score.held_out_ratio:.2f}"])
+    return _markdown(["optimizer", "horizon speed", "in wall-clock", "final loss", "held-out loss"], rows)
+
+
 def _mark(*, is_least: bool, is_most: bool) -> str:
     return {(True, False): "≥ ", (False, True): "≤ ", (True, True): "≈ "}.get((is_least, is_most), "")
 
 
 def task_table(result: TaskResult) -> str:
-    """ParameterTensors with one row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
+    """Table with one row for every optimizer on one task; medians over seeds, and the lowest and highest final loss."""
     headings = ["optimizer", "rate", "final loss", "lowest to highest", "held-out loss"]
     headings += ["horizon speed", "open-ended speed", "ms per step", "peak memory, MB", "set-up, s"]
     rows = []

@@ -135,7 +135,7 @@ class StepTensors:
 
 
 def _to_descend(grad: Tensor, maximize: bool) -> Tensor:
-    """The gradient to compute_steps; that of float16 in float32, whose range teleports need."""
+    """The gradient to descend; that of float16 in float32, whose range teleports need."""
     grad = grad.float() if grad.dtype == torch.float16 else grad
     return -grad if maximize else grad
 
