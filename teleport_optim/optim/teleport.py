@@ -12,7 +12,7 @@ from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
 from teleport_optim.symmetry.action import SlotKind
-from teleport_optim.symmetry.moves import move_scaling, unmoved
+from teleport_optim.symmetry.moves import Moved, unmoved
 from teleport_optim.symmetry.spec import Symmetry
 
 __all__ = ["MAX_LOG_SCALE", "balance", "teleport"]
@@ -23,6 +23,8 @@ MAX_LOG_SCALE = 0.75
 
 
 _MAX_SWEEPS, _BALANCED = 30, 0.01
+_KINDS = (SlotKind.VECTOR, SlotKind.COVECTOR, SlotKind.COVECTOR, SlotKind.VECTOR)
+"""How parameters, gradients, momenta and offsets of averages move."""
 
 
 def teleport(
@@ -48,6 +50,7 @@ def teleport(
     weights = table.tensors(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
     run_axes = controls.balance.dim() - 1
+    params, grads, momenta, offsets = moved = [Moved.of(tensors) for tensors in (params, grads, momenta, offsets)]
     sizes = []
     for symmetry, strength in zip(table.spec, strengths.unbind(-2)):
         of_weights, of_gradients = strength.unsqueeze(-2).unbind(-1)
@@ -61,10 +64,9 @@ def teleport(
         log_scale = _in_range(torch.nan_to_num(log_scale), norms, symmetry, params)
         sizes.append(log_scale.square().mean(dim=-1).sqrt())
         scales = symmetry.group.exp(log_scale.double())
-        params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
-        if offsets:  # an optimizer need not keep an average
-            offsets = move_scaling(symmetry, scales, offsets, SlotKind.VECTOR)
-        grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
+        for tensors, kind in zip(moved, _KINDS):
+            if tensors:  # An optimizer need not keep an average.
+                tensors.go(symmetry, scales, kind)
     return params, grads, momenta, offsets, torch.stack(sizes, dim=-1)
 
 
@@ -90,6 +92,7 @@ def balance(
     shape = unmoved(params)[name].shape
     run_axes = len(shape) - len(table.shapes[name])
     runs = shape[:run_axes]
+    params, *others = moved = [Moved.of(tensors) for tensors in (params, grads, momenta, offsets)]
     ways: dict[str, Tensor] = {}
     is_moving = torch.ones(runs, dtype=torch.bool)
     for _ in range(_MAX_SWEEPS if len(table.spec) else 0):
@@ -102,15 +105,16 @@ def balance(
             log_scale = log_scale.double()
             ways[symmetry.id] = ways.get(symmetry.id, 0.0) + log_scale
             scales = symmetry.group.exp(log_scale)
-            params = move_scaling(symmetry, scales, params, SlotKind.VECTOR)
+            params.go(symmetry, scales, SlotKind.VECTOR)
         is_moving = is_moving & (largest >= _BALANCED)
         if not bool(is_moving.any()):
             break
     for symmetry in table.spec:
         scales = symmetry.group.exp(ways[symmetry.id])
-        grads, momenta = (move_scaling(symmetry, scales, slot, SlotKind.COVECTOR) for slot in (grads, momenta))
-        if offsets:
-            offsets = move_scaling(symmetry, scales, offsets, SlotKind.VECTOR)
+        for tensors, kind in zip(others, _KINDS[1:]):
+            if tensors:
+                tensors.go(symmetry, scales, kind)
+    params, grads, momenta, offsets = moved
     sizes = [way.square().mean(dim=-1).sqrt().float() for way in ways.values()]
     return params, grads, momenta, offsets, torch.stack(sizes, dim=-1) if sizes else torch.zeros(*runs, 0)
 

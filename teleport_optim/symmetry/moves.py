@@ -29,6 +29,8 @@ __all__ = [
 
 PART_SIZE = 2**18
 """Entries of a tensor that are computed with at once, so that a large one needs little memory."""
+_SMALL = 2**14
+"""Most entries of a tensor that is moved at once."""
 
 
 def move(
@@ -119,14 +121,16 @@ def move_scaling(symmetry: Symmetry, scales: Tensor, tensors: Mapping[str, Tenso
         tensors: Tensors by name, each ``[*runs, *shape]``; none of the legs' may be missing. What was moved before goes further.
         kind: +1 or -1, multiplies the degree of every leg.
     """
-    return (tensors if isinstance(tensors, Moved) else Moved(tensors)).by(symmetry, scales, kind)
+    moved = Moved.of(tensors)
+    moved.go(symmetry, scales, kind)
+    return moved
 
 
 class Moved(Mapping[str, Tensor]):
     """Tensors at another point of a positive-scaling orbit, each of which is computed when it is asked for.
 
     What is kept are factors for the entries of single axes, and the tensors themselves: to write into those changes what is
-    computed. Tensors that no leg touches are the same objects as before.
+    computed. Small tensors are moved at once, which is faster. Tensors that no leg touches are the same objects as before.
 
     Attributes:
         tensors: The tensors where they are, each ``[*runs, *shape]``.
@@ -135,24 +139,35 @@ class Moved(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self._factors: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+        self._small: dict[str, Tensor] = {}
 
-    def by(self, symmetry: Symmetry, scales: Tensor, kind: int) -> Moved:
-        """The tensors moved further, along one site; see :func:`move_scaling`."""
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Moved:
+        """Tensors that can be moved further, without a change of ``tensors``."""
+        if not isinstance(tensors, Moved):
+            return cls(tensors)
+        moved = cls(tensors.tensors)
+        moved._factors, moved._small = dict(tensors._factors), dict(tensors._small)
+        return moved
+
+    def go(self, symmetry: Symmetry, scales: Tensor, kind: int) -> None:
+        """Move further, along one site; see :func:`move_scaling`."""
         powers = {1: scales, -1: scales.reciprocal()}
-        moved = Moved(self.tensors)
-        moved._factors = dict(self._factors)
         for leg in symmetry.legs:
             degree = kind * leg.degree
             power = powers[degree] if degree in powers else scales.pow(degree)
-            factor = _on_axis(symmetry, leg, power, self.tensors[leg.name].shape)
+            tensor = self._small.get(leg.name, self.tensors[leg.name])
+            factor = _on_axis(symmetry, leg, power, tensor.shape)
+            if tensor.numel() <= _SMALL and tensor.dtype != torch.float16:  # whose range is smaller than that of factors
+                self._small[leg.name] = tensor * factor.to(tensor.dtype)
+                continue
             key = (leg.axis, None if leg.within is None else leg.within[0])
-            known = moved._factors.get(leg.name, {})
-            moved._factors[leg.name] = known | {key: known[key] * factor if key in known else factor}
-        return moved
+            known = self._factors.get(leg.name, {})
+            self._factors[leg.name] = known | {key: known[key] * factor if key in known else factor}
 
     def pick(self, name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``select``, which takes entries of a tensor, takes of a moved one; no others are computed."""
-        tensor = self.tensors[name]
+        tensor = self._small.get(name, self.tensors[name])
         picked, is_own = select(tensor), False
         for factor in self._factors_of(name):
             factors = select(factor.expand(tensor.shape))
@@ -163,6 +178,8 @@ class Moved(Mapping[str, Tensor]):
 
     def write(self, name: str) -> None:
         """Move a tensor where it lies, after which this one is of no more use; neither runs nor gradients are for this."""
+        if name in self._small:
+            self.tensors[name].copy_(self._small[name])
         for factor in self._factors_of(name):
             self.tensors[name].mul_(factor)
 
