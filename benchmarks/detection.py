@@ -1,4 +1,4 @@
-"""What ``find_symmetries`` finds in the models of torchvision, how long it takes, and whether it holds.
+"""Symmetries that ``find_symmetries`` finds in the models of torchvision, its time, and a check that they hold.
 
     python -m benchmarks.detection                          # all 80 classifiers: seconds and shares of parameters
     python -m benchmarks.detection --verify                 # and the largest change of the function, in float64

@@ -43,8 +43,8 @@ def _check_torch(version: str) -> None:
     """Warn where torch is newer than anything that this version was tried with: the search uses private parts of it."""
     if int(version.split(".")[0]) > 2:
         warnings.warn(
-            f"teleport_optim is made for torch 2, and this is torch {version}: symmetries may not be found, or the search may fail. "
-            "Update teleport_optim, or pass teleport=False",
+            f"teleport_optim is made for torch 2, and this is torch {version}: symmetries may not be found, or the search may "
+            "fail. Update teleport_optim, or pass teleport=False",
             stacklevel=3,
         )
 

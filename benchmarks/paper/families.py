@@ -27,7 +27,7 @@ __all__ = ["FAMILIES", "VARIANTS", "run", "tables", "tested_schedule"]
 
 FAMILIES = ("ellipse_fixed", "ellipse", "rosenbrock_fixed", "rosenbrock")
 VARIANTS = ("update", "update+teleport", "lr", "lr+teleport", "lr+teleport+momentum")
-"""What the LSTM emits."""
+"""Outputs of the LSTM."""
 
 _THETA: dict[str, tuple[str, ...]] = {
     "update": ("ellipse", "rosenbrock"),

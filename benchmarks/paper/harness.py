@@ -44,7 +44,7 @@ RATES: tuple[float, ...] = tuple(10.0 ** (k / 4) for k in range(-16, 3))
 
 
 Teleports = Literal["learned", "off", "random"]
-"""What is done with the teleports of trained weights."""
+"""Uses of the teleports of trained weights."""
 
 
 class Trajectory(NamedTuple):

@@ -96,7 +96,7 @@ class _Local(NamedTuple):
 
 
 def _measure(local: _Local, generator: torch.Generator) -> dict[str, dict[str, float]]:
-    """How Newton's step lies to the gradient and to the teleport that raises its norm fastest, by convexity at the point."""
+    """Angles of Newton's step to the gradient and to the teleport that raises its norm fastest, by convexity at the point."""
     gradient, hessian, tangents = local
     eigenvalues = torch.linalg.eigvalsh(hessian)
     is_sound = torch.isfinite(eigenvalues).all(dim=-1)

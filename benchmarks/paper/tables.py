@@ -22,7 +22,7 @@ def centre(summary: Mapping[str, Any]) -> str:
 
 
 def times(comparison: Mapping[str, Any]) -> str:
-    """How many times better, with the number of pairs of meta-seeds that agree."""
+    """Ratio of two results, with the number of pairs of meta-seeds that agree."""
     return f"{number(comparison['ratio'])} ({comparison['wins']}/{comparison['pairs']})"
 
 

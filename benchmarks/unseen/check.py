@@ -76,7 +76,7 @@ def _grouped_product(rows: Tensor, experts: Tensor, offs: Tensor, **options: Any
 
 
 class _Way(NamedTuple):
-    """How a model is run."""
+    """Way of running a model."""
 
     inputs: Any
     size: str

@@ -46,6 +46,13 @@ def save_checkpoint(meta_optimizer: MetaOptimizer, path: str | Path, card: dict[
 
     Raises:
         ValueError: if the path has another suffix, or if the card is larger.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_checkpoint(MetaOptimizer(hidden_size=4), Path(folder) / "mine.safetensors", {"made by": "hand"})
+        ...     load_checkpoint(path).hidden_size, read_card(path)["made by"]
+        (4, 'hand')
     """
     path = Path(path)
     if path.suffix != ".safetensors":

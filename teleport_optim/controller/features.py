@@ -1,4 +1,4 @@
-"""What the meta-optimizer sees of a network in training: a few numbers per tensor.
+"""Features of a network in training, which the controller reads: a few numbers per tensor.
 
 All features are unchanged when hidden units are permuted and when the loss is multiplied by a constant, are of order
 one, and are bounded.

@@ -22,7 +22,12 @@ class WorkerLostError(RuntimeError):
 
 
 class ProcessGroup:
-    """Rank of this process among those of the run, and what they do together; a single process by default."""
+    """Rank of this process among those of the run, and what they do together; a single process by default.
+
+    Example:
+        >>> ProcessGroup(rank=1, size=2).local_range(5)
+        range(2, 5)
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -79,6 +84,11 @@ def join(device: str) -> Iterator[ProcessGroup]:
     Args:
         device: Where the processes compute; with CUDA each takes the one of its local rank, in turn. What travels is always
             on the CPU, so that a lost process is noticed in the same way everywhere.
+
+    Example:
+        >>> with join("cpu") as group:
+        ...     group.rank, group.size, group.is_first
+        (0, 1, True)
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

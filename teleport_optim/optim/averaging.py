@@ -130,7 +130,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 class SwapLock:
-    """Who may put the average in the place of the parameters: one thread at a time."""
+    """Lock under which one thread at a time puts the average in the place of the parameters."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()

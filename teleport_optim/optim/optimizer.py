@@ -249,7 +249,7 @@ class TeleportOptimizer(AveragedOptimizer):
     # ------------------------------------------------------------------------------------------------ reports and state
 
     def stats(self) -> OptimizerStats:
-        """What the optimizer has done so far.
+        """Plain numbers about the run so far.
 
         Cost: a few operations per tensor; on an accelerator it waits for the last step.
 

@@ -27,7 +27,7 @@ afterwards, so that only the spread matters. Composing optimal polynomials is fr
 
 
 _COLUMN_POWER = 0.375
-"""Of the norms of columns, by which they are divided before rows are made orthogonal and once more after."""
+"""Columns are divided by this power of their norms, before and after rows are made orthogonal."""
 
 
 _TINY = 1e-18
@@ -35,7 +35,7 @@ _TINY = 1e-18
 
 
 def column_scales(blocks: Tensor) -> Tensor:
-    """What the columns of blocks of rows are multiplied by, before rows are made orthogonal and once more after.
+    """Factors of the columns of blocks, applied before rows are made orthogonal and once more after.
 
     That is the -3/8th power of the norm that a column has among rows of norm 1; 0 for columns of zeros.
 
@@ -50,7 +50,7 @@ def column_scales(blocks: Tensor) -> Tensor:
 
 
 def row_mixers(gram: Tensor) -> Tensor:
-    """What to multiply the rows of blocks by from the left, so that they are nearly orthogonal, of any length.
+    """Matrices that make the rows of blocks nearly orthogonal, of any length, by a product from the left.
 
     Rows are brought to one norm; then the singular values of the block, from 0.01 to 1 relative to the fourth root of the sum
     of the fourth powers of all, go to 0.71 to 1.29. Rows of zeros stay so, with zero derivatives.
@@ -78,12 +78,12 @@ def row_mixers(gram: Tensor) -> Tensor:
 
 
 def _threshold(norm: Tensor, least: float = _TINY) -> Tensor:
-    """What to divide by to get zeros, with zero derivatives, where a norm vanishes."""
+    """Divisors that give zeros, with zero derivatives, where a norm vanishes."""
     return torch.threshold(norm, least, math.inf)
 
 
 class Mixing(NamedTuple):
-    """How the rows of blocks ``[*runs, blocks, k, columns]`` are made orthogonal."""
+    """Factors that make the rows of blocks ``[*runs, blocks, k, columns]`` orthogonal."""
 
     scales: Tensor
     """``[*runs, blocks, 1, columns]``: what columns are multiplied by before and after."""
@@ -92,14 +92,14 @@ class Mixing(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one tensor moves by. That of a large one is computed only when it is applied."""
+    """Step of one tensor. That of a large one is computed only when it is applied."""
 
     move: Tensor
     """``[*runs, *shape]``, or blocks of rows ``[*runs, blocks, k, columns]``."""
     lengths: Tensor | None = None
     """``[*runs, blocks]``: what rows are brought to in the end; None where ``move`` is the step."""
     mixing: Mixing | None = None
-    """How rows are mixed before; None where every one is for itself."""
+    """Mixing of rows before; None where every row is for itself."""
 
     def product(self) -> Tensor:
         """The step, of the shape of ``move``."""
@@ -133,7 +133,7 @@ class Step(NamedTuple):
 def compute_steps(
     momenta: Mapping[str, Tensor], coefficients: StepCoefficients, table: ParameterTable
 ) -> dict[str, Step]:
-    """What to take from the parameters, once they are multiplied by ``coefficients.decay_factors``, under given gradient averages.
+    """Steps to subtract from the parameters, once ``coefficients.decay_factors`` have shrunk them.
 
     Args:
         momenta: Gradient averages, this step's gradients included.
@@ -166,7 +166,7 @@ def compute_steps(
 
 
 def _mixings(all_blocks: list[Tensor]) -> Iterator[Mixing]:
-    """How the rows of blocks are mixed; the mixers are made together, padded with zeros to the size of the largest."""
+    """Mixing of the rows of blocks; the mixers are made together, padded with zeros to the size of the largest."""
     if not all_blocks:
         return
     most = max(blocks.shape[-2] for blocks in all_blocks)

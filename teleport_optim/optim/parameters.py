@@ -1,4 +1,4 @@
-"""What the update rule knows about a set of parameters before it sees a value: shapes, roles and symmetries."""
+"""Facts about a set of parameters that hold before any value is seen: shapes, roles and symmetries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WIDTH = 128
 
 
 class ParameterTensors(NamedTuple):
-    """What a table knows, as tensors on one device: one row or column per parameter tensor, in the order of the names."""
+    """Facts of a table as tensors on one device: one row or column per parameter tensor, in the order of the names."""
 
     step_scale: Tensor
     """``[num_tensors]``: RMS of a unit step, step_length/sqrt(columns) for matrices and 1/6 for vectors."""
@@ -51,7 +51,7 @@ def _balances(symmetry: Symmetry) -> bool:
 
 @dataclass(frozen=True)
 class ParameterTable:
-    """The static side of an update: one row per parameter tensor, in a fixed order.
+    """Facts about the parameters of an update: one row per tensor, in a fixed order.
 
     Attributes:
         shapes: Shape of every tensor, by name; the order of the names is the order of all per-tensor rows.
@@ -157,7 +157,7 @@ class ParameterTable:
         return torch.Size([size if other == axis else 1 for other, size in enumerate(shape)])
 
     def tensors(self, like: Tensor) -> ParameterTensors:
-        """What the table knows, of the device and dtype of ``like``; kept, since every step needs it."""
+        """The facts as tensors of the device and dtype of ``like``; kept, since every step needs them."""
         key = (like.device, like.dtype)
         if key not in self._tables:
             groups = [group for bucket in self.buckets for group in bucket.groups]

@@ -1,4 +1,4 @@
-"""What a step reads and remembers, grouped by when it changes."""
+"""Records of a step, grouped by when they change: settings, state, coefficients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["HyperParameters", "StepCoefficients", "UnitCoefficients", "UpdateSta
 
 
 class HyperParameters(NamedTuple):
-    """What the user may set; tensors hold one entry per tensor of the table.
+    """Settings of the user; tensors hold one entry per tensor of the table.
 
     Attributes:
         lr: Factor on the rate of every step.
@@ -43,7 +43,7 @@ class HyperParameters(NamedTuple):
 
 
 class UpdateState(NamedTuple):
-    """What the rule remembers between steps."""
+    """Memory of the rule between steps."""
 
     momenta: Mapping[str, Tensor]
     """Average of the gradients, a covector, of the shape of each parameter."""

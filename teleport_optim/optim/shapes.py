@@ -1,4 +1,4 @@
-"""How tensors are read: as matrices or vectors, as real numbers, and the depth of a network that follows."""
+"""Shapes of tensors as the rule reads them: matrices or vectors, real numbers, and the depth of a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK_ROWS = 64
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int] | None:
-    """How the rule reads a tensor: ``(rows, columns)``, rows being output units, or None for a vector.
+    """Shape of a tensor as a matrix, ``(rows, columns)`` with output units as rows, or None for a vector.
 
     Kernels ``[out, in, k, k]`` are read as ``out x (in * k * k)``. Leading axes of length one are dropped (position
     embeddings ``[1, n, d]``); a tensor with more than two axes that leaves a single column (a gain per channel) is a
@@ -62,7 +62,7 @@ def embedding_names(model: nn.Module) -> frozenset[str]:
 
 
 class Depth(NamedTuple):
-    """What the rate needs to know of a network as a whole, whichever of its tensors have a gradient."""
+    """Depth of a network as a whole, whichever of its tensors have a gradient; the rate depends on it."""
 
     num_layers: int
     """Number of matrices and kernels, embeddings not counted; at least 1."""

@@ -1,4 +1,4 @@
-"""How far the channels of a site are out of balance."""
+"""Norms of what writes into the channels of a site and of what reads from them."""
 
 from __future__ import annotations
 

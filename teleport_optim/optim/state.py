@@ -1,4 +1,4 @@
-"""What an optimizer keeps for a tensor, and reading it from a state dict: checked as a whole before anything is used."""
+"""State of a tensor, and reading it from a state dict: checked as a whole before anything is used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OptimizerStateError(ValueError):
 
 
 class Progress(NamedTuple):
-    """What is counted for all tensors together. In a state dict it lies in every parameter group, as plain numbers.
+    """Counts and switches that all tensors share. In a state dict they lie in every parameter group, as plain numbers.
 
     Attributes:
         num_steps: Steps taken; skipped ones do not count.

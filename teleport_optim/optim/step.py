@@ -151,13 +151,13 @@ class Point(NamedTuple):
 
 
 class StepCache:
-    """What steps of the same tensors share; dropped as a whole when tensors, symmetries or state change.
+    """Numbers that steps of the same tensors share; dropped as a whole when tensors, symmetries or state change.
 
     Attributes:
         table: The table of the tensors, whose names are the key.
         native: The step in C for them.
         bias_pairs: Biases with the matrices of their layers.
-        controls: What the controller has said last; None before the first step.
+        controls: Last controls; None before the first step.
         starts: The steps with which the averages begin; None where they have to be read.
     """
 
@@ -171,7 +171,7 @@ class StepCache:
         self._unit: tuple[Controls, HyperParameters, UnitCoefficients] | None = None
 
     def hyper(self, rates: list[float], decays: list[float], horizon: Horizon) -> HyperParameters:
-        """What the user has set, which rarely changes from step to step."""
+        """Settings of the user, which rarely change from step to step."""
         key = (rates, decays, horizon)
         if self._hyper is None or self._hyper[0] != key:
             self._hyper = (key, HyperParameters.of(*key))

@@ -24,7 +24,7 @@ MAX_LOG_SCALE = 0.75
 
 _MAX_SWEEPS, _BALANCED = 30, 0.01
 _KINDS = (SlotKind.VECTOR, SlotKind.COVECTOR, SlotKind.COVECTOR, SlotKind.VECTOR)
-"""How parameters, gradients, momenta and offsets of averages move."""
+"""Kinds of parameters, gradients, momenta and offsets of averages."""
 
 
 def teleport(

@@ -69,6 +69,21 @@ def act_dual(spec: SymmetrySpec, element: Element, grads: Mapping[str, Tensor]) 
 
     Raises:
         ValueError: if an element does not fit its site or is not in its group.
+
+    Example:
+        >>> import torch
+        >>> from teleport_optim import find_symmetries
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)).double()
+        >>> x = torch.randn(5, 2).double()
+        >>> spec = find_symmetries(model, x, groups=["scaling"])
+        >>> element = spec.random_element(torch.Generator().manual_seed(0))
+        >>> model(x).sum().backward()
+        >>> grads = act_dual(spec, element, {name: param.grad.clone() for name, param in model.named_parameters()})
+        >>> _ = model.load_state_dict(act(spec, element, model.state_dict()))
+        >>> model.zero_grad()
+        >>> model(x).sum().backward()
+        >>> all(torch.allclose(param.grad, grads[name]) for name, param in model.named_parameters())
+        True
     """
     spec.check(element)
     return move(spec, element, grads, SlotKind.COVECTOR, partial=True)

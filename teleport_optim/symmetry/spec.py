@@ -42,6 +42,10 @@ class Leg:
         within: ``(axis, start, length)``: act only on this slice of another axis (one group of a grouped convolution).
         index: The ``size * repeat`` entries of the axis, channel by channel, where they are no such range (after a channel
             shuffle, say); ``offset`` is 0 then.
+
+    Example:
+        >>> print(Leg("0.weight", axis=0, degree=1))
+        0.weight[0]^+1
     """
 
     name: str
@@ -72,6 +76,13 @@ class Symmetry:
 
     ``exact`` is False where the function changes slightly, as with scaling in front of a BatchNorm, whose eps does not
     scale.
+
+    Example:
+        >>> from teleport_optim.symmetry.groups import GROUPS
+        >>> legs = (Leg("0.weight", axis=0, degree=1), Leg("2.weight", axis=1, degree=-1))
+        >>> site = Symmetry("0:scaling", GROUPS["scaling"], size=8, legs=legs)
+        >>> [leg.name for leg in site.readers]
+        ['2.weight']
     """
 
     id: str

@@ -46,6 +46,10 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: if there is no such task, module or class.
         TypeError: if the class is not a :class:`Task`, has no name, or cannot be made without arguments.
+
+    Example:
+        >>> find_task("digits_mlp").name
+        'digits_mlp'
     """
     if ":" in name:
         return _import_task(name)

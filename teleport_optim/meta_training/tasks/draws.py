@@ -30,6 +30,11 @@ class Draw:
 
     Raises:
         ValueError: if there is no such split.
+
+    Example:
+        >>> draw = Draw(torch.Generator().manual_seed(0), "mine", "train")
+        >>> draw.choice([16, 32]) in (16, 32), draw.horizon(10, 20) in range(10, 21)
+        (True, True)
     """
 
     def __init__(self, source: torch.Generator, task: str, split: str) -> None:

@@ -94,6 +94,11 @@ def initial_params(
 
     Raises:
         TypeError: if a parameter belongs to a layer of another kind.
+
+    Example:
+        >>> draw = Draw(torch.Generator().manual_seed(0), "mine", "train")
+        >>> initial_params(nn.Linear(2, 3), num_problems=4, draw=draw)["weight"].shape
+        torch.Size([4, 3, 2])
     """
     params = {}
     for prefix, layer in model.named_modules():

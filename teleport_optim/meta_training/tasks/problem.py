@@ -68,6 +68,15 @@ class InnerProblem:
 
     Raises:
         ValueError: if the model keeps running statistics, which batches of runs cannot update.
+
+    Example:
+        >>> models = [nn.Linear(2, 1) for _ in range(3)]
+        >>> def sample_batch(generator):
+        ...     inputs = torch.randn(3, 8, 2, generator=generator)
+        ...     return inputs, inputs.sum(dim=-1, keepdim=True)
+        >>> problem = InnerProblem.of(models, nn.functional.mse_loss, sample_batch, horizon=20)
+        >>> problem.num_problems, problem.params["weight"].shape
+        (3, torch.Size([3, 1, 2]))
     """
 
     model: nn.Module
@@ -179,7 +188,13 @@ class Task(ABC):
     """Family of inner problems, with a sampler over its own variety.
 
     A task is a class that is made without arguments and has no state; everything that it draws comes from the generator
-    it is given.
+    it is given. docs/own_task.md writes one.
+
+    Example:
+        >>> from teleport_optim.meta_training import find_task
+        >>> task = find_task("teacher_regression")
+        >>> task.sample(2, (10, 10), "train", torch.Generator().manual_seed(0)).num_problems
+        2
     """
 
     name: ClassVar[str]

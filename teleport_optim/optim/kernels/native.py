@@ -190,7 +190,7 @@ def _bounds(work: list[int]) -> list[int]:
 
 
 def _in_threads(function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
-    """What a function returns for all parts, each in a thread of its own."""
+    """Results of a function for all parts, each in a thread of its own."""
     if len(parts) == 1:
         return [function(parts[0])]
     with ThreadPoolExecutor(len(parts)) as pool:

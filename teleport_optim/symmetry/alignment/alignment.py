@@ -28,7 +28,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """What :func:`align` did to a model; printing it gives a short table.
+    """Report of :func:`align`; printing it gives a short table.
 
     Attributes:
         spec: The permutation sites.
@@ -39,6 +39,12 @@ class AlignmentReport:
         is_converged: Whether the last sweep improved no site, so that more of them would change nothing.
         distance_before: Euclidean distance of the parameters before the alignment.
         distance_after: The same after it.
+
+    Example:
+        >>> model, reference = (nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
+        >>> report = align(model, reference, torch.ones(4, 3))
+        >>> report.methods
+        {'0:permutation': 'weights'}
     """
 
     spec: SymmetrySpec

@@ -29,6 +29,10 @@ class Barrier:
     Attributes:
         alphas: Places on the line, from 0 (the first network) to 1 (the second).
         losses: The loss at each of them.
+
+    Example:
+        >>> Barrier(alphas=(0.0, 0.5, 1.0), losses=(1.0, 4.0, 2.0)).barrier
+        2.5
     """
 
     alphas: tuple[float, ...]

@@ -18,7 +18,13 @@ BATCH = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """A model and an input that it takes."""
+    """A model and an input that it takes.
+
+    Example:
+        >>> import torch
+        >>> Sample(nn.Linear(2, 1), torch.ones(3, 2))
+        Sample(Linear(in_features=2, out_features=1, bias=True), inputs of shape (3, 2))
+    """
 
     model: nn.Module
     inputs: Tensor
