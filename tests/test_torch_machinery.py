@@ -342,16 +342,16 @@ def test_complex(info: OptimizerInfo, kwargs: dict[str, Any], monkeypatch: pytes
 # What a step does.
 
 
-def fit(info: OptimizerInfo, kwargs: dict[str, Any], makers: Sequence[Callable[..., Any]], table: str) -> None:
+def fit(info: OptimizerInfo, kwargs: dict[str, Any], makers: Sequence[Callable[..., Any]], layout: str) -> None:
     """The loss falls, or climbs where that is asked for."""
     weight, bias = random((10, 5), 0), random((1, 10) if info.optim_cls is Muon else (10,), 1)
-    if table == "non-contiguous":
+    if layout == "non-contiguous":
         weight, bias = torch.stack([weight, weight], -1)[..., 0], torch.stack([bias, bias], -1)[..., 0]
         assert not weight.is_contiguous()
     params = [Parameter(weight), Parameter(bias)]
     x = random((5,), 2)
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5 * kwargs.get("lr", 0.01)}]
-    optimizer = make(info, groups if table == "groups" else params, kwargs)
+    optimizer = make(info, groups if layout == "groups" else params, kwargs)
     moving = [make_scheduler(optimizer) for make_scheduler in makers]
 
     def closure() -> Tensor:
@@ -371,10 +371,10 @@ def fit(info: OptimizerInfo, kwargs: dict[str, Any], makers: Sequence[Callable[.
 
 @every_input
 @pytest.mark.parametrize("layout", ["contiguous", "non-contiguous"])
-def test_forloop_goes_right_direction(info: OptimizerInfo, kwargs: dict[str, Any], table: str) -> None:
-    if kwargs.get("fused") and table == "non-contiguous":
+def test_forloop_goes_right_direction(info: OptimizerInfo, kwargs: dict[str, Any], layout: str) -> None:
+    if kwargs.get("fused") and layout == "non-contiguous":
         pytest.skip("a bug of torch: fused kernels pair a parameter and its gradient by place in memory, not by index")
-    fit(info, kwargs, [], table)
+    fit(info, kwargs, [], layout)
 
 
 @every_input
