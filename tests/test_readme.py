@@ -11,8 +11,8 @@ from benchmarks.comparison import comparison
 from benchmarks.comparison.comparison import Comparison
 from benchmarks.comparison.report import score_table
 from benchmarks.comparison.suite import SUITE
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 

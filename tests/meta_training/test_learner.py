@@ -23,8 +23,8 @@ from teleport_optim.meta_training.run_folder import config_of_run
 from teleport_optim.meta_training.tasks import InnerProblem
 from teleport_optim.meta_training.tasks.perceptrons import DigitsMLP
 from teleport_optim.rng import generator_for
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {
     "num_outer_steps": 5,
     "num_tasks": 2,
@@ -238,7 +238,7 @@ def test_validation_is_on_problems_of_its_own() -> None:
 @pytest.mark.parametrize("script", ["kill_at_random", "many_processes"])
 def test_in_processes_of_their_own(script: str, tmp_path: Path) -> None:
     """Runs that are killed at random moments, and runs of two and three processes: see the scripts."""
-    path = Path(__file__).parent / "scripts" / f"{script}.py"
+    path = ROOT / "tests" / "scripts" / f"{script}.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     program = [sys.executable, str(path), str(tmp_path)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_contract import UNSUPPORTED
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
@@ -39,6 +38,7 @@ from torch.testing._internal.common_utils import TestCase, set_default_dtype
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.state import OptimizerStateError
+from tests.optim.test_contract import UNSUPPORTED
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_optimizer import X, Y, network, seeded, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.tensorboard import SummaryWriter
@@ -24,6 +23,7 @@ from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.controls import PRIOR_MOMENTUM
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from teleport_optim.testing import sequential_models
+from tests.optim.test_optimizer import X, Y, network, seeded, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),

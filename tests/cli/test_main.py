@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mistakes import assert_mistake
 from torch import nn
 
 from teleport_optim import MetaOptimizer, save_checkpoint
@@ -14,6 +13,7 @@ from teleport_optim.cli.arguments import load_model
 from teleport_optim.cli.main import main
 from teleport_optim.controller.checkpoints import list_checkpoints, read_card
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from tests.helpers.mistakes import assert_mistake
 
 MODELS = """
 from torch import nn

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mistakes import assert_mistake
 
 from teleport_optim import load_checkpoint
 from teleport_optim.cli import meta_train as command
@@ -27,8 +26,9 @@ from teleport_optim.meta_training.cost import Cost, TaskCost, bytes_between_proc
 from teleport_optim.meta_training.learner import Learner
 from teleport_optim.meta_training.report import Scalars
 from teleport_optim.meta_training.run_folder import OuterStep, Session, core_minutes, read_log
+from tests.helpers.mistakes import assert_mistake
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 OWN_TASK = (ROOT / "docs" / "own_task.md").read_text()
 (OWN_CLASS,) = re.findall(r"^```python\n(.*?)^```", OWN_TASK, flags=re.MULTILINE | re.DOTALL)
 DOCUMENTED_MESSAGES = re.findall(r"^\| `(.*?)` \|", OWN_TASK, flags=re.MULTILINE)

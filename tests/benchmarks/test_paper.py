@@ -29,8 +29,9 @@ from benchmarks.paper.harness import (
 from benchmarks.paper.tables import insert
 from benchmarks.paper.training import PAPER, family_of, learner_of, rule_of, train, window
 from teleport_optim.meta_training.unroll import init_unroll
+from tests.helpers.paths import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture

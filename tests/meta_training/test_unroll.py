@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from problems import in_float64
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
@@ -19,6 +18,7 @@ from teleport_optim.meta_training.unroll import UnrollResult, init_unroll, unrol
 from teleport_optim.optim import schedule
 from teleport_optim.optim.shapes import BLOCK_ROWS
 from teleport_optim.rng import generator_for
+from tests.helpers.problems import in_float64
 
 BATCHES = partial(generator_for, "batch")
 

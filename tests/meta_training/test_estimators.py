@@ -8,7 +8,6 @@ from functools import cache, partial
 
 import pytest
 import torch
-from problems import in_float64
 from torch import Tensor
 
 from benchmarks.paper.functions import task_path
@@ -24,6 +23,7 @@ from teleport_optim.meta_training.tasks import InnerProblem, find_task
 from teleport_optim.meta_training.unroll import init_unroll, unroll
 from teleport_optim.optim import schedule
 from teleport_optim.rng import generator_for
+from tests.helpers.problems import in_float64
 
 HORIZON = 6
 INTERVAL = 10

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,6 +20,7 @@ from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim import buckets as buckets_module
 from teleport_optim.optim import parameters
 from teleport_optim.optim.optimizer import TeleportOptimizer
+from tests.optim.test_optimizer import X, Y, network, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),

@@ -28,7 +28,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_optimizer import network, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -40,6 +39,8 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer, OptimizerStateError
 from teleport_optim.optim.optimizer import TeleportOptimizer
+from tests.helpers.paths import ROOT
+from tests.optim.test_optimizer import network, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
@@ -182,7 +183,7 @@ def test_a_run_is_resumed_bit_for_bit_anywhere(case: str) -> None:
 
 RESUME = """
 import sys, torch
-from test_optimizer_state import MAKERS, Run
+from tests.optim.test_state import MAKERS, Run
 saved = torch.load(sys.argv[1], weights_only=True)
 runs = {case: Run.of(case, seed=9) for case in MAKERS}
 for case, run in runs.items():
@@ -197,7 +198,7 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     for run in runs.values():
         run.train(0, 57)
     torch.save({case: run.state() for case, run in runs.items()}, tmp_path / "before")
-    paths = [str(Path(__file__).parent), *sys.path]
+    paths = [str(ROOT), *sys.path]
     options = ["-W", "error", "-W", "ignore:the state of an open-ended run is saved", "-W", "ignore:lr has changed"]
     command = [sys.executable, *options, "-c", RESUME, str(tmp_path / "before"), str(tmp_path / "after")]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})

@@ -14,7 +14,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_optimizer import X, Y, network, train
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
@@ -22,6 +21,7 @@ from teleport_optim.optim.averaging import swap_in
 from teleport_optim.optim.fingerprints import fingerprints
 from teleport_optim.optim.kernels import native
 from teleport_optim.optim.schedule import Horizon, averaging_weight
+from tests.optim.test_optimizer import X, Y, network, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 

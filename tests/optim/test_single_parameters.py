@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optimizer import X, Y, network, train
 from timm.optim import Lookahead
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.kernels import native
+from tests.optim.test_optimizer import X, Y, network, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from problems import in_float64
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -40,6 +39,7 @@ from teleport_optim.meta_training.tasks.splits import (
 )
 from teleport_optim.rng import generator_for
 from teleport_optim.symmetry import find_symmetries
+from tests.helpers.problems import in_float64
 
 HORIZONS = (5, 50)
 TASKS: dict[str, Task] = {**NETWORKS, **FUNCTIONS}
