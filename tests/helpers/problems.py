@@ -1,13 +1,18 @@
-"""Inner problems in double precision."""
+"""Inner problems: of every task, and in double precision."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
-from teleport_optim.meta_training import InnerProblem
+from benchmarks.paper.functions import FUNCTIONS
+from teleport_optim.meta_training.tasks import TASKS as NETWORKS
+from teleport_optim.meta_training.tasks import InnerProblem, Task
+from teleport_optim.meta_training.tasks.splits import SPLITS
+from teleport_optim.rng import generator_for
 
 
 def in_float64(problem: InnerProblem) -> InnerProblem:
@@ -22,3 +27,14 @@ def in_float64(problem: InnerProblem) -> InnerProblem:
 
     params = {name: value.double() for name, value in problem.params.items()}
     return dataclasses.replace(problem, model=problem.model.double(), params=params, sample_batch=sample_batch)
+
+
+HORIZONS = (5, 50)
+TASKS: dict[str, Task] = {**NETWORKS, **FUNCTIONS}
+FUNCTION_TASKS, NETWORK_TASKS = list(FUNCTIONS), list(NETWORKS)
+each_split = pytest.mark.parametrize("split", SPLITS)
+each_function = pytest.mark.parametrize("name", FUNCTION_TASKS)
+
+
+def draw_problem(name: str, split: str, seed: int, num_problems: int = 2) -> InnerProblem:
+    return TASKS[name].sample(num_problems, HORIZONS, split, generator_for(split, seed))

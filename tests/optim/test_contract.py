@@ -1,11 +1,10 @@
-"""More of the contract of torch.optim: tensors of every kind, schedulers, hooks, compilation. AdamW and SGD are the controls."""
+"""More of the contract of torch.optim: tensors of every kind, schedulers, hooks. AdamW and SGD are the controls."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -20,14 +19,14 @@ from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim import buckets as buckets_module
 from teleport_optim.optim import parameters
 from teleport_optim.optim.optimizer import TeleportOptimizer
-from tests.optim.test_optimizer import X, Y, network, train
+from tests.helpers.classification import X, Y, network, random, train
+from tests.helpers.options import UNSUPPORTED
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
     pytest.mark.filterwarnings("ignore:lr has changed"),
     pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
 ]
-
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "ours": lambda params, **options: LearnedTeleportOptimizer(params, total_steps=50, **options),
     "nothing learned": TeleportOptimizer,
@@ -41,10 +40,6 @@ def backward(model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
     loss = F.cross_entropy(model(X.to(dtype)).float(), Y)
     loss.backward()
     return loss.item()
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def strided(value: Tensor) -> Tensor:
@@ -321,19 +316,6 @@ def test_tensors_of_one_shape_go_together_as_they_go_alone(monkeypatch: pytest.M
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-UNSUPPORTED: dict[str, Any] = {
-    "betas": (0.9, 0.999),
-    "momentum": 0.9,
-    "dampening": 0.1,
-    "nesterov": True,
-    "eps": 1e-8,
-    "amsgrad": True,
-    "fused": True,
-    "capturable": True,
-    "differentiable": True,
-}
-
-
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_options_without_effect_are_refused(key: str) -> None:
     params = [nn.Parameter(torch.ones(3))]
@@ -350,74 +332,6 @@ def test_a_rate_of_adam_is_warned_about() -> None:
     with pytest.warns(UserWarning, match=r"lr=0\.001 is a factor on the learned rate") as record:
         LearnedTeleportOptimizer(model.parameters(), lr=1e-3)
     assert [warning.filename for warning in record] == [__file__]
-
-
-@contextmanager
-def counted_graphs() -> Iterator[list[int]]:
-    """Counts what torch.compile compiles, without a compiler: a list with one entry for every graph."""
-    torch._dynamo.reset()
-    graphs: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(len(list(graph.graph.nodes)))
-        return graph.forward
-
-    compiled = torch.compile
-    try:
-        torch.compile = lambda target: compiled(target, backend=backend)  # type: ignore[assignment]
-        yield graphs
-    finally:
-        torch.compile = compiled
-        torch._dynamo.reset()
-
-
-def trained_for(steps: int, *, compile_model: bool, compile_step: bool) -> tuple[nn.Module, LearnedTeleportOptimizer]:
-    model = network().double()
-    called = torch.compile(model) if compile_model else model
-    optimizer = LearnedTeleportOptimizer.for_model(called, total_steps=60)  # type: ignore[arg-type]
-    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 60)
-    step = torch.compile(optimizer.step) if compile_step else optimizer.step
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(called(X.double()), Y).backward()
-        step()
-        scheduler.step()
-    return model, optimizer
-
-
-@pytest.mark.filterwarnings("ignore:.*record_function.*")
-@pytest.mark.parametrize("which", ["model", "step", "model and step"])
-def test_compiled_once_and_teleports_as_ever(which: str) -> None:
-    expected, _ = trained_for(45, compile_model=False, compile_step=False)
-    with counted_graphs() as graphs:
-        options = {"compile_model": "model" in which, "compile_step": "step" in which}
-        trained_for(2, **options)
-        first = len(graphs)
-        model, optimizer = trained_for(45, **options)
-    assert first >= 1
-    assert len(graphs) <= 2 * first  # those of the second model; none since the rate, or the step, has changed
-    assert len(optimizer.spec) == 2
-    assert optimizer.stats().num_steps == 45
-    for one, other in zip(model.parameters(), expected.parameters()):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore:.*record_function.*")
-def test_steps_of_models_of_other_shapes_compile_in_one_process() -> None:
-    """Numbers of rows are symbols to the compiler from the second model on."""
-    with counted_graphs() as graphs:
-        for width in (8, 70, 72):
-            model = nn.Sequential(
-                nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
-            )
-            optimizer = LearnedTeleportOptimizer.for_model(model, total_steps=20)
-            step = torch.compile(optimizer.step)
-            for _ in range(3):
-                optimizer.zero_grad()
-                model(random(9, 3)).square().sum().backward()
-                step()
-            assert optimizer.stats().num_steps == 3
-    assert graphs
 
 
 def test_two_runs_agree_bit_for_bit() -> None:

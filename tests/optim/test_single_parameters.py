@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.kernels import native
-from tests.optim.test_optimizer import X, Y, network, train
+from tests.helpers.classification import X, Y, network, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 

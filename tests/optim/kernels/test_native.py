@@ -26,7 +26,7 @@ from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.records import StepCoefficients, UnitCoefficients
 from teleport_optim.optim.rule import active_rows, average_offset, ema
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
-from tests.optim.test_optimizer import X, Y, network, train
+from tests.helpers.classification import X, Y, network, train
 
 built = pytest.mark.skipif(native._native is None, reason="needs a C compiler at the installation")
 SIZES = st.integers(0, 40)
