@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,17 @@ NO_STEP = 1e-35
 """A rate at which nothing moves but by teleports; at a rate of 0 these rest, too."""
 
 
-def network(seed: int = 0) -> nn.Sequential:
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    """What is made with that seed; the generator of torch is put back."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 3))
+        return make()
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 3)), seed
+    )
 
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
@@ -33,12 +41,6 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int) -> float:
         loss.backward()
         optimizer.step()
     return loss.item()
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def balancing() -> MetaOptimizer:

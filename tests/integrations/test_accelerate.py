@@ -24,11 +24,6 @@ from tests.helpers.digits import (
     teleport_size,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # on machines with more cores
-]
-
 
 def accelerated_epoch(
     accelerator: accelerate.Accelerator, model: nn.Module, optimizer: Any, data: Any, clip: float | None = None

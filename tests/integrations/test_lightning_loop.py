@@ -27,11 +27,9 @@ from tests.helpers.digits import (
     teleport_size,
     warned_of_a_schedule,
 )
+from tests.helpers.expected_warnings import OF_LIGHTNING
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # on machines with more cores
-]
+pytestmark = OF_LIGHTNING
 
 
 # Lightning

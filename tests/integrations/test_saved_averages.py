@@ -41,14 +41,6 @@ from tests.helpers.regression import (
     train,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # on machines with more cores
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # other callbacks than while training
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-]
-
 
 @everyone
 @teleporting

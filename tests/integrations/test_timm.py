@@ -30,11 +30,6 @@ from tests.helpers.digits import (
     warned_of_a_schedule,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # on machines with more cores
-]
-
 
 def resnet() -> nn.Module:
     with torch.random.fork_rng(devices=[]):

@@ -10,6 +10,8 @@ from teleport_optim.meta_training.config import PRESETS, Config
 from teleport_optim.meta_training.cost import Cost, TaskCost, bytes_between_processes, mean_window, num_runs, total_cost
 from teleport_optim.meta_training.run_folder import OuterStep, Session, core_minutes
 
+pytestmark = pytest.mark.private_torch
+
 
 def test_cost_of_a_run() -> None:
     """Ten outer steps of two batches of 24 runs over 50 steps, three validations on top of that of the untrained rule."""

@@ -16,6 +16,8 @@ from teleport_optim.meta_training.rules import ControllerRule
 from teleport_optim.meta_training.run_folder import OuterStep, RunFolder, read_log
 from teleport_optim.rng import generator_for
 
+pytestmark = pytest.mark.private_torch
+
 CONFIG = Config(
     tasks=("teacher_regression",),
     num_tasks=1,

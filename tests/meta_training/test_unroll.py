@@ -20,6 +20,8 @@ from teleport_optim.optim.shapes import BLOCK_ROWS
 from teleport_optim.rng import generator_for
 from tests.helpers.problems import in_float64
 
+pytestmark = pytest.mark.private_torch
+
 BATCHES = partial(generator_for, "batch")
 
 

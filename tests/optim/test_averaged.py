@@ -20,8 +20,9 @@ from teleport_optim.optim.averaging import swap_in
 from tests.helpers.averages import seen, trained
 from tests.helpers.classification import X, Y, network, train
 from tests.helpers.comparing import same_weights, weights_of
+from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 
-pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
+pytestmark = OPEN_ENDED_SAVED
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -34,6 +35,7 @@ def test_calls_of_the_model_see_its_parameters(context: Callable[[], torch.no_gr
         assert torch.equal(model[0](X), plain[0](X))
 
 
+@pytest.mark.private_torch
 def test_no_hook_stays_on_the_model() -> None:
     model, _ = trained()
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -13,8 +13,9 @@ from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from tests.helpers.averages import trained
 from tests.helpers.classification import X, Y, network, train
 from tests.helpers.comparing import same_weights, weights_of
+from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 
-pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
+pytestmark = OPEN_ENDED_SAVED
 
 
 # Saving.

@@ -12,8 +12,9 @@ from teleport_optim.optim.schedule import Horizon, averaging_weight
 from tests.helpers.averages import trained
 from tests.helpers.classification import X, Y, network, train
 from tests.helpers.comparing import same_weights, weights_of
+from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 
-pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
+pytestmark = OPEN_ENDED_SAVED
 
 
 # What it is.

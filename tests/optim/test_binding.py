@@ -19,13 +19,9 @@ from torch.optim import Optimizer
 from teleport_optim import LearnedTeleportOptimizer, find_symmetries
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from tests.helpers.classification import NO_STEP, X, Y, balancing, network, seeded, train
+from tests.helpers.expected_warnings import OF_OURS, RATE_OF_NO_STEP
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-    pytest.mark.filterwarnings("ignore:lr=1e-35 is a factor"),
-]
+pytestmark = [*OF_OURS, RATE_OF_NO_STEP, pytest.mark.private_torch]
 
 
 class Residual(nn.Module):

@@ -14,13 +14,9 @@ from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer
 from tests.helpers.classification import X, Y, network, seeded, train
+from tests.helpers.expected_warnings import OF_OURS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-    pytest.mark.filterwarnings("ignore:lr=1e-35 is a factor"),
-]
+pytestmark = OF_OURS
 
 
 @pytest.mark.parametrize(

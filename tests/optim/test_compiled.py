@@ -14,12 +14,9 @@ from torch.optim import lr_scheduler
 
 from teleport_optim import LearnedTeleportOptimizer
 from tests.helpers.classification import X, Y, network, random
+from tests.helpers.expected_warnings import OF_OURS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = [*OF_OURS, pytest.mark.private_torch]
 
 
 @contextmanager

@@ -20,13 +20,11 @@ from teleport_optim.optim import buckets as buckets_module
 from teleport_optim.optim import parameters
 from teleport_optim.optim.optimizer import TeleportOptimizer
 from tests.helpers.classification import X, Y, network, random, train
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.options import UNSUPPORTED
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = OF_OURS
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "ours": lambda params, **options: LearnedTeleportOptimizer(params, total_steps=50, **options),
     "nothing learned": TeleportOptimizer,

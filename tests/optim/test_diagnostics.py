@@ -13,13 +13,10 @@ from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.controls import PRIOR_MOMENTUM
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from tests.helpers.classification import network, train
+from tests.helpers.expected_warnings import OF_OURS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-    pytest.mark.filterwarnings("ignore:lr=1e-35 is a factor"),
-]
+pytestmark = OF_OURS
+
 PRIOR_LOGIT = math.log(PRIOR_MOMENTUM / (1.0 - PRIOR_MOMENTUM))
 
 

@@ -18,8 +18,9 @@ from teleport_optim.optim.schedule import averaging_weight
 from tests.helpers.averages import seen, trained
 from tests.helpers.classification import network, train
 from tests.helpers.comparing import same_weights, weights_of
+from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 
-pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
+pytestmark = OPEN_ENDED_SAVED
 
 
 # Writes of others.

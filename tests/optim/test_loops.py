@@ -45,15 +45,6 @@ from tests.helpers.regression import (
     train,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # on machines with more cores
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # other callbacks than while training
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-]
-
-
 # What is reported is what is saved: loops that are written by hand.
 
 
@@ -91,6 +82,7 @@ def test_a_plain_loop(make: Make, is_averaged: bool, tmp_path: Path) -> None:
         assert held_out(loaded(torch.load(path, weights_only=True))) == reported
 
 
+@pytest.mark.private_torch
 @everyone
 @teleporting
 @pytest.mark.parametrize(("is_averaged", "backend"), [(False, "aot_eager"), (True, "eager")])
@@ -311,6 +303,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.private_torch
 @everyone
 def test_generating_costs_what_it_costs_without_the_optimizer(make: Make) -> None:
     """Counted and not timed: the same operations, no hooks, nothing written into the parameters."""

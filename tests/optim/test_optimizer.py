@@ -17,13 +17,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from tests.helpers.classification import X, Y, network, train
+from tests.helpers.expected_warnings import OF_OURS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-    pytest.mark.filterwarnings("ignore:lr=1e-35 is a factor"),
-]
+pytestmark = OF_OURS
+
 OPTIMIZERS: dict[str, Callable[[Iterable[Any]], Optimizer]] = {
     "ours": lambda params: LearnedTeleportOptimizer(params, total_steps=130),
     "ours open-ended": LearnedTeleportOptimizer,

@@ -19,13 +19,10 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from tests.helpers.comparing import same, through_file
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.runs import assert_sound
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = OF_OURS
 
 
 # Random use.

@@ -20,14 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from teleport_optim import OptimizerStateError
 from tests.helpers.classification import network, train
 from tests.helpers.comparing import same, through_file
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import MAKERS, ROWS, Make, Run, every_case, everyone, storages
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = OF_OURS
 
 
 def test_sameness_sees_every_difference() -> None:

@@ -16,7 +16,10 @@ from teleport_optim.optim.schedule import Horizon, averaging_weight, prior_rate
 from tests.helpers.averages import trained
 from tests.helpers.classification import network, train
 from tests.helpers.comparing import same_weights, weights_of
+from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 from tests.helpers.perceptrons import generator
+
+pytestmark = OPEN_ENDED_SAVED
 
 
 @pytest.mark.parametrize("total_steps", [1, 10, 300, 1200])
@@ -52,9 +55,6 @@ def test_iterates_are_averaged_with_the_sixth_power_of_their_number() -> None:
         average += averaging_weight(step) * (value - average)
     expected = sum(weight * value for weight, value in zip(weights, values)) / sum(weights)
     assert average == pytest.approx(expected)
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
 
 
 # A length of the run that changes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,21 +12,16 @@ from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.kernels import native
-from tests.helpers.classification import X, Y, network, train
+from tests.helpers.classification import X, Y, network, seeded, train
+from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 
-pytestmark = pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved")
+pytestmark = OPEN_ENDED_SAVED
 
 
 @pytest.fixture(params=["in C", "with torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "with torch":
         monkeypatch.setattr(native, "_native", None)
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

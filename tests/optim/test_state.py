@@ -17,13 +17,10 @@ from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from teleport_optim.optim.optimizer import TeleportOptimizer
 from tests.helpers.classification import network, train
 from tests.helpers.comparing import same, through_file
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.runs import FLOAT32, ROWS, Make, Run, by_position, every_case, everyone, horizon, leaves, storages
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = OF_OURS
 
 
 @pytest.mark.parametrize("order", [[5, 4, 3, 2, 1, 0], [0, 3, 1, 5, 2, 4]])

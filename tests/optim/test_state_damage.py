@@ -17,13 +17,10 @@ from torch.optim import Optimizer
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from tests.helpers.classification import network, train
 from tests.helpers.comparing import same
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.runs import MAKERS, assert_sound, horizon
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = OF_OURS
 
 
 # Damage at random.

@@ -15,13 +15,10 @@ from torch import nn
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from tests.helpers.classification import network, train
 from tests.helpers.comparing import same
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.runs import adamw, by_position, horizon
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = OF_OURS
 
 
 # What cannot be loaded.

@@ -21,7 +21,10 @@ from teleport_optim.symmetry.moves import move_scaling
 from teleport_optim.symmetry.spec import Leg, Symmetry
 from teleport_optim.testing import sequential_models
 from tests.helpers.classification import NO_STEP, X, Y, balancing, seeded
+from tests.helpers.expected_warnings import OF_OURS, RATE_OF_NO_STEP
 from tests.helpers.perceptrons import generator, loss_and_grads, named, perceptron
+
+pytestmark = [*OF_OURS, RATE_OF_NO_STEP]
 
 
 @settings(max_examples=25, deadline=None)
@@ -136,14 +139,6 @@ def test_factors_beyond_float16_move_tensors_of_float16() -> None:
     for name in tensors:
         moved.write(name)
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-    pytest.mark.filterwarnings("ignore:lr=1e-35 is a factor"),
-]
 
 
 @settings(max_examples=20, deadline=None)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import OptimizerInfo
 
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.torch_infos import (
     assert_identical,
     every_input,
@@ -23,11 +24,7 @@ from tests.helpers.torch_infos import (
     take_steps,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = [*OF_OURS, pytest.mark.private_torch]
 
 
 # Hooks.

@@ -12,6 +12,7 @@ from torch.testing._internal.common_optimizers import ErrorOptimizerInput, Optim
 from torch.testing._internal.common_utils import TestCase
 
 from teleport_optim.optim.kernels import native
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.torch_infos import (
     INFOS,
     assert_close,
@@ -26,11 +27,7 @@ from tests.helpers.torch_infos import (
     values,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = [*OF_OURS, pytest.mark.private_torch]
 
 
 # What it refuses.

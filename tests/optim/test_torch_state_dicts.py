@@ -16,6 +16,7 @@ from torch.testing._internal.common_optimizers import OptimizerInfo
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.state import OptimizerStateError
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.torch_infos import (
     OURS,
     assert_close,
@@ -30,11 +31,8 @@ from tests.helpers.torch_infos import (
     values,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = [*OF_OURS, pytest.mark.private_torch]
+
 OWN_NAMES = {LearnedTeleportOptimizer}
 """Classes that match loaded parameters by name and keep the names they have; others take over the names that are loaded."""
 FLOAT32_STATE = {LearnedTeleportOptimizer: {"step", "skipped", "hidden", "outputs", "log_grad_rms"}}

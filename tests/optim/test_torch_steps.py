@@ -18,6 +18,7 @@ from torch.testing._internal.common_utils import set_default_dtype
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.kernels import native
+from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.torch_infos import (
     CHECK,
     INFOS,
@@ -34,11 +35,7 @@ from tests.helpers.torch_infos import (
     values,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the state of an open-ended run is saved"),
-    pytest.mark.filterwarnings("ignore:lr has changed"),
-    pytest.mark.filterwarnings("ignore:an optimizer of a single matrix"),
-]
+pytestmark = [*OF_OURS, pytest.mark.private_torch]
 
 
 # Where torch's optimizers differ among themselves, or ours on purpose.

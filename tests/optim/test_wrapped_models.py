@@ -28,10 +28,7 @@ from tests.helpers.digits import (
     teleport_size,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning, of its own code
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # on machines with more cores
-]
+pytestmark = pytest.mark.private_torch
 
 
 def assert_same_values(first: Any, second: Any) -> None:
@@ -40,9 +37,6 @@ def assert_same_values(first: Any, second: Any) -> None:
     assert one_tree == other_tree
     for value, other_value in zip(one, other, strict=True):
         assert torch.equal(value, other_value) if isinstance(value, Tensor) else value == other_value
-
-
-# torch's own
 
 
 @everyone

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.comparison import comparison as comparison_module
 from benchmarks.comparison.__main__ import main

@@ -249,6 +249,7 @@ class Tagged(Tensor):
     """A class of tensors of somebody else's."""
 
 
+@pytest.mark.private_torch
 @pytest.mark.parametrize(
     ("tensor", "is_plain"),
     [
