@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 ARGUMENTS = {"compiled_model": "backend='aot_eager'"}
 """Of main, where the defaults take too long for a test: the first compilation by inductor on a machine takes 20 seconds."""
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "teleport_optim"
+from tests.helpers.paths import ROOT
+
+PACKAGE = ROOT / "teleport_optim"
 
 LAYERS = (
     ("rng",),

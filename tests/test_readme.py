@@ -11,8 +11,8 @@ from benchmarks.comparison import comparison
 from benchmarks.comparison.comparison import Comparison
 from benchmarks.comparison.report import brief_table, score_table
 from benchmarks.comparison.suite import SUITE
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_WORDS = 900

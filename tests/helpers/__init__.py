@@ -1,0 +1,1 @@
+"""Models, runs and comparisons that several test files share."""
