@@ -2,7 +2,7 @@
 
 import pytest
 
-from teleport_optim.optim import rule as update
+from teleport_optim.optim import schedule
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -10,4 +10,4 @@ pytest.register_assert_rewrite("tests.helpers")
 @pytest.fixture
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Teleports in every quarter of a short run."""
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", 5)
+    monkeypatch.setattr(schedule, "TELEPORT_INTERVAL", 5)

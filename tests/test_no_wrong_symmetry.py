@@ -21,7 +21,7 @@ from strategies import reasons_of
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer, act, act_dual
-from teleport_optim.optim.parameters import Layout
+from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 
 N = 6
@@ -1124,7 +1124,7 @@ def test_a_scaling_that_balances_nothing_is_left_to_the_optimizer(has_bias: bool
     inputs = torch.randn(8, 3)
     spec = find_symmetries(model, inputs)
     assert change(model, spec, [inputs]) < 1e-9
-    layout = Layout.of(dict(model.named_parameters()), spec)
+    layout = ParameterTable.of(dict(model.named_parameters()), spec)
     assert all(symmetry.readers and symmetry.writers for symmetry in layout.spec)
     optimizer = LearnedTeleportOptimizer(model.parameters(), model=model, total_steps=20)
     losses = []
@@ -1141,4 +1141,4 @@ def test_a_normalised_weight_has_a_scaling_of_its_own() -> None:
     spec = find_symmetries(build(lambda: Directions(has_bias=False)), torch.randn(8, 3))
     assert "w:scaling" in ids(spec)
     assert [str(leg) for leg in spec["w:scaling"].legs] == ["w[0]^+1"]
-    assert len(Layout.of(dict(build(lambda: Directions(has_bias=False)).named_parameters()), spec).spec) == 0
+    assert len(ParameterTable.of(dict(build(lambda: Directions(has_bias=False)).named_parameters()), spec).spec) == 0
