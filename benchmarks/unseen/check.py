@@ -14,19 +14,29 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from benchmarks.unseen.case import Case
+from benchmarks.unseen.moves import (
+    Array,
+    Arrays,
+    Site,
+    distance,
+    draw_element,
+    gradient_distance,
+    move_arrays,
+    places_of,
+    slice_of,
+)
 from teleport_optim.symmetry import find_symmetries
 
 __all__ = ["OUTCOMES", "check"]
@@ -40,10 +50,6 @@ _TOLERANCE = 1e-8
 _LONGEST_SEARCH = 300
 _MOST_NAMED = 3
 """Of the wrong sites of a model, how many are written down."""
-
-Array = npt.NDArray[Any]
-Arrays = dict[str, Array]
-_Site = dict[str, Any]
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -117,7 +123,7 @@ def _check(case: Case) -> dict[str, Any]:
             spec = find_symmetries(model, example)
     except Exception as error:
         return {"outcome": "raised", "seconds": _since(start), "share": 0.0, "cause": f"search: {_described(error)}"}
-    sites: list[_Site] = json.loads(spec.to_json())["symmetries"]
+    sites: list[Site] = json.loads(spec.to_json())["symmetries"]
     result: dict[str, Any] = {
         "outcome": "exact",
         "seconds": _since(start),
@@ -130,7 +136,7 @@ def _check(case: Case) -> dict[str, Any]:
         model(*_arguments(example)[0], **_arguments(example)[1])
     except Exception as error:
         return result | {"outcome": "raised", "cause": f"the model after the search: {_described(error)}"}
-    if _distance(expected, again) != 0:
+    if distance(expected, again) != 0:
         return result | {"outcome": "raised", "cause": "a model built after the search computes something else"}
     if not sites:
         whole = [refusal.reason for refusal in spec.refusals if refusal.name == "(root)"]
@@ -142,7 +148,7 @@ def _check(case: Case) -> dict[str, Any]:
         return result | {"outcome": "raised", "cause": f"check: {_described(error)}"}
 
 
-def _compared(case: Case, sites: list[_Site]) -> dict[str, Any]:
+def _compared(case: Case, sites: list[Site]) -> dict[str, Any]:
     twin = _built(case).double()
     _leave_out_dropout(twin)
     generator = np.random.default_rng(0)
@@ -150,29 +156,29 @@ def _compared(case: Case, sites: list[_Site]) -> dict[str, Any]:
     ways = _ways(case, twin, arrays)
     references = [_run(twin, arrays, way) for way in ways]
 
-    def fault(part: list[_Site]) -> tuple[float, str]:
+    def fault(part: list[Site]) -> tuple[float, str]:
         """The largest error of the sites moved at once, and where it is; of outputs, where those are wrong."""
-        elements = {site["id"]: _drawn(site, generator) for site in part}
+        elements = {site["id"]: draw_element(site, generator) for site in part}
         moved = {name: array.copy() for name, array in arrays.items()}
-        _move(part, elements, moved, 1)
+        move_arrays(part, elements, moved, 1)
         _check_ties(twin, moved)
         worst = {"outputs": (0.0, ""), "gradients": (0.0, ""), "buffers": (0.0, "")}
         for way, reference in zip(ways, references):
             run = _run(twin, moved, way)
             gradients = {name: array.copy() for name, array in reference.gradients.items()}
             buffers = {name: array.copy() for name, array in reference.buffers.items()}
-            _move(part, elements, gradients, -1)
-            _move(part, elements, buffers, 1)
+            move_arrays(part, elements, gradients, -1)
+            move_arrays(part, elements, buffers, 1)
             errors = {
-                "outputs": _distance(reference.outputs, run.outputs),
-                "gradients": _gradient_distance(gradients, run.gradients),
-                "buffers": _distance(list(buffers.values()), list(run.buffers.values())),
+                "outputs": distance(reference.outputs, run.outputs),
+                "gradients": gradient_distance(gradients, run.gradients),
+                "buffers": distance(list(buffers.values()), list(run.buffers.values())),
             }
             worst = {what: max(worst[what], (error, f"{what} at {way}")) for what, error in errors.items()}
         # Gradients and buffers of a model whose outputs change are wrong as well, and say nothing of the cause.
         return next((found for found in worst.values() if found[0] > _TOLERANCE), max(worst.values()))
 
-    def wrong_among(part: list[_Site]) -> Iterator[tuple[_Site, float, str]]:
+    def wrong_among(part: list[Site]) -> Iterator[tuple[Site, float, str]]:
         error, place = fault(part)
         if error <= _TOLERANCE:
             return
@@ -288,7 +294,7 @@ def _ways(case: Case, twin: nn.Module, arrays: Arrays) -> list[_Way]:
     first = [
         [_run(twin, arrays, _Way(*sizes[0], mode, False, seed)).outputs for seed in range(4)] for mode in (False, True)
     ]
-    is_random = any(_distance(runs[0], other) > 0 for runs in first for other in runs[1:])
+    is_random = any(distance(runs[0], other) > 0 for runs in first for other in runs[1:])
     seeds = range(4) if is_random else range(1)
     return [_Way(*size, *mode, seed) for size in sizes for mode in modes for seed in seeds]
 
@@ -340,51 +346,6 @@ def _term(output: Tensor, place: int) -> Tensor:
 # Symmetries as plain data
 
 
-def _places(site: _Site, leg: dict[str, Any]) -> Array:
-    """The entries of each channel along the axis of a leg, ``[size, repeat]``."""
-    count = site["size"] * leg["repeat"]
-    places = leg["index"] if leg["index"] is not None else range(leg["offset"], leg["offset"] + count)
-    return np.array(list(places)).reshape(site["size"], leg["repeat"])
-
-
-def _inner(leg: dict[str, Any], array: Array) -> Array:
-    """A view of what a leg acts in, its axis first."""
-    cut = [slice(None)] * array.ndim
-    if leg["within"] is not None:
-        axis, start, length = leg["within"]
-        cut[axis] = slice(start, start + length)
-    return np.moveaxis(array[tuple(cut)], leg["axis"], 0)
-
-
-def _drawn(site: _Site, generator: np.random.Generator) -> Array:
-    size: int = site["size"]
-    drawn: dict[str, Callable[[], Array]] = {
-        "permutation": lambda: generator.permutation(size),
-        "scaling": lambda: np.exp(generator.uniform(-1, 1, size)),
-        "sign": lambda: generator.choice([-1.0, 1.0], size),
-        "linear": lambda: np.eye(size) + generator.uniform(-0.4, 0.4, (size, size)) / np.sqrt(size),
-    }
-    return drawn[site["group"]]()
-
-
-def _move(sites: list[_Site], elements: Arrays, arrays: Arrays, kind: int) -> None:
-    """Move arrays in place: parameters with ``kind=1``, gradients with ``kind=-1``. Those that are missing are left out."""
-    for site in sites:
-        element = elements[site["id"]]
-        for leg in site["legs"]:
-            if leg["name"] not in arrays:
-                continue
-            inner, places, degree = _inner(leg, arrays[leg["name"]]), _places(site, leg), kind * leg["degree"]
-            channels = inner[places]
-            if site["group"] == "permutation":
-                inner[places] = channels[element]
-            elif site["group"] == "linear":
-                matrix = element if degree == 1 else np.linalg.inv(element).T
-                inner[places] = np.tensordot(matrix, channels, axes=1)
-            else:
-                inner[places] = channels * (element**degree).reshape(-1, *[1] * (channels.ndim - 1))
-
-
 def _check_ties(model: nn.Module, arrays: Arrays) -> None:
     seen: dict[int, str] = {}
     for name, tensor in _named(model).items():
@@ -393,52 +354,23 @@ def _check_ties(model: nn.Module, arrays: Arrays) -> None:
             raise AssertionError(f"{other} and {name} are one tensor, but move apart")
 
 
-def _share(model: nn.Module, sites: list[_Site]) -> float:
+def _share(model: nn.Module, sites: list[Site]) -> float:
     """The share of the parameters that some site moves."""
     reached = {name: np.zeros(tuple(parameter.shape), bool) for name, parameter in model.named_parameters()}
     for site in sites:
         for leg in site["legs"]:
             if leg["name"] in reached:
-                _inner(leg, reached[leg["name"]])[_places(site, leg)] = True
+                slice_of(leg, reached[leg["name"]])[places_of(site, leg)] = True
     total = sum(array.size for array in reached.values())
     return sum(int(array.sum()) for array in reached.values()) / max(1, total)
 
 
-def _legs(site: _Site) -> str:
+def _legs(site: Site) -> str:
     legs = [f"{leg['name']}[{leg['axis']}]^{leg['degree']:+d}" for leg in site["legs"][:4]]
     return " ".join([*legs, "..."] if len(site["legs"]) > 4 else legs)
 
 
 # Distances
-
-
-def _distance(expected: list[Array], actual: list[Array]) -> float:
-    """The largest difference of two lists of arrays, each relative to the largest entry of the expected one."""
-    if [array.shape for array in expected] != [array.shape for array in actual]:
-        return float("inf")
-    worst = 0.0
-    for one, other in zip(expected, actual):
-        if one.size == 0 or np.array_equal(one, other, equal_nan=one.dtype.kind in "fc"):
-            continue
-        if one.dtype == bool:
-            return float("inf")
-        if not np.array_equal(np.isfinite(one), np.isfinite(other)):
-            return float("inf")
-        finite = np.isfinite(one)
-        scale = float(np.abs(one[finite]).max(initial=0.0)) or 1.0
-        worst = max(worst, float(np.abs(other[finite] - one[finite]).max(initial=0.0)) / scale)
-    return worst
-
-
-def _gradient_distance(expected: Arrays, actual: Arrays) -> float:
-    """The same of gradients. One that is nothing but rounding errors is measured by those of other parameters."""
-    largest = max((float(np.abs(array).max(initial=0.0)) for array in expected.values()), default=0.0)
-    worst = 0.0
-    for name, one in expected.items():
-        scale = max(float(np.abs(one).max(initial=0.0)), 1e-4 * largest) or 1.0
-        error = float(np.abs(actual[name] - one).max(initial=0.0)) / scale
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
 
 
 # Time and errors
