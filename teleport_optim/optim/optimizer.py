@@ -198,8 +198,8 @@ class TeleportOptimizer(AveragedOptimizer):
         if not all(1e-12 < norm < 1e12 or norm == 0.0 for norm in norms):
             self._unusual_until = step + _MEMORY
         prior = rate_and_decay(step, progress.horizon, cache.table)
-        unit = cache.unit(plan.controls, hyper)
-        plan.choose_kernel(unit, *prior, is_native=is_native, is_unusual=step < self._unusual_until)
+        base = cache.base(plan.controls, hyper)
+        plan.choose_kernel(base, *prior, is_native=is_native, is_unusual=step < self._unusual_until)
         return plan
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

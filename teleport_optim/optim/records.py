@@ -13,7 +13,7 @@ from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.schedule import Horizon, rate_and_decay
 
-__all__ = ["HyperParameters", "StepCoefficients", "UnitCoefficients", "UpdateState", "slot_dtype", "step_coefficients"]
+__all__ = ["BaseCoefficients", "HyperParameters", "StepCoefficients", "UpdateState", "slot_dtype", "step_coefficients"]
 
 
 class HyperParameters(NamedTuple):
@@ -90,7 +90,7 @@ class StepCoefficients(NamedTuple):
     """Length of the step of every row of a matrix, or of a vector, ``[*runs, num_tensors]``."""
 
 
-class UnitCoefficients(NamedTuple):
+class BaseCoefficients(NamedTuple):
     """Step coefficients per unit of the prior rate; they change only with the controls and with what the user sets."""
 
     beta: Tensor
@@ -103,7 +103,7 @@ class UnitCoefficients(NamedTuple):
     """Decay where the user has set it."""
 
     @classmethod
-    def of(cls, controls: Controls, hyper: HyperParameters, table: ParameterTable) -> UnitCoefficients:
+    def of(cls, controls: Controls, hyper: HyperParameters, table: ParameterTable) -> BaseCoefficients:
         """The coefficients under these controls."""
         known = table.tensors(controls.rate)
         rates = controls.rate * hyper.lr.to(controls.rate)
@@ -126,4 +126,4 @@ def step_coefficients(
     controls: Controls, *, step: int, hyper: HyperParameters, table: ParameterTable
 ) -> StepCoefficients:
     """The coefficients of the momentum step of this number."""
-    return UnitCoefficients.of(controls, hyper, table).coefficients(*rate_and_decay(step, hyper.horizon, table))
+    return BaseCoefficients.of(controls, hyper, table).coefficients(*rate_and_decay(step, hyper.horizon, table))

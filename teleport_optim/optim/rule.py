@@ -120,9 +120,11 @@ def active_rows(name: str, grad: Tensor, table: ParameterTable) -> Tensor:
 def ema(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
     """The gradient average of a tensor after a step, ``[*runs, *shape]``, in float32 at least; ``beta`` is ``[*runs]``."""
     momentum = in_full_precision(momentum)
-    rest = (1.0 - beta).to(momentum.dtype)
+    gradient_weight = (1.0 - beta).to(momentum.dtype)
     return torch.lerp(
-        momentum, grad.to(momentum.dtype), rest.reshape([*rest.shape, *[1] * (momentum.dim() - rest.dim())])
+        momentum,
+        grad.to(momentum.dtype),
+        gradient_weight.reshape([*gradient_weight.shape, *[1] * (momentum.dim() - gradient_weight.dim())]),
     )
 
 

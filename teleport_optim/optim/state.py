@@ -18,9 +18,9 @@ from teleport_optim.optim.schedule import Horizon
 from teleport_optim.optim.shapes import as_real
 from teleport_optim.optim.sharding import is_distributed, local_tensor, shard_like
 
-__all__ = ["ROW_KEYS", "OptimizerStateError", "Progress", "Slots", "initial_slots", "read_state_dict"]
+__all__ = ["CONTROLLER_KEYS", "OptimizerStateError", "Progress", "Slots", "initial_slots", "read_state_dict"]
 
-ROW_KEYS = ("hidden", "outputs", "log_grad_rms")
+CONTROLLER_KEYS = ("hidden", "outputs", "log_grad_rms")
 """Slots that hold the row of a tensor in the fields of UpdateState of the same name."""
 _COUNTS = ("step", "skipped")
 _MAX_COUNT = 2**53
@@ -103,7 +103,7 @@ def initial_slots(param: Tensor, hidden: Tensor | None, *, average: bool, step: 
     rows = {}
     if hidden is not None:
         initial = UpdateState.initial({}, hidden.unsqueeze(0))
-        rows = {key: getattr(initial, key)[0].to(param.device) for key in ROW_KEYS}
+        rows = {key: getattr(initial, key)[0].to(param.device) for key in CONTROLLER_KEYS}
     counts = {key: torch.zeros((), dtype=torch.float32) for key in _COUNTS}
     momentum = torch.zeros_like(param, dtype=slot_dtype(param))
     return {**counts, "exp_avg": momentum, **(initial_average(param, step) if average else {}), **rows}
@@ -162,7 +162,7 @@ def read_state_dict(
                 f"there is state for {key!r}, which is in no parameter group{old if key == 'meta_optimizer' else ''}"
             )
         if not isinstance(slots, Mapping) or slots:
-            _check_keys(key, slots, ("exp_avg", *_COUNTS, *(() if hidden is None else ROW_KEYS)))
+            _check_keys(key, slots, ("exp_avg", *_COUNTS, *(() if hidden is None else CONTROLLER_KEYS)))
     counts = [own["step"] for own in saved_state.values() if isinstance(own, Mapping) and "step" in own]
     num_steps = max(map(int, counts), default=0)
     new_groups = []

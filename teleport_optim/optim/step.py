@@ -18,13 +18,13 @@ from teleport_optim.optim.kernels import inplace, native
 from teleport_optim.optim.kernels.native import NativeStep, are_plain
 from teleport_optim.optim.orthogonalise import Step
 from teleport_optim.optim.parameters import ParameterTable
-from teleport_optim.optim.records import HyperParameters, StepCoefficients, UnitCoefficients, UpdateState
+from teleport_optim.optim.records import BaseCoefficients, HyperParameters, StepCoefficients, UpdateState
 from teleport_optim.optim.rounding import bias_pairs
 from teleport_optim.optim.rule import Control, ema
 from teleport_optim.optim.schedule import Horizon, averaging_weight, is_control_step
 from teleport_optim.optim.shapes import as_real
 from teleport_optim.optim.sharding import full_tensors
-from teleport_optim.optim.state import ROW_KEYS, Progress, Slots
+from teleport_optim.optim.state import CONTROLLER_KEYS, Progress, Slots
 from teleport_optim.optim.teleport import balance, teleport
 from teleport_optim.symmetry.spec import SymmetrySpec
 
@@ -168,7 +168,7 @@ class StepCache:
         self.controls: Controls | None = None
         self.starts: list[int] | None = None
         self._hyper: tuple[tuple[Any, ...], HyperParameters] | None = None
-        self._unit: tuple[Controls, HyperParameters, UnitCoefficients] | None = None
+        self._base: tuple[Controls, HyperParameters, BaseCoefficients] | None = None
 
     def hyper(self, rates: list[float], decays: list[float], horizon: Horizon) -> HyperParameters:
         """Settings of the user, which rarely change from step to step."""
@@ -177,11 +177,11 @@ class StepCache:
             self._hyper = (key, HyperParameters.of(*key))
         return self._hyper[1]
 
-    def unit(self, controls: Controls, hyper: HyperParameters) -> UnitCoefficients:
-        """The unit under these controls, which most steps share with the step before."""
-        if self._unit is None or self._unit[0] is not controls or self._unit[1] is not hyper:
-            self._unit = (controls, hyper, UnitCoefficients.of(controls, hyper, self.table))
-        return self._unit[2]
+    def base(self, controls: Controls, hyper: HyperParameters) -> BaseCoefficients:
+        """The base under these controls, which most steps share with the step before."""
+        if self._base is None or self._base[0] is not controls or self._base[1] is not hyper:
+            self._base = (controls, hyper, BaseCoefficients.of(controls, hyper, self.table))
+        return self._base[2]
 
     def starts_of(self, slots: list[Slots], step: int, horizon: Horizon) -> list[int]:
         """The steps with which the averages begin, after they have been brought up to date."""
@@ -212,8 +212,8 @@ class StepPlan:
     """New momenta; none where the step is taken in C."""
     masks: dict[str, Tensor] = field(init=False, default_factory=dict)
     """Which rows have a gradient, of tensors of which some have none."""
-    rows: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """The rows of the state that a control step changes."""
+    controller_slots: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """New state of the controller, after a control step."""
     moved: ParameterTable | None = field(init=False, default=None)
     """The sites along which the parameters move; None if they do not."""
     teleport_sizes: Tensor | None = field(init=False, default=None)
@@ -235,11 +235,11 @@ class StepPlan:
             point = Point(*tensors)
         self.progress = self.progress._replace(is_balanced=self.progress.is_balanced or may_balance)
         if is_control_step(step) and control is not None:
-            held = {key: torch.stack([own[key] for own in slots]) for key in ROW_KEYS}
+            held = {key: torch.stack([own[key] for own in slots]) for key in CONTROLLER_KEYS}
             state = UpdateState(momenta=point.momenta, average_offsets=point.offsets, **held)
             total_steps = self.progress.horizon.total_steps
             state = control(point.params, point.grads, state, step=step, total_steps=total_steps, table=table)
-            self.rows = {key: getattr(state, key) for key in ROW_KEYS}
+            self.controller_slots = {key: getattr(state, key) for key in CONTROLLER_KEYS}
             if self.moved is not None:
                 *tensors, sizes = teleport(*point, Controls.from_outputs(state.outputs), self.moved)
                 point = Point(*tensors)
@@ -249,8 +249,8 @@ class StepPlan:
     def take_controls(self) -> None:
         """Read the controls: those that have just been set, those of the step before, or those in the state."""
         slots = self.tensors.slots
-        if self.rows:
-            self.controls = Controls.from_outputs(self.rows["outputs"])
+        if self.controller_slots:
+            self.controls = Controls.from_outputs(self.controller_slots["outputs"])
         elif self.cache.controls is not None:
             self.controls = self.cache.controls
         elif "outputs" in slots[0]:
@@ -260,12 +260,12 @@ class StepPlan:
             self.controls = Controls(*(value.to(self.tensors.params[0].device) for value in prior))
 
     def choose_kernel(
-        self, unit: UnitCoefficients, rate: float, decay: float, *, is_native: bool, is_unusual: bool
+        self, base: BaseCoefficients, rate: float, decay: float, *, is_native: bool, is_unusual: bool
     ) -> None:
         """Make the momentum step ready, in C or in torch.
 
         Args:
-            unit, rate, decay: The controls' share in the step, and the prior rate and decay that they multiply.
+            base, rate, decay: The controls' share in the step, and the prior rate and decay that they multiply.
             is_native: Whether it is taken in C.
             is_unusual: Whether a square of an entry of a momentum may be no float.
         """
@@ -274,10 +274,10 @@ class StepPlan:
             grads = tensors.grads if self.point is None else self.point.grads
             lists = (tensors.params, grads, tensors.momenta, tensors.offsets)
             numbers = (tensors.counts, tensors.fingerprints, tensors.ends)
-            self.take = partial(self.cache.native.take, *lists, *numbers, unit=unit, rate=rate, decay=decay)
+            self.take = partial(self.cache.native.take, *lists, *numbers, base=base, rate=rate, decay=decay)
             return
         point = tensors.whole() if self.point is None else self.point
-        coefficients, table = unit.coefficients(rate, decay), self.cache.table
+        coefficients, table = base.coefficients(rate, decay), self.cache.table
         self.momenta = {name: ema(point.momenta[name], point.grads[name], coefficients.beta) for name in tensors.names}
         self.masks = inplace.gradient_masks(point.grads, table)
         directions = inplace.in_range(self.momenta) if is_unusual else self.momenta
@@ -305,7 +305,7 @@ class StepPlan:
             weights = [by_start[start] for start in starts]
         if is_moved:
             self._write_teleport()
-        for key, rows in self.rows.items():
+        for key, rows in self.controller_slots.items():
             inplace.copy_all([own[key] for own in slots], rows.unbind(0))
         if self.take is not None:
             for number in self.take(weights=weights):  # Their new average has one value so far, the new parameter.

@@ -8,7 +8,7 @@ def step(
     numbers: array[float],
     rate: float,
     decay: float,
-    rest: float,
+    gradient_weight: float,
     keeps: array[float],
     prints: array[int],
     most_rows: int,

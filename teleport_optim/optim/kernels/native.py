@@ -23,7 +23,7 @@ from torch import Tensor
 
 from teleport_optim.optim.buckets import RowBlock
 from teleport_optim.optim.parameters import ParameterTable
-from teleport_optim.optim.records import UnitCoefficients
+from teleport_optim.optim.records import BaseCoefficients
 from teleport_optim.optim.shapes import matrix_shape
 from teleport_optim.symmetry.moves import pick
 
@@ -88,7 +88,7 @@ class NativeStep:
         self._layout = table
         self._work = list(accumulate(block.work for block in blocks))
         self._most_rows = max((block.rows for block in blocks if block.is_mixed), default=1)
-        self._numbers: tuple[UnitCoefficients, array[float], float] | None = None
+        self._numbers: tuple[BaseCoefficients, array[float], float] | None = None
         self._shapes = list(table.shapes.values())
 
     def fits(self, *lists: list[Tensor], numbers: list[Tensor]) -> bool:
@@ -112,7 +112,7 @@ class NativeStep:
         fingerprints: list[Tensor],
         ends: list[Tensor],
         *,
-        unit: UnitCoefficients,
+        base: BaseCoefficients,
         rate: float,
         decay: float,
         weights: list[float],
@@ -131,10 +131,10 @@ class NativeStep:
         Returns:
             Numbers of the tensors whose parameters were not, before the step, what their fingerprint says.
         """
-        if self._numbers is None or self._numbers[0] is not unit:
-            rows = (unit.step_lengths, unit.user_decays, unit.learned_decays)
-            self._numbers = (unit, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - unit.beta.item())
-        _, numbers, rest = self._numbers
+        if self._numbers is None or self._numbers[0] is not base:
+            rows = (base.step_lengths, base.user_decays, base.learned_decays)
+            self._numbers = (base, array("d", torch.stack(rows, dim=-1).flatten().tolist()), 1.0 - base.beta.item())
+        _, numbers, gradient_weight = self._numbers
         prints = array("q", bytes(16 * len(params)))  # of every tensor before and after the step
         here, averages = _addresses(params), _addresses(momenta)
         others = _addresses(offsets) if offsets else None
@@ -142,7 +142,18 @@ class NativeStep:
         turns = self._computed(grads) if isinstance(grads, Mapping) else [(_addresses(grads), 0, None)]
         for slopes, first, last in turns:
             take = partial(
-                _native.step, here, averages, others, slopes, numbers, rate, decay, rest, keeps, prints, self._most_rows
+                _native.step,
+                here,
+                averages,
+                others,
+                slopes,
+                numbers,
+                rate,
+                decay,
+                gradient_weight,
+                keeps,
+                prints,
+                self._most_rows,
             )
             _in_threads(take, self._parts(first, last))
         _native.count(_addresses(counts), _addresses(ends))

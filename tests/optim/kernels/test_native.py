@@ -23,7 +23,7 @@ from teleport_optim.optim.kernels import native
 from teleport_optim.optim.kernels.native import NativeStep, all_norms, are_plain
 from teleport_optim.optim.orthogonalise import compute_steps
 from teleport_optim.optim.parameters import ParameterTable
-from teleport_optim.optim.records import StepCoefficients, UnitCoefficients
+from teleport_optim.optim.records import BaseCoefficients, StepCoefficients
 from teleport_optim.optim.rule import active_rows, average_offset, ema
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from tests.helpers.classification import X, Y, network, train
@@ -90,12 +90,12 @@ def by_torch(tensors: Tensors, known: StepCoefficients, table: ParameterTable) -
 
 def natively(tensors: Tensors, known: StepCoefficients, table: ParameterTable) -> None:
     counts = [torch.tensor(3.0) for _ in tensors.params]
-    unit = UnitCoefficients(
+    base = BaseCoefficients(
         known.beta, known.step_lengths / 0.1, (1.0 - known.decay_factors) / 0.1, torch.zeros(len(counts))
     )
     prints, ends = ([torch.tensor(0) for _ in counts] for _ in range(2))
     weights = [WEIGHT] * len(counts)
-    NativeStep(table).take(*tensors, counts, prints, ends, unit=unit, rate=0.1, decay=1.0, weights=weights)
+    NativeStep(table).take(*tensors, counts, prints, ends, base=base, rate=0.1, decay=1.0, weights=weights)
     assert counts == [4.0] * len(counts)
     assert ends == [1] * len(counts)
 
