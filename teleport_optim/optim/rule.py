@@ -121,11 +121,8 @@ def ema(momentum: Tensor, grad: Tensor, beta: Tensor) -> Tensor:
     """The gradient average of a tensor after a step, ``[*runs, *shape]``, in float32 at least; ``beta`` is ``[*runs]``."""
     momentum = in_full_precision(momentum)
     gradient_weight = (1.0 - beta).to(momentum.dtype)
-    return torch.lerp(
-        momentum,
-        grad.to(momentum.dtype),
-        gradient_weight.reshape([*gradient_weight.shape, *[1] * (momentum.dim() - gradient_weight.dim())]),
-    )
+    per_run = [*beta.shape, *[1] * (momentum.dim() - beta.dim())]
+    return torch.lerp(momentum, grad.to(momentum.dtype), gradient_weight.reshape(per_run))
 
 
 def average_offset(offset: Tensor, old: Tensor, new: Tensor, weight: float) -> Tensor:
