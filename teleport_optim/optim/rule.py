@@ -34,7 +34,7 @@ from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.records import HyperParameters, UpdateState, step_coefficients
 from teleport_optim.optim.schedule import averaging_weight, is_control_step
 from teleport_optim.optim.shapes import in_full_precision
-from teleport_optim.optim.teleport import balance, teleport
+from teleport_optim.optim.teleport import Point, balance, teleport
 
 __all__ = ["Control", "active_rows", "average_offset", "ema", "update"]
 
@@ -80,16 +80,16 @@ def update(
     Returns:
         New parameters and state; the arguments are unchanged.
     """
-    momenta: Mapping[str, Tensor] = state.momenta
-    offsets: Mapping[str, Tensor] = state.average_offsets
+    point = Point(params, grads, state.momenta, state.average_offsets)
     if step == 0:
-        params, grads, momenta, offsets, _ = balance(params, grads, momenta, offsets, table)
+        point, _ = balance(point, table)
     if is_control_step(step) and control is not None:
-        state = control(params, grads, state, step=step, total_steps=hyper.horizon.total_steps, table=table)
+        total_steps = hyper.horizon.total_steps
+        state = control(point.params, point.grads, state, step=step, total_steps=total_steps, table=table)
     controls = Controls.from_outputs(state.outputs)
     if is_control_step(step) and len(table.spec):
-        params, grads, momenta, offsets, _ = teleport(params, grads, momenta, offsets, controls, table)
-    params, grads, momenta, offsets = map(dict, (params, grads, momenta, offsets))
+        point, _ = teleport(point, controls, table)
+    params, grads, momenta, offsets = map(dict, point)
     coefficients = step_coefficients(controls, step=step, hyper=hyper, table=table)
     averages = {name: ema(momenta[name], grads[name], coefficients.beta) for name in params}
     active = {name: active_rows(name, grad, table) for name, grad in grads.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from teleport_optim.optim.schedule import Horizon, averaging_weight, is_control_
 from teleport_optim.optim.shapes import as_real
 from teleport_optim.optim.sharding import full_tensors
 from teleport_optim.optim.state import CONTROLLER_KEYS, Progress, Slots
-from teleport_optim.optim.teleport import balance, teleport
+from teleport_optim.optim.teleport import Point, balance, teleport
 from teleport_optim.symmetry.spec import SymmetrySpec
 
 __all__ = ["Controller", "StepCache", "StepPlan", "StepTensors"]
@@ -140,16 +140,6 @@ def _to_descend(grad: Tensor, maximize: bool) -> Tensor:
     return -grad if maximize else grad
 
 
-class Point(NamedTuple):
-    """Where a step is taken from, by name; whole tensors, computed when they are asked for where the point is moved."""
-
-    params: Mapping[str, Tensor]
-    grads: Mapping[str, Tensor]
-    momenta: Mapping[str, Tensor]
-    offsets: Mapping[str, Tensor]
-    """Of the averages; empty where none are kept."""
-
-
 class StepCache:
     """Numbers that steps of the same tensors share; dropped as a whole when tensors, symmetries or state change.
 
@@ -231,8 +221,7 @@ class StepPlan:
         table, point = self.cache.table, self.tensors.whole()
         self.moved = _without(table, still) if may_move else None
         if self.moved is not None and not self.progress.is_balanced:
-            *tensors, self.teleport_sizes = balance(*point, self.moved)
-            point = Point(*tensors)
+            point, self.teleport_sizes = balance(point, self.moved)
         self.progress = self.progress._replace(is_balanced=self.progress.is_balanced or may_balance)
         if is_control_step(step) and control is not None:
             held = {key: torch.stack([own[key] for own in slots]) for key in CONTROLLER_KEYS}
@@ -241,8 +230,7 @@ class StepPlan:
             state = control(point.params, point.grads, state, step=step, total_steps=total_steps, table=table)
             self.controller_slots = {key: getattr(state, key) for key in CONTROLLER_KEYS}
             if self.moved is not None:
-                *tensors, sizes = teleport(*point, Controls.from_outputs(state.outputs), self.moved)
-                point = Point(*tensors)
+                point, sizes = teleport(point, Controls.from_outputs(state.outputs), self.moved)
                 self.teleport_sizes = sizes if self.teleport_sizes is None else torch.hypot(self.teleport_sizes, sizes)
         self.point = point
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from teleport_optim.symmetry.action import SlotKind
 from teleport_optim.symmetry.moves import Moved, unmoved
 from teleport_optim.symmetry.spec import Symmetry
 
-__all__ = ["MAX_LOG_SCALE", "balance", "teleport"]
+__all__ = ["MAX_LOG_SCALE", "Point", "balance", "teleport"]
 
 
 MAX_LOG_SCALE = 0.75
@@ -27,14 +28,17 @@ _KINDS = (SlotKind.VECTOR, SlotKind.COVECTOR, SlotKind.COVECTOR, SlotKind.VECTOR
 """Kinds of parameters, gradients, momenta and offsets of averages."""
 
 
-def teleport(
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    momenta: Mapping[str, Tensor],
-    offsets: Mapping[str, Tensor],
-    controls: Controls,
-    table: ParameterTable,
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
+class Point(NamedTuple):
+    """Where a step is taken from: tensors by name, each ``[*runs, *shape]``, some of which are computed when they are asked for."""
+
+    params: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+    momenta: Mapping[str, Tensor]
+    offsets: Mapping[str, Tensor]
+    """Of the averages; empty where none are kept."""
+
+
+def teleport(point: Point, controls: Controls, table: ParameterTable) -> tuple[Point, Tensor]:
     """Move along the positive-scaling orbits towards balance, one site after the other, by ``MAX_LOG_SCALE`` at most.
 
     At strength 1 the weights (or the averaged gradients) that write into a channel and those that read from it get equal
@@ -44,13 +48,13 @@ def teleport(
     rounded.
 
     Returns:
-        Parameters, gradients, momenta and offsets of the average, all at the same new point of the orbit, each computed when it
-        is asked for, and for every site the RMS of ``log s``.
+        The new point of the orbit, whose tensors are computed when they are asked for, and for every site the RMS of ``log s``.
     """
     weights = table.tensors(controls.balance).site_weights
     strengths = weights @ torch.stack([controls.balance, controls.gradient_balance], dim=-1)
     run_axes = controls.balance.dim() - 1
-    params, grads, momenta, offsets = moved = [Moved.of(tensors) for tensors in (params, grads, momenta, offsets)]
+    moved = [Moved.of(tensors) for tensors in point]
+    params, _, momenta, _ = moved
     sizes = []
     for symmetry, strength in zip(table.spec, strengths.unbind(-2)):
         of_weights, of_gradients = strength.unsqueeze(-2).unbind(-1)
@@ -67,16 +71,10 @@ def teleport(
         for tensors, kind in zip(moved, _KINDS):
             if tensors:  # An optimizer need not keep an average.
                 tensors.go(symmetry, scales, kind)
-    return params, grads, momenta, offsets, torch.stack(sizes, dim=-1)
+    return Point(*moved), torch.stack(sizes, dim=-1)
 
 
-def balance(
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    momenta: Mapping[str, Tensor],
-    offsets: Mapping[str, Tensor],
-    table: ParameterTable,
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
+def balance(point: Point, table: ParameterTable) -> tuple[Point, Tensor]:
     """The point of the positive-scaling orbit where every run begins, what goes with it there, and the way to it.
 
     It is where the norms of what writes into a channel and of what reads from it are equal, for all channels at once: the
@@ -85,14 +83,14 @@ def balance(
     bits nothing moves by less than a power of two.
 
     Returns:
-        Parameters, gradients, momenta and offsets of the average (if there are any), each computed when it is asked for, and for
-        every site the RMS of ``log s`` in all, ``[*runs, num_sites]``.
+        The point, whose tensors are computed when they are asked for, and for every site the RMS of ``log s`` in all,
+        ``[*runs, num_sites]``.
     """
     name = table.names[0]
-    shape = unmoved(params)[name].shape
+    shape = unmoved(point.params)[name].shape
     run_axes = len(shape) - len(table.shapes[name])
     runs = shape[:run_axes]
-    params, *others = moved = [Moved.of(tensors) for tensors in (params, grads, momenta, offsets)]
+    params, *others = moved = [Moved.of(tensors) for tensors in point]
     ways: dict[str, Tensor] = {}
     is_moving = torch.ones(runs, dtype=torch.bool)
     for _ in range(_MAX_SWEEPS if len(table.spec) else 0):
@@ -114,9 +112,8 @@ def balance(
         for tensors, kind in zip(others, _KINDS[1:]):
             if tensors:
                 tensors.go(symmetry, scales, kind)
-    params, grads, momenta, offsets = moved
     sizes = [way.square().mean(dim=-1).sqrt().float() for way in ways.values()]
-    return params, grads, momenta, offsets, torch.stack(sizes, dim=-1) if sizes else torch.zeros(*runs, 0)
+    return Point(*moved), torch.stack(sizes, dim=-1) if sizes else torch.zeros(*runs, 0)
 
 
 def _in_range(log_scale: Tensor, log_norms: Tensor, symmetry: Symmetry, params: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from teleport_optim import LearnedTeleportOptimizer, act, act_dual, find_symmetr
 from teleport_optim.optim.controls import Controls
 from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.optim.site_norms import log_ratio, site_log_norms
-from teleport_optim.optim.teleport import MAX_LOG_SCALE, balance, teleport
+from teleport_optim.optim.teleport import MAX_LOG_SCALE, Point, balance, teleport
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.moves import move_scaling
 from teleport_optim.symmetry.spec import Leg, Symmetry
@@ -39,7 +39,8 @@ def test_teleports_keep_the_function_and_transport_gradient_and_momentum(seed: i
     momenta = {name: 2.0 * grad for name, grad in grads.items()}
     controls = Controls.from_outputs(torch.randn(len(params), len(Controls._fields), generator=source))
     offsets = {name: torch.randn(param.shape, generator=source).double() for name, param in params.items()}
-    moved, moved_grads, moved_momenta, moved_offsets, sizes = teleport(params, grads, momenta, offsets, controls, table)
+    point, sizes = teleport(Point(params, grads, momenta, offsets), controls, table)
+    moved, moved_grads, moved_momenta, moved_offsets = point
     loss_there, grads_there = loss_and_grads(model, dict(moved), x, y)
     assert (sizes > 0).all()
     assert loss_there == pytest.approx(loss, rel=1e-12)
@@ -67,7 +68,8 @@ def test_a_run_begins_at_the_balanced_point_of_the_orbit(seed: int, spread: floa
     ends = []
     for start in (params, act(table.spec, element, params)):
         loss, grads = loss_and_grads(model, start, x, y)
-        moved, moved_grads, moved_momenta, moved_offsets, sizes = balance(start, grads, grads, start, table)
+        point, sizes = balance(Point(start, grads, grads, start), table)
+        moved, moved_grads, moved_momenta, moved_offsets = point
         assert all(torch.allclose(moved_momenta[name], moved_grads[name], rtol=1e-9) for name in grads)
         assert all(torch.allclose(moved_offsets[name], moved[name], rtol=1e-9) for name in start)
         for symmetry, size in zip(table.spec, sizes):
@@ -81,7 +83,8 @@ def test_a_run_begins_at_the_balanced_point_of_the_orbit(seed: int, spread: floa
             assert 0.25 * log_ratio(site_log_norms(symmetry, moved)).abs().max() < 0.02
         ends.append(dict(moved))
     torch.testing.assert_close(*ends, rtol=0.1, atol=1e-6)
-    assert balance(params, grads, grads, params, ParameterTable.of(params))[:4] == (params, grads, grads, params)
+    point = Point(params, grads, grads, params)
+    assert balance(point, ParameterTable.of(params))[0] == point
 
 
 def test_full_strength_balances_a_site() -> None:
@@ -90,7 +93,7 @@ def test_full_strength_balances_a_site() -> None:
     table = ParameterTable.of(params, find_symmetries(model, torch.zeros(2, 4).double()))
     controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    moved, *_ = teleport(params, zeros, zeros, zeros, controls, table)
+    (moved, *_), _ = teleport(Point(params, zeros, zeros, zeros), controls, table)
     (symmetry,) = table.spec
     assert log_ratio(site_log_norms(symmetry, params)).abs().max() > 0.1
     assert log_ratio(site_log_norms(symmetry, moved)).abs().max() < 1e-5
@@ -103,15 +106,15 @@ def test_a_teleport_has_a_bound_and_the_balanced_start_has_none(imbalance: float
     start = named(model)
     table = ParameterTable.of(start, find_symmetries(model, torch.zeros(2, 4).double()))
     nothing = {name: torch.zeros_like(param) for name, param in start.items()}
-    params = dict(balance(start, nothing, nothing, {}, table)[0])
+    params = dict(balance(Point(start, nothing, nothing, {}), table)[0].params)
     log_scale = torch.full((6,), imbalance).double()
     (site,) = table.spec
     far = dict(move_scaling(site, log_scale.exp(), params, 1))
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
     controls = Controls.prior(len(params))._replace(balance=torch.ones(len(params)))
-    *_, sizes = teleport(far, zeros, zeros, {}, controls, table)
+    _, sizes = teleport(Point(far, zeros, zeros, {}), controls, table)
     assert sizes.item() == pytest.approx(min(imbalance, MAX_LOG_SCALE), rel=1e-3)
-    there, *_, way = balance(far, zeros, zeros, {}, table)
+    (there, *_), way = balance(Point(far, zeros, zeros, {}), table)
     assert way.item() == pytest.approx(imbalance, rel=1e-3)
     for name, param in params.items():
         torch.testing.assert_close(there[name], param, rtol=1e-2, atol=1e-6)
