@@ -45,8 +45,6 @@ from tests.helpers.regression import (
     train,
 )
 
-# What is reported is what is saved: loops that are written by hand.
-
 
 def report_and_save(
     called: nn.Module, optimizer: Optimizer, make: Make, is_averaged: bool, save: Callable[[], Any]
