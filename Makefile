@@ -14,7 +14,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m private_torch
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m private_torch tests/optim tests/meta_training
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check

@@ -57,9 +57,6 @@ every_case = pytest.mark.parametrize("case", MAKERS)
 everyone = pytest.mark.parametrize("make", [horizon, adamw], ids=["ours", "AdamW"])
 
 
-# A run that is broken off and resumed.
-
-
 @dataclass
 class Run:
     """A model in training, with all that must be saved to go on."""
@@ -96,9 +93,6 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         for name, part in (("model", self.model), ("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             part.load_state_dict(state[name])
-
-
-# Which parameter is which.
 
 
 def by_position(named: list[tuple[str, Tensor]]) -> list[dict[str, Any]]:

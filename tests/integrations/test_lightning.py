@@ -44,9 +44,6 @@ from tests.helpers.regression import (
 pytestmark = OF_LIGHTNING
 
 
-# Lightning
-
-
 class Fit(lightning.LightningModule):
     """Batches are taken by the number of the step, since Lightning begins at the first one when it resumes within an epoch.
 

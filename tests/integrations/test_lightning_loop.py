@@ -32,9 +32,6 @@ from tests.helpers.expected_warnings import OF_LIGHTNING
 pytestmark = OF_LIGHTNING
 
 
-# Lightning
-
-
 class Digits(lightning.LightningModule):
     """Keeps the loss of every batch and the teleport of every step."""
 

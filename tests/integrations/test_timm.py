@@ -1,4 +1,4 @@
-"""The factory and the schedules of timm. AdamW is the control."""
+"""The factory, the schedules and the Lookahead of timm. AdamW is the control."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import Lookahead, create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
 from teleport_optim import LearnedTeleportOptimizer
+from tests.helpers import classification
 from tests.helpers.digits import (
     BATCHES,
     Make,
@@ -109,3 +110,19 @@ def test_timm_schedule(make: Make) -> None:
         assert moved == (rates[-1] > 0)
     assert rates[:4] == pytest.approx([0.0, 0.5, 1.0, 0.983], abs=1e-3)
     assert rates[-1] == 0.0
+
+
+def test_slots_of_wrappers_are_given_back() -> None:
+    model = classification.network()
+
+    def make() -> Lookahead:
+        return Lookahead(LearnedTeleportOptimizer.for_model(model, total_steps=100), k=2)
+
+    optimizer = make()
+    classification.train(model, optimizer, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed = make()
+    resumed.load_state_dict(saved)
+    for before, after in zip(saved["state"].values(), resumed.state_dict()["state"].values()):
+        assert torch.equal(before["lookahead_slow_buff"], after["lookahead_slow_buff"])
+    classification.train(model, resumed, 3)

@@ -23,8 +23,6 @@ from tests.helpers.digits import (
     warned_of_a_schedule,
 )
 
-# transformers
-
 
 def vit(activation: str) -> transformers.PreTrainedModel:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

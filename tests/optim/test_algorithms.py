@@ -40,9 +40,6 @@ def copy_of(model: nn.Module) -> nn.Module:
     return other
 
 
-# Loops that compute with and without gradients: a trained model computes what one of the same weights does.
-
-
 def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 

@@ -18,9 +18,6 @@ from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 pytestmark = OPEN_ENDED_SAVED
 
 
-# Saving.
-
-
 @pytest.mark.parametrize("options", [{}, {"total_steps": 90}, {"average": False}])
 @pytest.mark.parametrize("is_eval", [True, False])
 @pytest.mark.parametrize("is_optimizer_first", [True, False])

@@ -17,9 +17,6 @@ from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 pytestmark = OPEN_ENDED_SAVED
 
 
-# What it is.
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("is_native", [True, False])
 def test_it_is_the_average_of_the_iterates(

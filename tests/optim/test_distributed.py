@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from teleport_optim import LearnedTeleportOptimizer, find_symmetries
-from teleport_optim.optim import rule as update
+from teleport_optim.optim import schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 
@@ -152,7 +152,7 @@ JOBS = (
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    update.TELEPORT_INTERVAL = INTERVAL
+    schedule.TELEPORT_INTERVAL = INTERVAL
     dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=f"file://{folder}/rendezvous")
     try:
         results: dict[str, Result | str] = {}
@@ -169,7 +169,7 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def often_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "TELEPORT_INTERVAL", INTERVAL)
+    monkeypatch.setattr(schedule, "TELEPORT_INTERVAL", INTERVAL)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -20,10 +20,6 @@ from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.runs import Make, adamw, two_groups
 
 pytestmark = OF_OURS
-
-
-# torch.distributed.checkpoint, in one process.
-
 no_group = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 CHECKPOINTED: dict[str, Make] = {
     "ours": lambda model: LearnedTeleportOptimizer.for_model(model, total_steps=60),

@@ -23,9 +23,6 @@ from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 pytestmark = OPEN_ENDED_SAVED
 
 
-# Writes of others.
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([(1,), (7,), (8, 5), (64, 64), (3, 300), (16, 3, 3, 3), (1, 5, 8), (20_000,), (130, 130), ()]),

@@ -14,14 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from teleport_optim import LearnedTeleportOptimizer, find_symmetries
 from tests.helpers.comparing import Weights, same_weights, weights_of
@@ -44,8 +42,6 @@ from tests.helpers.regression import (
     teleporting,
     train,
 )
-
-# What is reported is what is saved: loops that are written by hand.
 
 
 def report_and_save(
@@ -286,54 +282,3 @@ def test_the_best_weights_are_loaded_at_the_end(make: Make, is_averaged: bool, w
         assert held_out(model) == best
     train(model, optimizer, [0])
     assert not same_weights(weights_of(model), weights)
-
-
-# generate()
-
-
-class Operations(TorchDispatchMode):
-    """Writes down every operation, also those of hooks and of copies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.private_torch
-@everyone
-def test_generating_costs_what_it_costs_without_the_optimizer(make: Make) -> None:
-    """Counted and not timed: the same operations, no hooks, nothing written into the parameters."""
-
-    def gpt() -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            config = transformers.GPT2Config(
-                vocab_size=17, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
-            )
-            return transformers.GPT2LMHeadModel(config)
-
-    model, tokens = gpt(), torch.arange(12).view(2, 6)
-    optimizer = make(model, NUM_STEPS)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-    plain = gpt()
-    plain.load_state_dict(model.state_dict())
-    versions = [param._version for param in model.parameters()]
-    lists, texts = [], []
-    for own in (model, plain):
-        own.eval()
-        with Operations() as operations:
-            texts.append(own.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
-        lists.append(operations.names)
-    assert len(lists[0]) > 100
-    assert lists[0] == lists[1]
-    assert torch.equal(*texts)
-    assert [param._version for param in model.parameters()] == versions
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    assert not any(getattr(module, name) for module in model.modules() for name in hooks)

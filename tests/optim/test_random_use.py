@@ -23,10 +23,6 @@ from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.runs import assert_sound
 
 pytestmark = OF_OURS
-
-
-# Random use.
-
 NUM_EXAMPLES = int(os.environ.get("RANDOM_USES", "0"))
 """How many random uses to test, of new seeds; 0 for a few that are always the same."""
 NUM_PARAMS = 8

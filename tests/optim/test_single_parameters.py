@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.optim import Lookahead
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer
@@ -282,7 +281,7 @@ def test_gradients_of_any_finite_size_are_followed(scale: float) -> None:
         assert float((ends[1][name] - value).norm()) < 0.15 * float((value - start).norm())
 
 
-# Complex numbers, wrappers, options.
+# Complex numbers, options.
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (5,), (), (3, 2, 3, 3)])
@@ -329,22 +328,6 @@ def test_complex_parameters_resume_bit_for_bit() -> None:
             optimizer.step()
         ends.append(param.detach().clone())
     assert torch.equal(*ends)
-
-
-def test_slots_of_wrappers_are_given_back() -> None:
-    model = network()
-
-    def make() -> Lookahead:
-        return Lookahead(LearnedTeleportOptimizer.for_model(model, total_steps=100), k=2)
-
-    optimizer = make()
-    train(model, optimizer, 5)
-    saved = copy.deepcopy(optimizer.state_dict())
-    resumed = make()
-    resumed.load_state_dict(saved)
-    for before, after in zip(saved["state"].values(), resumed.state_dict()["state"].values()):
-        assert torch.equal(before["lookahead_slow_buff"], after["lookahead_slow_buff"])
-    train(model, resumed, 3)
 
 
 @pytest.mark.parametrize("foreach", [True, False, None])

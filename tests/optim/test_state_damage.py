@@ -23,9 +23,6 @@ from tests.helpers.runs import MAKERS, assert_sound, horizon
 pytestmark = OF_OURS
 
 
-# Damage at random.
-
-
 class Strange:
     """What no file should hold."""
 

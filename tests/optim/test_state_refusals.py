@@ -21,9 +21,6 @@ from tests.helpers.runs import adamw, by_position, horizon
 pytestmark = OF_OURS
 
 
-# What cannot be loaded.
-
-
 def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], object]:
     """A mutation that puts something at one place of a state dict."""
 

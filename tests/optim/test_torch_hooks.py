@@ -27,9 +27,6 @@ from tests.helpers.torch_infos import (
 pytestmark = [*OF_OURS, pytest.mark.private_torch]
 
 
-# Hooks.
-
-
 @contextmanager
 def registered(*handles: Any) -> Iterator[None]:
     try:

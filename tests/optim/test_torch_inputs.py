@@ -28,10 +28,6 @@ from tests.helpers.torch_infos import (
 )
 
 pytestmark = [*OF_OURS, pytest.mark.private_torch]
-
-
-# What it refuses.
-
 error_cases = [
     pytest.param(info, error, id=f"{info.name}-{error.optimizer_error_input.desc}")
     for info in INFOS

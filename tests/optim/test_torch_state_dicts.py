@@ -51,9 +51,6 @@ REFUSED: dict[str, tuple[str, str]] = {
 """State dicts that torch's optimizers load and ours refuses: what it says, and why."""
 
 
-# State dicts.
-
-
 @every_input
 def test_state_dict_deterministic(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
     params, optimizer = state_after(info, kwargs, 7)

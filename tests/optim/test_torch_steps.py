@@ -36,19 +36,12 @@ from tests.helpers.torch_infos import (
 )
 
 pytestmark = [*OF_OURS, pytest.mark.private_torch]
-
-
-# Where torch's optimizers differ among themselves, or ours on purpose.
-
 DECAYS: dict[type[Optimizer], set[int]] = {AdamW: {1, 2}, Muon: {2}}
 """Axes (2 for more too) of the tensors that decay by default, without a gradient, too."""
 RESTS = {LearnedTeleportOptimizer}
 """Classes in which a row without a gradient does not decay either."""
 STATELESS = {SGD}
 """Classes without state, where there is no momentum."""
-
-
-# What a step does.
 
 
 def fit(info: OptimizerInfo, kwargs: dict[str, Any], makers: Sequence[Callable[..., Any]], layout: str) -> None:

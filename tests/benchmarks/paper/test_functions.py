@@ -19,9 +19,6 @@ from tests.helpers.problems import FUNCTION_TASKS, HORIZONS, TASKS, draw_problem
 PLANE_TASKS = [name for name in FUNCTION_TASKS if FUNCTIONS[name].dim == 2]
 
 
-# -------------------------------------------------------------------------------------------------------- functions
-
-
 def function_case(name: str, seed: int, count: int = 5) -> tuple[FunctionTask, Tensor, Tensor]:
     """A task, coefficients and points, in double precision."""
     task = FUNCTIONS[name]

@@ -16,8 +16,6 @@ from teleport_optim.rng import generator_for
 from teleport_optim.symmetry import find_symmetries
 from tests.helpers.problems import draw_problem, each_split, in_float64
 
-# --------------------------------------------------------------------------------------------------------- networks
-
 
 def make_batchnorm_network() -> nn.Sequential:
     layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU()]

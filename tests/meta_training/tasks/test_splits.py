@@ -24,8 +24,6 @@ from teleport_optim.meta_training.tasks.splits import (
 from teleport_optim.rng import generator_for
 from tests.helpers.problems import FUNCTION_TASKS, HORIZONS, NETWORK_TASKS, TASKS, draw_problem, each_split
 
-# ------------------------------------------------------------------------------------------------------- the splits
-
 
 @pytest.mark.parametrize("name", NETWORK_TASKS)
 def test_splits_have_no_architecture_in_common(name: str) -> None:

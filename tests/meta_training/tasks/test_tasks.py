@@ -39,7 +39,7 @@ def as_list(problem: InnerProblem) -> list[Tensor]:
     return [*problem.params.values(), *problem.sample_batch(generator_for("batch"))]
 
 
-# ------------------------------------------------------------------------------------------------------- every task
+# Every task.
 
 
 @each_split
@@ -143,7 +143,7 @@ def test_only_training_has_perceptrons_without_a_hidden_layer(split: str) -> Non
         assert count > 1 or not find_symmetries(model, torch.zeros(2, 5)).of_group("scaling")
 
 
-# --------------------------------------------------------------------------------------------------------- registry
+# The registry.
 
 
 def test_the_registry_is_complete() -> None:
