@@ -284,9 +284,9 @@ def test_every_operation_with_a_rule_is_met_by_some_test_model(monkeypatch: pyte
     met: set[str] = set()
 
     def watched(name: str, rule: Rule) -> Rule:
-        def apply(call: operations.Call, theory: Any) -> Any:
+        def apply(call: operations.Call, analysis: Any) -> Any:
             met.add(name)
-            return rule(call, theory)
+            return rule(call, analysis)
 
         return apply
 

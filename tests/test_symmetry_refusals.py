@@ -169,7 +169,7 @@ def test_models_without_hidden_channels_have_no_symmetries(model: nn.Module) -> 
 
 
 def test_a_form_that_a_rule_does_not_foresee_lets_nothing_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(call: object, theory: object) -> None:
+    def fail(call: object, analysis: object) -> None:
         raise KeyError("unforeseen")
 
     model, inputs = mlp(), torch.randn(5, 4)

@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
-from teleport_optim.symmetry.search.analysis import Theory
-from teleport_optim.symmetry.search.permutations import Exchange
-from teleport_optim.symmetry.search.scalings import Multiplication
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis
+from teleport_optim.symmetry.search.permutations import PermutationAnalysis
+from teleport_optim.symmetry.search.scalings import ScalingAnalysis
 from teleport_optim.symmetry.search.sites import symmetries_of
 from teleport_optim.symmetry.search.trace import Limits, SearchStopped, trace
 from teleport_optim.symmetry.search.twin import Untraceable
@@ -90,9 +90,9 @@ def find_symmetries(
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
-    theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
+    analyses = [analysis for group in GROUPS if group in wanted for analysis in _analyses_of(group)]
     try:
-        refusals = trace(model, inputs, theories, pinned=_hooked(model) | _shared_memory(model), limits=limits)
+        refusals = trace(model, inputs, analyses, pinned=_hooked(model) | _shared_memory(model), limits=limits)
     except SearchStopped as error:
         warnings.warn(
             f"no symmetries: {error}. Raise max_operations and max_seconds of find_symmetries; give an optimizer what that "
@@ -107,15 +107,15 @@ def find_symmetries(
         names.setdefault(id(tensor), []).append(name)
     all_names = {own[0]: own for own in names.values()}
     found: list[Symmetry] = []
-    while theories:  # one after the other, since they take much memory
-        found += symmetries_of(theories.pop(0), all_names, include_approximate=include_approximate)
+    while analyses:  # one after the other, since they take much memory
+        found += symmetries_of(analyses.pop(0), all_names, include_approximate=include_approximate)
     return SymmetrySpec(tuple(found), tuple(refusals))
 
 
-def _theories_of(group: str) -> list[Theory]:
+def _analyses_of(group: str) -> list[ChannelAnalysis]:
     if group == "permutation":
-        return [Exchange("permutation"), Exchange("heads")]
-    return [Exchange("linear") if group == "linear" else Multiplication(group)]
+        return [PermutationAnalysis("permutation"), PermutationAnalysis("heads")]
+    return [PermutationAnalysis("linear") if group == "linear" else ScalingAnalysis(group)]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ __all__ = [
     "Moved",
     "apply_leg",
     "channel_squares",
-    "channels_of",
+    "leg_channels",
     "move",
     "move_scaling",
     "pick",
@@ -58,7 +58,7 @@ def move(
     return moved
 
 
-def channels_of(
+def leg_channels(
     symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0, first: int = 0, last: int | None = None
 ) -> Tensor:
     """The part of ``tensor`` on which a leg acts, channels first: shape ``[*runs, size, repeat, ...]``.
@@ -74,10 +74,10 @@ def channels_of(
     """
     last = symmetry.size if last is None else last
     outer, axis = _within(leg, tensor, run_axes), run_axes + leg.axis
-    if leg.positions is None:
+    if leg.index_tensor is None:
         block = outer.narrow(axis, leg.offset + first * leg.repeat, (last - first) * leg.repeat)
     else:
-        block = outer.index_select(axis, leg.positions[first * leg.repeat : last * leg.repeat].to(tensor.device))
+        block = outer.index_select(axis, leg.index_tensor[first * leg.repeat : last * leg.repeat].to(tensor.device))
     channels = block.movedim(axis, run_axes)
     shape = channels.shape
     return channels.view(*shape[:run_axes], last - first, leg.repeat, *shape[run_axes + 1 :])
@@ -97,16 +97,16 @@ def _fills_axis(symmetry: Symmetry, leg: Leg, extent: int) -> bool:
 
 def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, degree: int) -> Tensor:
     """``tensor`` with ``element`` applied along one leg, out of place."""
-    moved_channels = symmetry.group.act(element, channels_of(symmetry, leg, tensor), degree)
+    moved_channels = symmetry.group.act(element, leg_channels(symmetry, leg, tensor), degree)
     block = moved_channels.flatten(0, 1).movedim(0, leg.axis)
     if _fills_axis(symmetry, leg, tensor.shape[leg.axis]):
         return block.contiguous()
     moved = tensor.clone()
     inner = _within(leg, moved)
-    if leg.positions is None:
+    if leg.index_tensor is None:
         inner.narrow(leg.axis, leg.offset, symmetry.size * leg.repeat).copy_(block)
     else:
-        inner.index_copy_(leg.axis, leg.positions.to(tensor.device), block)
+        inner.index_copy_(leg.axis, leg.index_tensor.to(tensor.device), block)
     return moved
 
 
@@ -190,12 +190,12 @@ def _on_axis(symmetry: Symmetry, leg: Leg, power: Tensor, shape: torch.Size) -> 
     run_axes = power.dim() - 1
     axis = run_axes + leg.axis
     along = power if leg.repeat == 1 else power.repeat_interleave(leg.repeat, dim=-1)
-    if leg.positions is not None or along.shape[-1] != shape[axis]:
+    if leg.index_tensor is not None or along.shape[-1] != shape[axis]:
         everywhere = along.new_ones(*power.shape[:-1], shape[axis])
-        if leg.positions is None:
+        if leg.index_tensor is None:
             everywhere[..., leg.offset : leg.offset + along.shape[-1]] = along
         else:
-            everywhere[..., leg.positions.to(along.device)] = along
+            everywhere[..., leg.index_tensor.to(along.device)] = along
         along = everywhere
     along = along.reshape(*power.shape[:-1], *(1,) * leg.axis, -1, *(1,) * (len(shape) - axis - 1))
     if leg.within is None:
@@ -232,7 +232,7 @@ def channel_squares(symmetry: Symmetry, leg: Leg, tensors: Mapping[str, Tensor],
 
 
 def _channels(symmetry: Symmetry, leg: Leg, run_axes: int, first: int, last: int, tensor: Tensor) -> Tensor:
-    return channels_of(symmetry, leg, tensor, run_axes, first, last)
+    return leg_channels(symmetry, leg, tensor, run_axes, first, last)
 
 
 def _shallow_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

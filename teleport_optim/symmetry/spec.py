@@ -53,7 +53,7 @@ class Leg:
     index: tuple[int, ...] | None = None
 
     @cached_property
-    def positions(self) -> Tensor | None:
+    def index_tensor(self) -> Tensor | None:
         """``index`` as a tensor."""
         return None if self.index is None else torch.tensor(self.index, dtype=torch.int64)
 
@@ -156,7 +156,7 @@ class SymmetrySpec:
             for leg in symmetry.legs:
                 if leg.name in reached:
                     inner = reached[leg.name] if leg.within is None else reached[leg.name].narrow(*leg.within)
-                    positions = leg.positions
+                    positions = leg.index_tensor
                     if positions is None:
                         positions = torch.arange(leg.offset, leg.offset + symmetry.size * leg.repeat)
                     inner.index_fill_(leg.axis, positions, True)

@@ -15,7 +15,7 @@ from teleport_optim.symmetry.alignment.networks import (
     cuda_devices,
 )
 from teleport_optim.symmetry.inputs import ExampleInputs
-from teleport_optim.symmetry.moves import channels_of
+from teleport_optim.symmetry.moves import leg_channels
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["activation_correlations"]
@@ -65,7 +65,7 @@ def activation_correlations(
                 for name, leg in writers[site.id]:
                     for pair in zip(first[name], second[name]):
                         channels = (
-                            channels_of(site, replace(leg, axis=x.dim() + leg.axis), x).flatten(2) for x in pair
+                            leg_channels(site, replace(leg, axis=x.dim() + leg.axis), x).flatten(2) for x in pair
                         )
                         moments.setdefault((site.id, name), _Moments()).add(*channels)
     correlations: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """What each group demands of the channels of a model, operation by operation.
 
-A :class:`Theory` follows one group through the model. It keeps the labels of every tensor's channels, and learns from each
+A :class:`ChannelAnalysis` follows one group through the model. It keeps the channels of every tensor, and learns from each
 operation which channels must move together, which may not move at all and which parameters move along. There are two kinds:
 in one channels are exchanged, in the other each is multiplied by a number of its own.
 """
@@ -14,22 +14,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from teleport_optim.symmetry.search.channels import Array, Labels, Units, stretched
+from teleport_optim.symmetry.search.channels import Array, ChannelClasses, Channels, stretched
 
 __all__ = [
     "EVEN",
     "HOMOGENEOUS",
     "LINEAR",
     "MASK",
-    "MAX_LABELS",
+    "MAX_CHANNELS",
     "NOTHING",
     "ODD",
-    "Letters",
-    "Slot",
+    "ChannelAnalysis",
+    "MovingAxis",
     "Source",
-    "Theory",
+    "Subscripts",
     "Value",
-    "broadcast_letters",
+    "broadcast_subscripts",
     "place",
     "varying",
 ]
@@ -61,7 +61,7 @@ class Value:
 
     Attributes:
         shape: Its shape.
-        labels: For each theory, by name, the labels of its channels; none where nothing moves.
+        channels: For each analysis, by name, the channels of its channels; none where nothing moves.
         source: The parameter that it is, if it is one.
         fill: The number that all its entries are, if they are one.
         data: Its entries where they depend neither on inputs nor on parameters (index tensors among the buffers).
@@ -69,7 +69,7 @@ class Value:
     """
 
     shape: tuple[int, ...]
-    labels: dict[str, tuple[Labels, ...]] = field(default_factory=dict)
+    channels: dict[str, tuple[Channels, ...]] = field(default_factory=dict)
     source: Source | None = None
     fill: float | None = None
     data: Any = None
@@ -77,52 +77,52 @@ class Value:
 
     @property
     def is_still(self) -> bool:
-        """Whether nothing about the tensor moves, in any theory."""
-        return self.source is None and not any(self.labels.values())
+        """Whether nothing about the tensor moves, in any analysis."""
+        return self.source is None and not any(self.channels.values())
 
 
-class Slot(NamedTuple):
-    """Entries of a parameter that move with units: those of ``axis``, in the slice ``within`` of another axis."""
+class MovingAxis(NamedTuple):
+    """Entries of a parameter that move with channels: those of ``axis``, in the slice ``within`` of another axis."""
 
     name: str
     axis: int
     within: tuple[int, int, int] | None
-    units: Array
-    roles: Array
+    ids: Array
+    positions: Array
     degree: int
 
 
 class _Blocks(NamedTuple):
-    """The labels ``[blocks, entries]`` of an axis of a parameter, block by block of its axis ``across``."""
+    """The channels ``[blocks, entries]`` of an axis of a parameter, block by block of its axis ``across``."""
 
     across: int
-    labels: Labels
+    channels: Channels
 
 
-MAX_LABELS = 16
+MAX_CHANNELS = 16
 
-Letters = Sequence[Any]
+Subscripts = Sequence[Any]
 """A name for each axis of a tensor; axes of two tensors with the same name are the same index."""
 
 
-class Theory(ABC):
+class ChannelAnalysis(ABC):
     """One group, followed through a model.
 
     Attributes:
-        name: Name of the theory.
-        units: The channels.
-        slots: The parameters that move, and with which channels.
+        name: Name of the analysis.
+        ids: The channels.
+        moving_axes: The parameters that move, and with which channels.
         changes_numbers: Whether the group changes the entries of tensors, and not only their places.
     """
 
     changes_numbers = True
 
-    def __init__(self, name: str, units: Units) -> None:
+    def __init__(self, name: str, classes: ChannelClasses) -> None:
         self.name = name
-        self.units = units
-        self.slots: list[Slot] = []
+        self.classes = classes
+        self.moving_axes: list[MovingAxis] = []
         self._data: set[str] = set()
-        self._parameters: dict[str, list[tuple[Labels, ...] | None]] = {}
+        self._parameters: dict[str, list[tuple[Channels, ...] | None]] = {}
         self._blocked: dict[tuple[str, int], _Blocks] = {}
 
     # ------------------------------------------------------------------------------------------------ parameters
@@ -154,15 +154,15 @@ class Theory(ABC):
         """Whether anything about a tensor moves, or could be made to."""
         return any(self.is_free(value, axis) for axis in range(len(value.shape))) or bool(self.known(value))
 
-    def bind(self, value: Value, axis: int, labels: Iterable[Labels], *, power: int = 1) -> None:
-        """Let an unused axis move as ``labels`` say, which change along one axis at most; a variance has power 2."""
+    def bind(self, value: Value, axis: int, channels: Iterable[Channels], *, power: int = 1) -> None:
+        """Let an unused axis move as ``channels`` say, which change along one axis at most; a variance has power 2."""
         name, own_axis = self._locate(value, axis)
         bound = []
-        for one in labels:
-            units, roles = (stretched(array.ravel(), (value.shape[axis],)) for array in (one.units, one.roles))
-            self.slots.append(Slot(name, own_axis, None, units, roles, power * one.sign))
+        for one in channels:
+            ids, positions = (stretched(array.ravel(), (value.shape[axis],)) for array in (one.ids, one.positions))
+            self.moving_axes.append(MovingAxis(name, own_axis, None, ids, positions, power * one.sign))
             # who reads a variance sees the factor as often as its power says
-            bound += [Labels(units, roles, one.sign)] * (power if self.changes_numbers else 1)
+            bound += [Channels(ids, positions, one.sign)] * (power if self.changes_numbers else 1)
         self._parameters[name][own_axis] = tuple(bound)
 
     def close(self, value: Value) -> None:
@@ -178,9 +178,9 @@ class Theory(ABC):
         name, own_axis = self._locate(value, axis)
         if self.is_unused(value, axis):
             self.bind(value, axis, [])
-        self.fix(self._parameters[name][own_axis] or ())
+        self.pin(self._parameters[name][own_axis] or ())
         if (name, own_axis) in self._blocked:
-            self.units.fix(self._blocked[name, own_axis].labels.units)
+            self.classes.pin(self._blocked[name, own_axis].channels.ids)
 
     @staticmethod
     def _locate(value: Value, axis: int) -> tuple[str, int]:
@@ -189,144 +189,150 @@ class Theory(ABC):
         assert own_axis is not None
         return value.source.name, own_axis
 
-    def bind_blocks(self, value: Value, axis: int, across: int, labels: Labels) -> None:
-        """Let a parameter's ``axis``, in the k-th block of its axis ``across``, move as ``labels[k]`` say.
+    def bind_blocks(self, value: Value, axis: int, across: int, channels: Channels) -> None:
+        """Let a parameter's ``axis``, in the k-th block of its axis ``across``, move as ``channels[k]`` say.
 
-        ``labels`` has two axes: blocks and entries.
+        ``channels`` has two axes: blocks and entries.
         """
         name, axes = value.source if value.source else ("", ())
         own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
         known = self._blocked.get((name, own_axis)) if own_axis is not None else None
-        if known is not None and known.across == own_across and known.labels.units.shape == labels.units.shape:
-            self.units.unite(labels, known.labels)
+        if known is not None and known.across == own_across and known.channels.ids.shape == channels.ids.shape:
+            self.classes.unite(channels, known.channels)
             return
         if own_axis is None or own_across is None or not self.is_free(value, axis):
             self.freeze(value)
-            self.units.fix(labels.units)
+            self.classes.pin(channels.ids)
             return
-        self._blocked[name, own_axis] = _Blocks(own_across, labels)
-        length = value.shape[across] // len(labels.units)
-        for block, (units, roles) in enumerate(zip(labels.units, labels.roles)):
+        self._blocked[name, own_axis] = _Blocks(own_across, channels)
+        length = value.shape[across] // len(channels.ids)
+        for block, (ids, positions) in enumerate(zip(channels.ids, channels.positions)):
             within = (own_across, block * length, length)
-            self.slots.append(Slot(name, own_axis, within, units, roles, labels.sign))
+            self.moving_axes.append(MovingAxis(name, own_axis, within, ids, positions, channels.sign))
         self._parameters[name][own_axis] = ()
 
-    def write(self, value: Value, axis: int) -> tuple[Labels, ...]:
-        """The one-dimensional labels of an axis of a parameter; new channels if it is free."""
+    def write(self, value: Value, axis: int) -> tuple[Channels, ...]:
+        """The one-dimensional channels of an axis of a parameter; new channels if it is free."""
         if self.is_free(value, axis):
-            units = self.units.new(value.shape[axis])
-            self.bind(value, axis, [Labels(units, np.zeros_like(units, dtype=np.uint64))])
+            ids = self.classes.new(value.shape[axis])
+            self.bind(value, axis, [Channels(ids, np.zeros_like(ids, dtype=np.uint64))])
         name, own_axis = self._locate(value, axis)
         return self._parameters[name][own_axis] or ()
 
-    def blocks(self, value: Value, axis: int, across: int) -> Labels | None:
+    def blocks(self, value: Value, axis: int, across: int) -> Channels | None:
         """What :meth:`bind_blocks` made of an axis, if it did."""
         name, axes = value.source if value.source else ("", ())
         own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
         known = self._blocked.get((name, own_axis)) if own_axis is not None else None
-        return known.labels if known is not None and known.across == own_across else None
+        return known.channels if known is not None and known.across == own_across else None
 
-    def known(self, value: Value) -> tuple[Labels, ...]:
-        """The labels of a tensor; those of a parameter's free axes are left out."""
+    def known(self, value: Value) -> tuple[Channels, ...]:
+        """The channels of a tensor; those of a parameter's free axes are left out."""
         if value.source is None:
-            return value.labels.get(self.name, ())
+            return value.channels.get(self.name, ())
         name, axes = value.source
         rank = len(axes)
         for (owner, _), blocks in self._blocked.items():
             if owner == name:  # used as a whole, too: what its blocks hold may not move
-                self.units.fix(blocks.labels.units)
+                self.classes.pin(blocks.channels.ids)
         result = []
         for axis, own in enumerate(axes):
             for one in (self._parameters[name][own] or ()) if own is not None else ():
-                result.append(Labels.along(one.units, axis, rank, one.roles, one.sign))
+                result.append(Channels.along(one.ids, axis, rank, one.positions, one.sign))
         return tuple(result)
 
-    def settle(self, value: Value) -> tuple[Labels, ...]:
-        """The labels of a tensor; the free axes of a parameter get new channels."""
+    def channels_of(self, value: Value) -> tuple[Channels, ...]:
+        """The channels of a tensor; the free axes of a parameter get new channels."""
         if value.source is not None:
             for axis in range(len(value.shape)):
                 if self.is_free(value, axis):
                     self.write(value, axis)
         return self.known(value)
 
-    def rests(self, value: Value) -> bool:
+    def is_at_rest(self, value: Value) -> bool:
         """Whether nothing about a tensor moves any more, so that no operation can tell anything of it."""
         if value.source is None:
-            return all(self.units.are_fixed(one.units) for one in value.labels.get(self.name, ()))
+            return all(self.classes.are_pinned(one.ids) for one in value.channels.get(self.name, ()))
         axes = self._parameters[value.source.name]
         if any(own is None for own in axes) or any(name == value.source.name for name, _ in self._blocked):
             return False
-        return all(self.units.are_fixed(one.units) for own in axes for one in own or ())
+        return all(self.classes.are_pinned(one.ids) for own in axes for one in own or ())
 
     @property
     def is_exhausted(self) -> bool:
         """Whether no parameter moves, and none can be made to, so that nothing is left to be found."""
         if any(own is None for axes in self._parameters.values() for own in axes):
             return False
-        return all(self.units.are_fixed(slot.units) for slot in self.slots)
+        return all(self.classes.are_pinned(moving_axis.ids) for moving_axis in self.moving_axes)
 
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""
-        for labels in self.settle(value):
-            self.units.fix(labels.units)
+        for channels in self.channels_of(value):
+            self.classes.pin(channels.ids)
 
     # ------------------------------------------------------------------------------------------------ operations
 
     @abstractmethod
     def add(
         self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
-    ) -> tuple[Labels, ...]:
+    ) -> tuple[Channels, ...]:
         """A sum, or another function of several tensors that has the properties ``tags`` in all of them together."""
 
     @abstractmethod
     def product(
-        self, node: int, one: Value, letters_one: Letters, other: Value, letters_other: Letters, letters: Letters
-    ) -> tuple[Labels, ...]:
-        """The sum over all indices that are not among ``letters`` of a product of two tensors."""
+        self,
+        node: int,
+        one: Value,
+        subscripts_one: Subscripts,
+        other: Value,
+        subscripts_other: Subscripts,
+        subscripts: Subscripts,
+    ) -> tuple[Channels, ...]:
+        """The sum over all indices that are not among ``subscripts`` of a product of two tensors."""
 
     @abstractmethod
-    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
+    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         """A symmetric function over ``axes``, which keep length one."""
 
     @abstractmethod
-    def confine(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
-        """``labels`` that no longer change along ``axes``, along which the operation mixes entries in ways of its own."""
+    def collapse_axes(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
+        """``channels`` that no longer change along ``axes``, along which the operation mixes entries in ways of its own."""
 
     @abstractmethod
-    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
+    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         """Subtract a mean over ``axes`` and divide by a norm over them, or only divide."""
 
     @abstractmethod
-    def hold(self, node: int, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> None:
+    def pin_positions(self, node: int, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
         """Let channels move only where their position along ``axes`` stays the same."""
 
-    def elementwise(self, node: int, value: Value, tags: frozenset[str]) -> tuple[Labels, ...]:
+    def elementwise(self, node: int, value: Value, tags: frozenset[str]) -> tuple[Channels, ...]:
         """A function of each entry."""
-        labels = self.settle(value)
+        channels = self.channels_of(value)
         if self.lets_through(tags):
-            return labels
+            return channels
         if not ("even" in tags and self.name == "sign"):
-            self.fix(labels)
+            self.pin(channels)
         return ()
 
-    def multiply(self, node: int, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Labels, ...]:
+    def multiply(self, node: int, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Channels, ...]:
         """The product, entry by entry, of tensors that broadcast to ``shape``."""
-        letters = [broadcast_letters(value, shape, side) for side, value in enumerate((one, other))]
-        return self.product(node, one, letters[0], other, letters[1], range(len(shape)))
+        subscripts = [broadcast_subscripts(value, shape, side) for side, value in enumerate((one, other))]
+        return self.product(node, one, subscripts[0], other, subscripts[1], range(len(shape)))
 
     @abstractmethod
-    def record(self, node: int, labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
-        """Remember that channels pass through a node of the graph; returns the labels that can move on."""
+    def record(self, node: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
+        """Remember that channels pass through a node of the graph; returns the channels that can move on."""
 
     def lets_through(self, tags: frozenset[str]) -> bool:
         return self.name in tags
 
-    def fix(self, labels: Iterable[Labels]) -> None:
-        for one in labels:
-            self.units.fix(one.units)
+    def pin(self, channels: Iterable[Channels]) -> None:
+        for one in channels:
+            self.classes.pin(one.ids)
 
 
-def broadcast_letters(value: Value, shape: Sequence[int], side: int) -> list[Any]:
+def broadcast_subscripts(value: Value, shape: Sequence[int], side: int) -> list[Any]:
     """The axes of the result with which the axes of a tensor are aligned; those that are broadcast get a name of their own."""
     offset = len(shape) - len(value.shape)
     return [
@@ -335,20 +341,20 @@ def broadcast_letters(value: Value, shape: Sequence[int], side: int) -> list[Any
     ]
 
 
-def place(labels: Labels, letters: Letters, target: Letters) -> Labels:
-    """Labels whose axes are named ``letters``, on a tensor whose axes are named ``target``."""
+def place(channels: Channels, subscripts: Subscripts, target: Subscripts) -> Channels:
+    """Channels whose axes are named ``subscripts``, on a tensor whose axes are named ``target``."""
     target = list(target)
-    order = [letters.index(letter) if letter in letters else None for letter in target]
+    order = [subscripts.index(subscript) if subscript in subscripts else None for subscript in target]
     kept = [axis for axis in order if axis is not None]
-    dropped = [axis for axis in range(labels.rank) if axis not in kept]
+    dropped = [axis for axis in range(channels.rank) if axis not in kept]
 
     def move(array: Array) -> Array:
         shape = [1 if axis is None else array.shape[axis] for axis in order]
         return array.transpose([*kept, *dropped]).reshape(shape)
 
-    return labels.map(move)
+    return channels.map(move)
 
 
 def varying(entry: Any) -> set[Any]:
-    """The names of the axes along which labels change."""
+    """The names of the axes along which channels change."""
     return {entry[-1][axis] for axis in entry[0].axes}

@@ -278,8 +278,8 @@ def _table_of(cache: Any) -> dict[Any, Any] | None:
     referents = gc.get_referents(
         cache
     )  # the results first, which may be dictionaries, too; then the table, the function
-    position = next((k for k, x in enumerate(referents) if x is cache.__wrapped__), 0)
-    table = referents[position - 1] if position else None
+    place = next((k for k, x in enumerate(referents) if x is cache.__wrapped__), 0)
+    table = referents[place - 1] if place else None
     is_table = type(table) is dict and len(table) == cache.cache_info().currsize
     return table if is_table else None
 

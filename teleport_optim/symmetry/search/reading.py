@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from teleport_optim.symmetry.search.analysis import Theory, Value
-from teleport_optim.symmetry.search.channels import Array, Labels
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Value
+from teleport_optim.symmetry.search.channels import Array, Channels
 from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS, Call
 
 __all__ = ["Readings", "Scout"]
@@ -41,11 +41,11 @@ class Readings:
     """What the operations of a model read of what is computed from its parameters alone.
 
     Args:
-        theories: The groups.
+        analyses: The groups.
     """
 
-    def __init__(self, theories: Sequence[Theory]) -> None:
-        self._theories = theories
+    def __init__(self, analyses: Sequence[ChannelAnalysis]) -> None:
+        self._theories = analyses
         self._readings: dict[Any, _Reading] = {}
         self._choices: dict[Choice, list[tuple[Value, int]]] = {}
 
@@ -61,10 +61,10 @@ class Readings:
             values: Its tensors.
             results: The tensors that it returns.
         """
-        for position, value in enumerate(values):
+        for number, value in enumerate(values):
             if value.reads_inputs or value.is_still:
                 continue
-            if position > 0 or call.name not in SELECTIONS:
+            if number > 0 or call.name not in SELECTIONS:
                 self._of(value).is_whole = True
                 continue
             self._of(value).parts += results
@@ -82,27 +82,27 @@ class Readings:
         for reading in self._readings.values():
             if reading.is_whole or not reading.parts:
                 continue
-            for theory in self._theories:
-                unread = np.setdiff1d(_units(theory.known(reading.value)), self._units_read(theory, reading))
-                theory.units.fix(unread)
+            for analysis in self._theories:
+                unread = np.setdiff1d(_ids(analysis.known(reading.value)), self._ids_read(analysis, reading))
+                analysis.classes.pin(unread)
 
-    def _units_read(self, theory: Theory, reading: _Reading) -> Array:
+    def _ids_read(self, analysis: ChannelAnalysis, reading: _Reading) -> Array:
         if reading.is_whole:
-            return _units(theory.known(reading.value))
+            return _ids(analysis.known(reading.value))
         parts = [self._readings.get(id(part)) for part in reading.parts]
-        return np.concatenate([_units(()), *(self._units_read(theory, part) for part in parts if part is not None)])
+        return np.concatenate([_ids(()), *(self._ids_read(analysis, part) for part in parts if part is not None)])
 
     def pin_choices(self, choices: Iterable[Choice]) -> None:
         """Let nothing move along the axes of parameters along which ``choices`` are made."""
         for choice in choices:
             for value, axis in self._choices.get(choice, []):
-                for theory in self._theories:
-                    theory.fix(one for one in theory.settle(value) if axis in one.axes)
+                for analysis in self._theories:
+                    analysis.pin(one for one in analysis.channels_of(value) if axis in one.axes)
 
 
-def _units(labels: Iterable[Labels]) -> Array:
-    """The units in ``labels``, in one row."""
-    return np.concatenate([np.zeros(0, np.int64), *(one.units.ravel() for one in labels)])
+def _ids(channels: Iterable[Channels]) -> Array:
+    """The ids in ``channels``, in one row."""
+    return np.concatenate([np.zeros(0, np.int64), *(one.ids.ravel() for one in channels)])
 
 
 def _choice(name: str, shape: Sequence[int], arguments: Mapping[str, Any]) -> Choice:

@@ -1,4 +1,4 @@
-"""Run a model once without data and tell every theory what each operation demands.
+"""Run a model once without data and tell every analysis what each operation demands.
 
 The model is copied with tensors that have a shape but no data (torch's fake tensors), so that a trace costs no arithmetic and
 no memory, and the model itself is not run. Operations are seen as they are dispatched, in the evaluation and in the training
@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from teleport_optim.symmetry.inputs import Inputs, SilentHook
-from teleport_optim.symmetry.search.analysis import Source, Theory, Value
-from teleport_optim.symmetry.search.channels import Labels
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Source, Value
+from teleport_optim.symmetry.search.channels import Channels
 from teleport_optim.symmetry.search.fakes import Fakes
 from teleport_optim.symmetry.search.isolation import Surroundings, drop_survivors, quiet
 from teleport_optim.symmetry.search.operations import COPIES, CREATIONS, RULES, Call, source_view
 from teleport_optim.symmetry.search.reading import Readings, Scout
-from teleport_optim.symmetry.search.twin import Scripted, Untraceable, slots_of, twin_of
+from teleport_optim.symmetry.search.twin import Scripted, Untraceable, slot_attributes, twin_of
 from teleport_optim.symmetry.search.watch import Watch, between, other_sizes, random_states, sizes_of
 from teleport_optim.symmetry.spec import Refusal
 
@@ -121,12 +121,14 @@ class _Operation(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hears of every operation and applies its rule in every theory."""
+    """Hears of every operation and applies its rule in every analysis."""
 
-    def __init__(self, theories: Sequence[Theory], fakes: Fakes, limits: Limits, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, analyses: Sequence[ChannelAnalysis], fakes: Fakes, limits: Limits, names: Mapping[int, str]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.theories = theories
-        self.readings = Readings(theories)
+        self.analyses = analyses
+        self.readings = Readings(analyses)
         self.fakes = fakes
         self.names = names
         self.is_paused = False
@@ -176,8 +178,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _freeze_value(self, value: Value) -> bool:
         if value.is_still:
             return False
-        for theory in self.theories:
-            theory.freeze(value)
+        for analysis in self.analyses:
+            analysis.freeze(value)
         self.readings.note_use(value)
         return True
 
@@ -244,7 +246,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _scouted(self, tensor: Tensor) -> Value:
-        """What is known of a tensor, where the theories hear of nothing."""
+        """What is known of a tensor, where the analyses hear of nothing."""
         known = self._known.get(id(tensor))
         return known[1] if known is not None else Value(tuple(tensor.shape))
 
@@ -301,7 +303,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values: list[Value],
         outputs: list[Tensor],
     ) -> None:
-        """Tell the theories of an operation, and take note of what they know of its results."""
+        """Tell the analyses of an operation, and take note of what they know of its results."""
         self._node += 1
         call = self._call(operation, args, kwargs, outputs)
         written = self._written(operation, args, kwargs)
@@ -311,13 +313,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.introduce(outputs[0], view)
                 return
         different = list({id(value): value for value in values}.values())
-        labels = self._apply(call, different, operation.is_known)
+        channels = self._apply(call, different, operation.is_known)
         source = values[0] if tensors and operation.name in COPIES else None
         fill, data = (source.fill, source.data) if source else (self._fill(call), None)
         reads_inputs = any(value.reads_inputs for value in different)
         results = []
-        for position, output in enumerate(outputs):
-            own = {theory.name: each[position] for theory, each in zip(self.theories, labels)}
+        for number, output in enumerate(outputs):
+            own = {analysis.name: each[number] for analysis, each in zip(self.analyses, channels)}
             if not (output.is_floating_point() or output.is_complex()):
                 self._keep_numbers(own)
             if any(output is target for target in written):
@@ -328,15 +330,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 results.append(value)
         for target in written:
             if not any(target is output for output in outputs):
-                self._overwrite(target, {theory.name: () for theory in self.theories}, None, reads_inputs=reads_inputs)
+                self._overwrite(
+                    target, {analysis.name: () for analysis in self.analyses}, None, reads_inputs=reads_inputs
+                )
         self.readings.note(call, different, results)
 
-    def _keep_numbers(self, labels: dict[str, tuple[Labels, ...]]) -> None:
+    def _keep_numbers(self, channels: dict[str, tuple[Channels, ...]]) -> None:
         """Let no factor pass into integers and truth values, which are not multiplied along."""
-        for theory in self.theories:
-            if theory.changes_numbers:
-                theory.fix(labels[theory.name])
-                labels[theory.name] = ()
+        for analysis in self.analyses:
+            if analysis.changes_numbers:
+                analysis.pin(channels[analysis.name])
+                channels[analysis.name] = ()
 
     def _call(self, operation: _Operation, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Call:
         given = operation.defaults | dict(zip(operation.names, args)) | kwargs
@@ -350,53 +354,55 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [self._as_values(entry) for entry in argument]
         return argument
 
-    def _apply(self, call: Call, values: list[Value], is_known: bool) -> list[list[tuple[Labels, ...]]]:
-        nothing: list[tuple[Labels, ...]] = [()] * len(call.shapes)
+    def _apply(self, call: Call, values: list[Value], is_known: bool) -> list[list[tuple[Channels, ...]]]:
+        nothing: list[tuple[Channels, ...]] = [()] * len(call.shapes)
         if call.name in CREATIONS:
-            return [nothing for _ in self.theories]
-        is_still = [all(self._rests(value, theory) for value in values) for theory in self.theories]
+            return [nothing for _ in self.analyses]
+        is_still = [all(self._rests(value, analysis) for value in values) for analysis in self.analyses]
         if all(is_still):
-            return [nothing for _ in self.theories]
+            return [nothing for _ in self.analyses]
         if not is_known:
             self.refuse(self.module, f"{call.name} is not an operation whose symmetries are known")
         results = []
-        for theory, rests in zip(self.theories, is_still):
+        for analysis, rests in zip(self.analyses, is_still):
             if rests:
                 results.append(nothing)
                 continue
             if is_known:
-                outputs = self._follow(call, theory, values)
+                outputs = self._follow(call, analysis, values)
                 # each output is a place of its own
-                result = [theory.record(call.node * _MAX_OUTPUTS + k, labels) for k, labels in enumerate(outputs, 1)]
+                result = [
+                    analysis.record(call.node * _MAX_OUTPUTS + k, channels) for k, channels in enumerate(outputs, 1)
+                ]
             else:
                 result = nothing
                 for value in values:
-                    theory.freeze(value)
+                    analysis.freeze(value)
             for value in values:
-                theory.close(value)
+                analysis.close(value)
             results.append(result)
         return results
 
-    def _rests(self, value: Value, theory: Theory) -> bool:
-        """Whether nothing about a tensor moves in a theory, or ever will."""
-        if value.source is None and not value.labels.get(theory.name):
+    def _rests(self, value: Value, analysis: ChannelAnalysis) -> bool:
+        """Whether nothing about a tensor moves in an analysis, or ever will."""
+        if value.source is None and not value.channels.get(analysis.name):
             return True
         known = self._still.get(id(value))
-        if known is not None and theory.name in known[1]:
+        if known is not None and analysis.name in known[1]:
             return True
-        if not theory.rests(value):
+        if not analysis.is_at_rest(value):
             return False
-        self._still.setdefault(id(value), (value, set()))[1].add(theory.name)
+        self._still.setdefault(id(value), (value, set()))[1].add(analysis.name)
         return True
 
-    def _follow(self, call: Call, theory: Theory, values: list[Value]) -> list[tuple[Labels, ...]]:
+    def _follow(self, call: Call, analysis: ChannelAnalysis, values: list[Value]) -> list[tuple[Channels, ...]]:
         """Apply the rule of an operation; a form of it that the rule does not foresee lets nothing through."""
         try:
-            return RULES[call.name](call, theory)
+            return RULES[call.name](call, analysis)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             self.refuse(self.module, f"{call.name} could not be followed: {type(error).__name__}: {error}")
             for value in values:
-                theory.freeze(value)
+                analysis.freeze(value)
             return [()] * len(call.shapes)
 
     @staticmethod
@@ -425,31 +431,31 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
     def _overwrite(
-        self, tensor: Tensor, labels: dict[str, tuple[Labels, ...]], fill: float | None, *, reads_inputs: bool
+        self, tensor: Tensor, channels: dict[str, tuple[Channels, ...]], fill: float | None, *, reads_inputs: bool
     ) -> None:
         """Take note that a tensor has been written in place, and what that means for those that share its memory."""
         before = self.value(tensor)
         others = [x for x in self._aliases[_storage_of(tensor)] if x is not tensor]
-        for theory in self.theories:
-            own, new = theory.known(before), labels[theory.name]
+        for analysis in self.analyses:
+            own, new = analysis.known(before), channels[analysis.name]
             is_same = len(own) == len(new) and all(
-                a.units is b.units
+                a.ids is b.ids
                 or (
-                    a.units.shape == b.units.shape
-                    and np.array_equal(a.units, b.units)
-                    and np.array_equal(a.roles, b.roles)
+                    a.ids.shape == b.ids.shape
+                    and np.array_equal(a.ids, b.ids)
+                    and np.array_equal(a.positions, b.positions)
                     and a.sign == b.sign
                 )
                 for a, b in zip(own, new)
             )
             if not is_same and (others or before.source is not None):
                 for one in new:
-                    theory.units.fix(one.units)
-                labels[theory.name] = ()
+                    analysis.classes.pin(one.ids)
+                channels[analysis.name] = ()
                 for other in [tensor, *others]:
-                    theory.freeze(self.value(other))
+                    analysis.freeze(self.value(other))
         if before.source is None:
-            value = Value(tuple(tensor.shape), labels, fill=fill, reads_inputs=reads_inputs)
+            value = Value(tuple(tensor.shape), channels, fill=fill, reads_inputs=reads_inputs)
             self._known[id(tensor)] = (tensor, value)
         for other in others:
             value = self.value(other)
@@ -506,17 +512,17 @@ def _computed_from(tensor: Tensor | None) -> list[Tensor]:
 def trace(
     model: nn.Module,
     inputs: Inputs,
-    theories: Sequence[Theory],
+    analyses: Sequence[ChannelAnalysis],
     *,
     pinned: Mapping[str, str],
     limits: Limits,
 ) -> list[Refusal]:
-    """Follow ``model`` in evaluation and in training mode and tell ``theories`` what its operations demand.
+    """Follow ``model`` in evaluation and in training mode and tell ``analyses`` what its operations demand.
 
     Args:
         model: The model; it is not changed and not run.
         inputs: Its inputs; only their shapes matter.
-        theories: The groups to follow.
+        analyses: The groups to follow.
         pinned: Parameters and buffers that may not move, with the reason.
         limits: How long it may take.
 
@@ -531,7 +537,7 @@ def trace(
         raise Untraceable("it is scripted: pass the module from which torch.jit made it")
     fakes = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
     try:
-        return _run(model, inputs, theories, fakes, pinned, limits)
+        return _run(model, inputs, analyses, fakes, pinned, limits)
     except BaseException as error:
         _clear_frames(error)
         raise
@@ -557,7 +563,7 @@ def _clear_frames(error: BaseException | None) -> None:
 def _run(
     model: nn.Module,
     inputs: Inputs,
-    theories: Sequence[Theory],
+    analyses: Sequence[ChannelAnalysis],
     fakes: Fakes,
     pinned: Mapping[str, str],
     limits: Limits,
@@ -573,7 +579,7 @@ def _run(
                 names[id(memo[id(tensor)])] = name
     with _untouched_state(), quiet(), torch.inference_mode():
         twin, shared = twin_of(model, memo, fakes.of)
-        recorder = _Recorder(theories, fakes, limits, names)
+        recorder = _Recorder(analyses, fakes, limits, names)
         runs = _Runs(twin, inputs, recorder, device)
         _introduce_parameters(recorder, twin, originals, names, _constants(model), pinned)
         _guard_modules(recorder, twin, dict(model.named_modules()))
@@ -633,7 +639,7 @@ class _Runs:
                 if watch.asks_for_gradients:
                     self._freeze(self._with_gradients(watch))
                 # where nothing moves, other sizes cannot tell more
-                if watch.asks_for_sizes and not all(theory.is_exhausted for theory in self._recorder.theories):
+                if watch.asks_for_sizes and not all(analysis.is_exhausted for analysis in self._recorder.analyses):
                     self._with_other_sizes(first, in_both=watch.compares_sizes)
         except Untraceable:
             raise
@@ -666,7 +672,7 @@ class _Runs:
         return values, tensors, shared
 
     def _follow(self, inputs: Inputs, *, is_scouting: bool = False) -> Any:
-        """Call the copy and tell the theories what it does, if it is not only to be scouted; returns its output."""
+        """Call the copy and tell the analyses what it does, if it is not only to be scouted; returns its output."""
         values, tensors, _ = self._copy(inputs)
         for tensor in tensors:
             self._recorder.introduce(tensor, Value(tuple(tensor.shape), reads_inputs=True))
@@ -806,12 +812,12 @@ def _introduce_parameters(
             continue
         value = Value(tuple(tensor.shape), source=Source(name, tuple(range(tensor.dim()))))
         is_real = tensor.is_floating_point() or tensor.is_complex()
-        for theory in recorder.theories:
-            theory.add_parameter(name, tensor.dim(), is_data=not isinstance(tensor, nn.Parameter) or not is_real)
+        for analysis in recorder.analyses:
+            analysis.add_parameter(name, tensor.dim(), is_data=not isinstance(tensor, nn.Parameter) or not is_real)
         if name in pinned:
             recorder.refuse(name, pinned[name])
-            for theory in recorder.theories:
-                theory.close(value)
+            for analysis in recorder.analyses:
+                analysis.close(value)
         recorder.introduce(tensor, value)
         recorder.introduce(originals[name], value)
 
@@ -954,7 +960,7 @@ def _tensors_in(value: Any, *, is_strict: bool = False) -> Iterator[Tensor]:
         if type(getattr(one, "__dict__", None)) is dict and not isinstance(one, FunctionType):
             is_known = True
             queue += reversed(list(vars(one).values()))
-        for name in (name for kind in type(one).__mro__ for name in slots_of(kind)):
+        for name in (name for kind in type(one).__mro__ for name in slot_attributes(kind)):
             is_known = True
             if hasattr(one, name):
                 queue.append(getattr(one, name))

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from teleport_optim.symmetry.search.isolation import HOOKS, is_users
 
-__all__ = ["Scripted", "Untraceable", "slots_of", "twin_of"]
+__all__ = ["Scripted", "Untraceable", "slot_attributes", "twin_of"]
 
 _ATOMIC = (
     type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType, ModuleType, Enum, range,
@@ -173,7 +173,7 @@ class _Copier:
     def _object(self, value: Any) -> Any:
         """A copy of an object of a plain class of the user's; other objects are shared."""
         kind = type(value)
-        slots = [name for own in kind.__mro__ for name in slots_of(own)]
+        attributes = [name for own in kind.__mro__ for name in slot_attributes(own)]
         special = ("__reduce__", "__reduce_ex__", "__getstate__")
         is_plain = all(getattr(kind, name) is getattr(object, name) for name in special)
         if not is_plain or not is_users(kind) or hasattr(kind, "__deepcopy__") or hasattr(kind, "__del__"):
@@ -183,7 +183,7 @@ class _Copier:
         except TypeError:  # it is laid out by C, as dictionaries and exceptions are
             return value
         self._memo[id(value)] = new
-        for name in slots:
+        for name in attributes:
             if hasattr(value, name):
                 object.__setattr__(new, name, self(getattr(value, name)))
         if hasattr(value, "__dict__"):
@@ -191,7 +191,7 @@ class _Copier:
         return new
 
 
-def slots_of(kind: type) -> list[str]:
+def slot_attributes(kind: type) -> list[str]:
     """The attributes that a class of its own keeps outside the dictionaries of its objects."""
     names = vars(kind).get("__slots__", ())
     names = [names] if isinstance(names, str) else list(names)

@@ -1,6 +1,6 @@
 """What each operation of a traced model demands of the channels that pass through it.
 
-A rule takes a :class:`Call` and a theory, tells the theory what must hold, and returns the labels of each tensor that the
+A rule takes a :class:`Call` and an analysis, tells the analysis what must hold, and returns the channels of each tensor that the
 operation gives. Operations are named as in PyTorch's ATen, without the overload. What is not in :data:`RULES` is followed
 through the operations that it is made of, if it is made of others; else it lets nothing through.
 """

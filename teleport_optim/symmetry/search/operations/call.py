@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from teleport_optim.symmetry.search.analysis import Theory, Value
-from teleport_optim.symmetry.search.channels import Labels
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Value
+from teleport_optim.symmetry.search.channels import Channels
 
-__all__ = ["Call", "Result", "Rule", "aligned", "as_value", "axes_of", "bind_axis", "opaque", "relabelled", "values_in"]
+__all__ = [
+    "Call",
+    "Result",
+    "Rule",
+    "aligned",
+    "as_value",
+    "axes_of",
+    "bind_axis",
+    "opaque",
+    "values_in",
+    "with_channels",
+]
 
 
-Result = list[tuple[Labels, ...]]
+Result = list[tuple[Channels, ...]]
 
 
 @dataclass
@@ -45,7 +56,7 @@ class Call:
         return self.shapes[0]
 
 
-Rule = Callable[[Call, Theory], Result]
+Rule = Callable[[Call, ChannelAnalysis], Result]
 
 
 def values_in(argument: Any) -> Iterator[Value]:
@@ -73,8 +84,10 @@ def axes_of(argument: Any, rank: int) -> list[int]:
     return [axis % max(rank, 1) for axis in ([argument] if isinstance(argument, int) else argument)]
 
 
-def relabelled(value: Value, theory: Theory, labels: Sequence[Labels], shape: Sequence[int] | None = None) -> Value:
-    return Value(tuple(value.shape if shape is None else shape), {theory.name: tuple(labels)})
+def with_channels(
+    value: Value, analysis: ChannelAnalysis, channels: Sequence[Channels], shape: Sequence[int] | None = None
+) -> Value:
+    return Value(tuple(value.shape if shape is None else shape), {analysis.name: tuple(channels)})
 
 
 def aligned(value: Value, axis: int, shape: Sequence[int]) -> Value:
@@ -83,46 +96,52 @@ def aligned(value: Value, axis: int, shape: Sequence[int]) -> Value:
     if value.source is not None:
         axes = tuple(value.source.axes[0] if k == axis else None for k in range(len(shape)))
         return replace(value, shape=tuple(shape), source=value.source._replace(axes=axes))
-    labels = {
-        name: tuple(Labels.along(one.units, axis, len(shape), one.roles, one.sign) for one in own)
-        for name, own in value.labels.items()
+    channels = {
+        name: tuple(Channels.along(one.ids, axis, len(shape), one.positions, one.sign) for one in own)
+        for name, own in value.channels.items()
     }
-    return replace(value, shape=tuple(shape), labels=labels)
+    return replace(value, shape=tuple(shape), channels=channels)
 
 
-def opaque(call: Call, theory: Theory) -> Result:
+def opaque(call: Call, analysis: ChannelAnalysis) -> Result:
     """What is not understood: nothing that goes in moves."""
     for value in values_in(call.arguments):
-        theory.freeze(value)
+        analysis.freeze(value)
     return [()] * len(call.shapes)
 
 
 def bind_axis(
-    theory: Theory, value: Value, axis: int, labels: Sequence[Labels], *, power: int = 1, is_updated: bool = False
+    analysis: ChannelAnalysis,
+    value: Value,
+    axis: int,
+    channels: Sequence[Channels],
+    *,
+    power: int = 1,
+    is_updated: bool = False,
 ) -> None:
-    """Let an axis of a parameter move as ``labels`` say, whether it is free or not.
+    """Let an axis of a parameter move as ``channels`` say, whether it is free or not.
 
     Args:
-        theory: The group.
+        analysis: The group.
         value: The parameter. What is none, or has no such axis, does not move.
         axis: The axis.
-        labels: How it is to move.
+        channels: How it is to move.
         power: The degree.
         is_updated: Whether the operation itself writes the tensor, which then moves although it is a buffer.
     """
-    if theory.is_free(value, axis) or (is_updated and theory.is_unused(value, axis)):
-        theory.bind(value, axis, labels, power=power)
+    if analysis.is_free(value, axis) or (is_updated and analysis.is_unused(value, axis)):
+        analysis.bind(value, axis, channels, power=power)
         return
     if value.source is None or value.source.axes[axis] is None:
-        theory.freeze(value)
-        theory.fix(labels)
+        analysis.freeze(value)
+        analysis.pin(channels)
         return
-    if theory.is_unused(value, axis):
-        theory.bind(value, axis, [])
-    known = theory.write(value, axis)
-    wanted = [one for one in labels for _ in range(power if theory.changes_numbers else 1)]
+    if analysis.is_unused(value, axis):
+        analysis.bind(value, axis, [])
+    known = analysis.write(value, axis)
+    wanted = [one for one in channels for _ in range(power if analysis.changes_numbers else 1)]
     if len(known) != len(wanted):
-        theory.fix([*known, *labels])
+        analysis.pin([*known, *channels])
         return
     for one, other in zip(known, wanted):
-        theory.units.unite(one, other)
+        analysis.classes.unite(one, other)
