@@ -13,10 +13,10 @@ from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.search.analysis import ChannelAnalysis
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
+from teleport_optim.symmetry.search.recording.twin import Untraceable
 from teleport_optim.symmetry.search.scalings import ScalingAnalysis
 from teleport_optim.symmetry.search.sites import symmetries_of
 from teleport_optim.symmetry.search.trace import Limits, SearchStopped, trace
-from teleport_optim.symmetry.search.twin import Untraceable
 from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
 
 __all__ = ["find_symmetries"]

@@ -30,12 +30,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from teleport_optim.symmetry.inputs import Inputs, SilentHook
 from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Source, Value
 from teleport_optim.symmetry.search.channels import Channels
-from teleport_optim.symmetry.search.fakes import Fakes
-from teleport_optim.symmetry.search.isolation import Surroundings, drop_survivors, quiet
 from teleport_optim.symmetry.search.operations import COPIES, CREATIONS, RULES, Call, source_view
 from teleport_optim.symmetry.search.reading import Readings, Scout
-from teleport_optim.symmetry.search.twin import Scripted, Untraceable, slot_attributes, twin_of
-from teleport_optim.symmetry.search.watch import Watch, between, other_sizes, random_states, sizes_of
+from teleport_optim.symmetry.search.recording.fakes import Fakes
+from teleport_optim.symmetry.search.recording.isolation import Surroundings, drop_survivors, quiet
+from teleport_optim.symmetry.search.recording.twin import Scripted, Untraceable, slot_attributes, twin_of
+from teleport_optim.symmetry.search.recording.watch import Watch, between, other_sizes, random_states, sizes_of
 from teleport_optim.symmetry.spec import Refusal
 
 __all__ = ["Limits", "SearchStopped", "Untraceable", "leaves", "trace"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from teleport_optim.symmetry.search.isolation import HOOKS, is_users
+from teleport_optim.symmetry.search.recording.isolation import HOOKS, is_users
 
 __all__ = ["Scripted", "Untraceable", "slot_attributes", "twin_of"]
 
