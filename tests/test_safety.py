@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from teleport_optim.optim.guard import Guard
 from test_optimizer import X, Y, network, seeded, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -22,7 +23,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.controls import PRIOR_MOMENTUM
-from teleport_optim.optim.guard import Guard
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from teleport_optim.testing import sequential_models
 

@@ -11,12 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
-from teleport_optim.symmetry.search.analysis import ChannelAnalysis
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
-from teleport_optim.symmetry.search.recording.twin import Untraceable
-from teleport_optim.symmetry.search.scalings import ScalingAnalysis
+from teleport_optim.symmetry.search.limits import Limits, SearchStopped, Untraceable
+from teleport_optim.symmetry.search.runs import follow
 from teleport_optim.symmetry.search.sites import symmetries_of
-from teleport_optim.symmetry.search.trace import Limits, SearchStopped, trace
 from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
 
 __all__ = ["find_symmetries"]
@@ -90,9 +87,8 @@ def find_symmetries(
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
-    analyses = [analysis for group in GROUPS if group in wanted for analysis in _analyses_of(group)]
     try:
-        refusals = trace(model, inputs, analyses, pinned=_hooked(model) | _shared_memory(model), limits=limits)
+        analyser = follow(model, inputs, wanted, pinned=_hooked(model) | _shared_memory(model), limits=limits)
     except SearchStopped as error:
         warnings.warn(
             f"no symmetries: {error}. Raise max_operations and max_seconds of find_symmetries; give an optimizer what that "
@@ -107,15 +103,9 @@ def find_symmetries(
         names.setdefault(id(tensor), []).append(name)
     all_names = {own[0]: own for own in names.values()}
     found: list[Symmetry] = []
-    while analyses:  # one after the other, since they take much memory
-        found += symmetries_of(analyses.pop(0), all_names, include_approximate=include_approximate)
-    return SymmetrySpec(tuple(found), tuple(refusals))
-
-
-def _analyses_of(group: str) -> list[ChannelAnalysis]:
-    if group == "permutation":
-        return [PermutationAnalysis("permutation"), PermutationAnalysis("heads")]
-    return [PermutationAnalysis("linear") if group == "linear" else ScalingAnalysis(group)]
+    while analyser.analyses:  # one after the other, since they take much memory
+        found += symmetries_of(analyser.analyses.pop(0), all_names, include_approximate=include_approximate)
+    return SymmetrySpec(tuple(found), tuple(analyser.refusals))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

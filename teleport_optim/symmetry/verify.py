@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from teleport_optim.symmetry.double_precision import DoublePrecision
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import move
-from teleport_optim.symmetry.search.trace import leaves
+from teleport_optim.symmetry.search.recording.tensors import leaves
 from teleport_optim.symmetry.sizes import Growth, grown, growths
 from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from teleport_optim.symmetry.search.channels import Array, ChannelClasses, Channels, stretched
+from teleport_optim.symmetry.search.graph import Value
 
 __all__ = [
     "EVEN",
@@ -25,10 +26,9 @@ __all__ = [
     "NOTHING",
     "ODD",
     "ChannelAnalysis",
+    "Intermediate",
     "MovingAxis",
-    "Source",
     "Subscripts",
-    "Value",
     "broadcast_subscripts",
     "place",
     "varying",
@@ -48,37 +48,11 @@ NOTHING: frozenset[str] = frozenset()
 """Element-wise, and no more."""
 
 
-class Source(NamedTuple):
-    """A parameter, or a view of one that only reorders its axes: the parameter's axis for each axis of the view."""
+@dataclass(frozen=True, eq=False)
+class Intermediate(Value):
+    """A tensor that occurs in the midst of a rule only, with its channels in the analysis to which the rule is applied."""
 
-    name: str
-    axes: tuple[int | None, ...]
-
-
-@dataclass
-class Value:
-    """What is known of a tensor.
-
-    Attributes:
-        shape: Its shape.
-        channels: For each analysis, by name, the channels of its channels; none where nothing moves.
-        source: The parameter that it is, if it is one.
-        fill: The number that all its entries are, if they are one.
-        data: Its entries where they depend neither on inputs nor on parameters (index tensors among the buffers).
-        reads_inputs: Whether it depends on the inputs of the model; else it is computed from parameters and constants.
-    """
-
-    shape: tuple[int, ...]
-    channels: dict[str, tuple[Channels, ...]] = field(default_factory=dict)
-    source: Source | None = None
-    fill: float | None = None
-    data: Any = None
-    reads_inputs: bool = False
-
-    @property
-    def is_still(self) -> bool:
-        """Whether nothing about the tensor moves, in any analysis."""
-        return self.source is None and not any(self.channels.values())
+    channels: tuple[Channels, ...] = ()
 
 
 class MovingAxis(NamedTuple):
@@ -121,6 +95,8 @@ class ChannelAnalysis(ABC):
         self.name = name
         self.classes = classes
         self.moving_axes: list[MovingAxis] = []
+        self.node = 0
+        self._channels: dict[Value, tuple[Channels, ...]] = {}
         self._data: set[str] = set()
         self._parameters: dict[str, list[tuple[Channels, ...] | None]] = {}
         self._blocked: dict[tuple[str, int], _Blocks] = {}
@@ -229,7 +205,7 @@ class ChannelAnalysis(ABC):
     def known(self, value: Value) -> tuple[Channels, ...]:
         """The channels of a tensor; those of a parameter's free axes are left out."""
         if value.source is None:
-            return value.channels.get(self.name, ())
+            return value.channels if isinstance(value, Intermediate) else self._channels.get(value, ())
         name, axes = value.source
         rank = len(axes)
         for (owner, _), blocks in self._blocked.items():
@@ -240,6 +216,14 @@ class ChannelAnalysis(ABC):
             for one in (self._parameters[name][own] or ()) if own is not None else ():
                 result.append(Channels.along(one.ids, axis, rank, one.positions, one.sign))
         return tuple(result)
+
+    def is_still(self, value: Value) -> bool:
+        """Whether a tensor is no parameter and has no channels, not even pinned ones."""
+        return value.source is None and not self.known(value)
+
+    def keep(self, value: Value, channels: tuple[Channels, ...]) -> None:
+        """Let a tensor that an operation makes have these channels."""
+        self._channels[value] = channels
 
     def channels_of(self, value: Value) -> tuple[Channels, ...]:
         """The channels of a tensor; the free axes of a parameter get new channels."""
@@ -252,7 +236,7 @@ class ChannelAnalysis(ABC):
     def is_at_rest(self, value: Value) -> bool:
         """Whether nothing about a tensor moves any more, so that no operation can tell anything of it."""
         if value.source is None:
-            return all(self.classes.are_pinned(one.ids) for one in value.channels.get(self.name, ()))
+            return all(self.classes.are_pinned(one.ids) for one in self.known(value))
         axes = self._parameters[value.source.name]
         if any(own is None for own in axes) or any(name == value.source.name for name, _ in self._blocked):
             return False
@@ -273,15 +257,12 @@ class ChannelAnalysis(ABC):
     # ------------------------------------------------------------------------------------------------ operations
 
     @abstractmethod
-    def add(
-        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
-    ) -> tuple[Channels, ...]:
+    def add(self, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Channels, ...]:
         """A sum, or another function of several tensors that has the properties ``tags`` in all of them together."""
 
     @abstractmethod
     def product(
         self,
-        node: int,
         one: Value,
         subscripts_one: Subscripts,
         other: Value,
@@ -291,7 +272,7 @@ class ChannelAnalysis(ABC):
         """The sum over all indices that are not among ``subscripts`` of a product of two tensors."""
 
     @abstractmethod
-    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+    def reduce(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         """A symmetric function over ``axes``, which keep length one."""
 
     @abstractmethod
@@ -299,14 +280,14 @@ class ChannelAnalysis(ABC):
         """``channels`` that no longer change along ``axes``, along which the operation mixes entries in ways of its own."""
 
     @abstractmethod
-    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+    def normalise(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         """Subtract a mean over ``axes`` and divide by a norm over them, or only divide."""
 
     @abstractmethod
-    def pin_positions(self, node: int, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
+    def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
         """Let channels move only where their position along ``axes`` stays the same."""
 
-    def elementwise(self, node: int, value: Value, tags: frozenset[str]) -> tuple[Channels, ...]:
+    def elementwise(self, value: Value, tags: frozenset[str]) -> tuple[Channels, ...]:
         """A function of each entry."""
         channels = self.channels_of(value)
         if self.lets_through(tags):
@@ -315,13 +296,13 @@ class ChannelAnalysis(ABC):
             self.pin(channels)
         return ()
 
-    def multiply(self, node: int, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Channels, ...]:
+    def multiply(self, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Channels, ...]:
         """The product, entry by entry, of tensors that broadcast to ``shape``."""
         subscripts = [broadcast_subscripts(value, shape, side) for side, value in enumerate((one, other))]
-        return self.product(node, one, subscripts[0], other, subscripts[1], range(len(shape)))
+        return self.product(one, subscripts[0], other, subscripts[1], range(len(shape)))
 
     @abstractmethod
-    def record(self, node: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
+    def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
         """Remember that channels pass through a node of the graph; returns the channels that can move on."""
 
     def lets_through(self, tags: frozenset[str]) -> bool:

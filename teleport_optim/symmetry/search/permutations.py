@@ -10,15 +10,18 @@ import numpy as np
 from teleport_optim.symmetry.search.analysis import (
     MAX_CHANNELS,
     ChannelAnalysis,
+    Intermediate,
     Subscripts,
-    Value,
     broadcast_subscripts,
     place,
     varying,
 )
 from teleport_optim.symmetry.search.channels import Array, ChannelClasses, Channels, coordinates, mix
+from teleport_optim.symmetry.search.graph import Value
 
 __all__ = ["PermutationAnalysis"]
+
+_MAX_OUTPUTS = 2**16
 
 
 class PermutationAnalysis(ChannelAnalysis):
@@ -31,41 +34,42 @@ class PermutationAnalysis(ChannelAnalysis):
         name: ``"permutation"``, ``"heads"`` or ``"linear"``.
 
     Attributes:
-        records: Of each node, its number, the ids and positions that pass, and the positions that it tells apart.
+        passages: Of each node, its number, the ids and positions that pass, and the positions that it tells apart.
         tied: ChannelClasses that stand for whole heads.
         moves_heads: Whether heads are exchanged instead of the channels within them.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name, ChannelClasses(parity_matters=name == "linear", use_positions=True))
-        self.records: list[tuple[int, Array, Array, Array]] = []
+        self.passages: list[tuple[int, Array, Array, Array]] = []
         self.tied: list[Array] = []
-        self._recorded: set[tuple[bytes, bytes]] = set()
+        self._noted: set[tuple[bytes, bytes]] = set()
         self._is_linear = self.changes_numbers = name == "linear"
         self.moves_heads = name == "heads"
 
     def lets_through(self, tags: frozenset[str]) -> bool:
         return not self._is_linear or "linear" in tags
 
-    def record(self, node: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
+    def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
         moving = tuple(one for one in channels if one.axes)
         self.pin(
             one for one in channels if not one.axes
         )  # a channel that is a tensor by itself has no other to change with
         for number, one in enumerate(moving):
             key = (one.ids.tobytes(), one.positions.tobytes())
-            if key in self._recorded:  # they have passed a place together before: this one tells no two of them apart
+            if key in self._noted:  # they have passed a place together before: this one tells no two of them apart
                 continue
-            self._recorded.add(key)
+            self._noted.add(key)
             nowhere = np.zeros([1] * one.rank, np.uint64)
-            self.records.append((node * MAX_CHANNELS + number, one.ids, one.positions, nowhere))
+            place = (self.node * _MAX_OUTPUTS + output) * MAX_CHANNELS + number
+            self.passages.append((place, one.ids, one.positions, nowhere))
         return moving
 
-    def pin_positions(self, node: int, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
+    def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
         where = [axis for axis in axes if axis in channels.axes]
         if where:
-            self.records.append(
-                (node, channels.ids, channels.positions, mix(*where, coordinates(shape, where)) | np.uint64(1))
+            self.passages.append(
+                (self.node, channels.ids, channels.positions, mix(*where, coordinates(shape, where)) | np.uint64(1))
             )
 
     def collapse_axes(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
@@ -94,9 +98,7 @@ class PermutationAnalysis(ChannelAnalysis):
             self.pin([channels, tied])
         return tied
 
-    def add(
-        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
-    ) -> tuple[Channels, ...]:
+    def add(self, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Channels, ...]:
         if not self.lets_through(tags):
             for value in values:
                 self.freeze(value)
@@ -106,24 +108,22 @@ class PermutationAnalysis(ChannelAnalysis):
         result = values[0]
         for value in values[1:]:
             subscripts = [broadcast_subscripts(one, shape, side) for side, one in enumerate((result, value))]
-            channels = self._combine(node, result, subscripts[0], value, subscripts[1], range(len(shape)), is_sum=True)
-            result = Value(shape, {self.name: channels}, fill=None)
+            channels = self._combine(result, subscripts[0], value, subscripts[1], range(len(shape)), is_sum=True)
+            result = Intermediate(shape, channels=channels, fill=None)
         return self.channels_of(result)
 
     def product(
         self,
-        node: int,
         one: Value,
         subscripts_one: Subscripts,
         other: Value,
         subscripts_other: Subscripts,
         subscripts: Subscripts,
     ) -> tuple[Channels, ...]:
-        return self._combine(node, one, subscripts_one, other, subscripts_other, subscripts)
+        return self._combine(one, subscripts_one, other, subscripts_other, subscripts)
 
     def _combine(
         self,
-        node: int,
         one: Value,
         subscripts_one: Subscripts,
         other: Value,
@@ -148,11 +148,11 @@ class PermutationAnalysis(ChannelAnalysis):
                 if not met and is_sum and self._is_linear:
                     self.pin([entry[0]])
                 elif not met:
-                    result += self._alone(node, entry, *opposites[number], subscripts)
+                    result += self._alone(entry, *opposites[number], subscripts)
                 elif len(met) > 1 or len(rivals) > 1:
                     self.classes.pin(entry[0].ids)
                 elif number == 0:
-                    result += self._pair(node, entry, met[0], subscripts, is_sum=is_sum)
+                    result += self._pair(entry, met[0], subscripts, is_sum=is_sum)
         return tuple(result)
 
     def _fit(self, value: Value, own: list[Any], other: Value, others: list[Any], subscripts: list[Any]) -> None:
@@ -177,21 +177,20 @@ class PermutationAnalysis(ChannelAnalysis):
             elif met:
                 self.write(value, axis)
 
-    def _alone(self, node: int, entry: Any, other: Value, others: list[Any], subscripts: list[Any]) -> list[Channels]:
+    def _alone(self, entry: Any, other: Value, others: list[Any], subscripts: list[Any]) -> list[Channels]:
         """What becomes of channels that meet nothing that moves in the other tensor."""
         channels, value, own = entry
         names = varying(entry)
         if other.fill is None or self._is_linear:
             met = [own.index(name) for name in names if name in others]
-            self.pin_positions(node, channels, met, value.shape)
+            self.pin_positions(channels, met, value.shape)
         kept = names & set(subscripts)
         if kept == names:
             return [place(channels, own, subscripts)]
-        return self._sum_out(node, channels, [own.index(name) for name in names - kept], value.shape, own, subscripts)
+        return self._sum_out(channels, [own.index(name) for name in names - kept], value.shape, own, subscripts)
 
     def _sum_out(
         self,
-        node: int,
         channels: Channels,
         axes: list[int],
         shape: Sequence[int],
@@ -204,10 +203,10 @@ class PermutationAnalysis(ChannelAnalysis):
             tied = self._tie(channels, axes, shape)
             self.tied.append(tied.ids.ravel())
             return [place(tied, own, subscripts)]
-        self.pin_positions(node, channels, kept, shape)
+        self.pin_positions(channels, kept, shape)
         return []
 
-    def _pair(self, node: int, first: Any, second: Any, subscripts: list[Any], *, is_sum: bool) -> list[Channels]:
+    def _pair(self, first: Any, second: Any, subscripts: list[Any], *, is_sum: bool) -> list[Channels]:
         """Let the channels of two tensors move alike, and tell what becomes of them."""
         names = [varying(entry) for entry in (first, second)]
         if not (names[0] <= names[1] or names[1] <= names[0]):
@@ -224,9 +223,9 @@ class PermutationAnalysis(ChannelAnalysis):
             self.pin([channels])
         if not contracted:
             return [place(channels, own, subscripts)]
-        return self._sum_out(node, channels, contracted, value.shape, own, subscripts)
+        return self._sum_out(channels, contracted, value.shape, own, subscripts)
 
-    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+    def reduce(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         result: list[Channels] = []
         own = list(range(len(value.shape)))
         for channels in self.channels_of(value):
@@ -236,29 +235,29 @@ class PermutationAnalysis(ChannelAnalysis):
             elif not gone:
                 result.append(channels)
             else:
-                result += self._sum_out(node, channels, gone, value.shape, own, own)
+                result += self._sum_out(channels, gone, value.shape, own, own)
         return tuple(result)
 
-    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+    def normalise(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         result = []
         for channels in self.channels_of(value):
             inside = set(channels.axes) & set(axes)
             if self._is_linear:
                 self.pin([channels])
             elif inside and inside != set(channels.axes):
-                result += self._regroup(node, channels, sorted(inside), value.shape)
+                result += self._regroup(channels, sorted(inside), value.shape)
             else:
                 result.append(channels)
         return tuple(result)
 
-    def _regroup(self, node: int, channels: Channels, inside: list[int], shape: Sequence[int]) -> list[Channels]:
+    def _regroup(self, channels: Channels, inside: list[int], shape: Sequence[int]) -> list[Channels]:
         """Keep channels within the group with which they are normalised, or exchange whole groups."""
         outside = [axis for axis in channels.axes if axis not in inside]
         if self.moves_heads:
             tied = self._tie(channels, inside, shape)
             self.tied.append(tied.ids.ravel())
         else:
-            self.pin_positions(node, channels, outside, shape)
+            self.pin_positions(channels, outside, shape)
         return [channels]
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Value
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis
 from teleport_optim.symmetry.search.channels import Array, Channels
-from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS, Call
+from teleport_optim.symmetry.search.graph import Call, Graph, Value
+from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS
 
-__all__ = ["Readings", "Scout"]
+__all__ = ["Path", "Readings"]
 
 Choice = tuple[str, tuple[int, ...], str]
 """A choice of entries along an axis: the operation, the shape of the tensor, and what else the operation takes."""
@@ -45,7 +45,7 @@ class Readings:
     """
 
     def __init__(self, analyses: Sequence[ChannelAnalysis]) -> None:
-        self._theories = analyses
+        self._analyses = analyses
         self._readings: dict[Any, _Reading] = {}
         self._choices: dict[Choice, list[tuple[Value, int]]] = {}
 
@@ -53,28 +53,26 @@ class Readings:
         key = value.source.name if value.source is not None else id(value)
         return self._readings.setdefault(key, _Reading(value))
 
-    def note(self, call: Call, values: Sequence[Value], results: Sequence[Value]) -> None:
-        """Take note of what an operation reads.
-
-        Args:
-            call: The operation.
-            values: Its tensors.
-            results: The tensors that it returns.
-        """
-        for number, value in enumerate(values):
-            if value.reads_inputs or value.is_still:
+    def note(self, call: Call) -> None:
+        """Take note of what a call reads."""
+        written = {write.output for write in call.writes}
+        results = [result for number, result in enumerate(call.results) if number not in written]
+        for number, value in enumerate(call.values):
+            if value.reads_inputs or self._is_still(value):
                 continue
             if number > 0 or call.name not in SELECTIONS:
                 self._of(value).is_whole = True
                 continue
             self._of(value).parts += results
             if isinstance(call["dim"], int):
-                choice = _choice(call.name, value.shape, call.arguments)
-                self._choices.setdefault(choice, []).append((value, call["dim"] % len(value.shape)))
+                self._choices.setdefault(_choice(call), []).append((value, call["dim"] % len(value.shape)))
+
+    def _is_still(self, value: Value) -> bool:
+        return all(analysis.is_still(value) for analysis in self._analyses)
 
     def note_use(self, value: Value) -> None:
         """Take note that all of a tensor is used in a way that is no operation."""
-        if not value.reads_inputs and not value.is_still:
+        if not value.reads_inputs and not self._is_still(value):
             self._of(value).is_whole = True
 
     def pin_unread(self) -> None:
@@ -82,7 +80,7 @@ class Readings:
         for reading in self._readings.values():
             if reading.is_whole or not reading.parts:
                 continue
-            for analysis in self._theories:
+            for analysis in self._analyses:
                 unread = np.setdiff1d(_ids(analysis.known(reading.value)), self._ids_read(analysis, reading))
                 analysis.classes.pin(unread)
 
@@ -96,7 +94,7 @@ class Readings:
         """Let nothing move along the axes of parameters along which ``choices`` are made."""
         for choice in choices:
             for value, axis in self._choices.get(choice, []):
-                for analysis in self._theories:
+                for analysis in self._analyses:
                     analysis.pin(one for one in analysis.channels_of(value) if axis in one.axes)
 
 
@@ -105,69 +103,53 @@ def _ids(channels: Iterable[Channels]) -> Array:
     return np.concatenate([np.zeros(0, np.int64), *(one.ids.ravel() for one in channels)])
 
 
-def _choice(name: str, shape: Sequence[int], arguments: Mapping[str, Any]) -> Choice:
-    return name, tuple(shape), str([_plain(given) for given in arguments.values()])
+def _choice(call: Call) -> Choice:
+    return call.name, call.first.shape, str([_plain(given) for given in call.arguments.values()])
 
 
 def _plain(given: Any) -> Any:
     """An argument with nothing but its place where it is a tensor."""
     if isinstance(given, (list, tuple)):
         return [_plain(entry) for entry in given]
-    return None if isinstance(given, (Tensor, Value)) else given
+    return None if isinstance(given, Value) else given
 
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]
 """The shapes of a tensor before and after a view."""
 
 
-class Scout:
-    """Takes note of a model's path and of what it chooses from its parameters, and no more.
+class Path:
+    """The way that a run of a model takes: its operations and what it chooses from its parameters, without their sizes.
 
     Attributes:
-        parameters: The parameters that it reads.
-        choices: What is taken by its numbers from what does not depend on the inputs.
+        parameters: The parameters and buffers that it reads.
+        choices: Selections, by their numbers, from what does not depend on the inputs.
         num_operations: The number of operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.parameters: set[str] = set()
         self.choices: set[Choice] = set()
         self.num_operations = 0
         self._steps: set[tuple[Any, ...]] = set()
         self._views: list[_View] = []
-        self._last: tuple[Any, ...] = ()
-        self._last_read: tuple[str, ...] = ()
+        last: tuple[Any, ...] = ()
+        last_read: tuple[str, ...] = ()
+        for call in graph.calls:
+            self.num_operations += 1
+            read = tuple(value.name for value in call.values if value.name is not None)
+            if read:
+                self.parameters.update(read)
+                last_read = read
+            step = (call.name, *map(len, call.shapes))
+            self._steps.add((last_read, last, step))
+            last = step
+            if call.name in VIEWS and call.values and call.shapes:
+                self._views.append((call.first.shape, call.shape))
+            if call.name in SELECTIONS and not any(value.reads_inputs for value in call.values):
+                self.choices.add(_choice(call))
 
-    def note(
-        self,
-        name: str,
-        values: Sequence[Value],
-        read: tuple[str, ...],
-        arguments: Mapping[str, Any],
-        shapes: Sequence[Sequence[int]],
-    ) -> None:
-        """Take note of an operation.
-
-        Args:
-            name: Its name.
-            values: Its tensors, as far as the inputs and parameters tell.
-            read: The names of the parameters among them.
-            arguments: What it takes.
-            shapes: The shapes of what it returns.
-        """
-        self.num_operations += 1
-        if read:
-            self.parameters.update(read)
-            self._last_read = read
-        step = (name, *map(len, shapes))
-        self._steps.add((self._last_read, self._last, step))
-        self._last = step
-        if name in VIEWS and values and shapes:
-            self._views.append((tuple(values[0].shape), tuple(shapes[0])))
-        if name in SELECTIONS and values and not any(value.reads_inputs for value in values):
-            self.choices.add(_choice(name, values[0].shape, arguments))
-
-    def differs(self, other: Scout) -> bool:
+    def differs(self, other: Path) -> bool:
         """Whether the path with inputs of other sizes tells anything else than this one.
 
         How often a loop runs does not count. A view counts where the places between which it spreads an axis, whose size is

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import MAX_CHANNELS, ChannelAnalysis, Subscripts, Value, place, varying
+from teleport_optim.symmetry.search.analysis import MAX_CHANNELS, ChannelAnalysis, Subscripts, place, varying
 from teleport_optim.symmetry.search.channels import ChannelClasses, Channels
+from teleport_optim.symmetry.search.graph import Value
 
 __all__ = ["ScalingAnalysis"]
 
@@ -25,10 +26,10 @@ class ScalingAnalysis(ChannelAnalysis):
     def __init__(self, name: str) -> None:
         super().__init__(name, ChannelClasses(parity_matters=name == "scaling", use_positions=False))
 
-    def pin_positions(self, node: int, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
+    def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
         """Factors do not move from place to place."""
 
-    def record(self, node: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
+    def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
         if len(channels) <= MAX_CHANNELS:
             return channels
         self.pin(channels)  # a tensor that was multiplied with itself over and over
@@ -42,9 +43,7 @@ class ScalingAnalysis(ChannelAnalysis):
         self.classes.unite(channels, level)
         return level
 
-    def add(
-        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
-    ) -> tuple[Channels, ...]:
+    def add(self, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Channels, ...]:
         moving = sorted((v for v in values if v.fill != 0.0), key=lambda value: value.source is not None)
         if not self.lets_through(tags):
             for value in moving:
@@ -103,7 +102,6 @@ class ScalingAnalysis(ChannelAnalysis):
 
     def product(
         self,
-        node: int,
         one: Value,
         subscripts_one: Subscripts,
         other: Value,
@@ -177,14 +175,14 @@ class ScalingAnalysis(ChannelAnalysis):
         self.pin(reads[1])
         return result
 
-    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+    def reduce(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         channels = self.channels_of(value)
         if not self.lets_through(tags):
             self.pin(channels)
             return ()
         return tuple(self.collapse_axes(one, axes, value.shape) for one in channels)
 
-    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+    def normalise(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         result = []
         for channels in self.channels_of(value):
             if self.name == "sign" and ("sign" in tags or not set(channels.axes) & set(axes)):

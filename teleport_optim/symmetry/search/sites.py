@@ -109,8 +109,8 @@ def _signatures(analysis: ChannelAnalysis) -> tuple[list[_Entries], Array]:
         )
     ]
     is_exchange = isinstance(analysis, PermutationAnalysis)
-    for record in analysis.records if isinstance(analysis, PermutationAnalysis) else ():
-        place = (np.asarray(1 << 50 | record[0]), *record[1:])
+    for passage in analysis.passages if isinstance(analysis, PermutationAnalysis) else ():
+        place = (np.asarray(1 << 50 | passage[0]), *passage[1:])
         shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
         parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
     node, ids, positions, where = (np.concatenate(column) for column in zip(*parts))

@@ -1,16 +1,16 @@
-"""One operation of a traced model, as rules see it, and what several of them need."""
+"""Helpers that several rules share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Value
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Intermediate
 from teleport_optim.symmetry.search.channels import Channels
+from teleport_optim.symmetry.search.graph import Call, Value
 
 __all__ = [
-    "Call",
     "Result",
     "Rule",
     "aligned",
@@ -18,7 +18,6 @@ __all__ = [
     "axes_of",
     "bind_axis",
     "opaque",
-    "values_in",
     "with_channels",
 ]
 
@@ -26,49 +25,7 @@ __all__ = [
 Result = list[tuple[Channels, ...]]
 
 
-@dataclass
-class Call:
-    """One operation of a traced model.
-
-    Attributes:
-        name: Name of the operation.
-        node: Its number in the graph.
-        arguments: Arguments by the names of the schema; a :class:`Value` in place of each tensor.
-        shapes: Shapes of the tensors that it returns.
-    """
-
-    name: str
-    node: int
-    arguments: dict[str, Any]
-    shapes: list[tuple[int, ...]]
-
-    def __getitem__(self, key: str) -> Any:
-        return self.arguments.get(key)
-
-    @property
-    def first(self) -> Value:
-        """The first tensor."""
-        return next(values_in(self.arguments))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the first tensor that it returns."""
-        return self.shapes[0]
-
-
 Rule = Callable[[Call, ChannelAnalysis], Result]
-
-
-def values_in(argument: Any) -> Iterator[Value]:
-    """The tensors in an argument, with those in lists and dictionaries."""
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, dict):
-        for value in argument.values():
-            yield from values_in(value)
-    elif isinstance(argument, (list, tuple)):
-        for value in argument:
-            yield from values_in(value)
 
 
 def as_value(argument: Any) -> Value:
@@ -84,28 +41,26 @@ def axes_of(argument: Any, rank: int) -> list[int]:
     return [axis % max(rank, 1) for axis in ([argument] if isinstance(argument, int) else argument)]
 
 
-def with_channels(
-    value: Value, analysis: ChannelAnalysis, channels: Sequence[Channels], shape: Sequence[int] | None = None
-) -> Value:
-    return Value(tuple(value.shape if shape is None else shape), {analysis.name: tuple(channels)})
+def with_channels(value: Value, channels: Sequence[Channels], shape: Sequence[int] | None = None) -> Intermediate:
+    """Make a tensor of the shape of ``value``, or of another shape, with these channels."""
+    return Intermediate(tuple(value.shape if shape is None else shape), channels=tuple(channels))
 
 
-def aligned(value: Value, axis: int, shape: Sequence[int]) -> Value:
-    """A tensor with one axis as one of ``shape`` that has it at ``axis``."""
+def aligned(value: Value, analysis: ChannelAnalysis, axis: int, shape: Sequence[int]) -> Value:
+    """Make of a tensor with one axis one of ``shape`` that has it at ``axis``."""
     assert len(value.shape) == 1
     if value.source is not None:
         axes = tuple(value.source.axes[0] if k == axis else None for k in range(len(shape)))
         return replace(value, shape=tuple(shape), source=value.source._replace(axes=axes))
-    channels = {
-        name: tuple(Channels.along(one.ids, axis, len(shape), one.positions, one.sign) for one in own)
-        for name, own in value.channels.items()
-    }
-    return replace(value, shape=tuple(shape), channels=channels)
+    channels = tuple(
+        Channels.along(one.ids, axis, len(shape), one.positions, one.sign) for one in analysis.known(value)
+    )
+    return Intermediate(tuple(shape), channels=channels, fill=value.fill)
 
 
 def opaque(call: Call, analysis: ChannelAnalysis) -> Result:
     """What is not understood: nothing that goes in moves."""
-    for value in values_in(call.arguments):
+    for value in call.values:
         analysis.freeze(value)
     return [()] * len(call.shapes)
 

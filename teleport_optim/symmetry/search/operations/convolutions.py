@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Value
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis
 from teleport_optim.symmetry.search.channels import Array, Channels, mix
-from teleport_optim.symmetry.search.operations.call import Call, Result, bind_axis, with_channels
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, bind_axis, with_channels
 from teleport_optim.symmetry.search.operations.products import biased
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
@@ -21,7 +22,7 @@ def convolution(call: Call, analysis: ChannelAnalysis, *, is_transposed: bool) -
     channel = len(value.shape) - num_spatial - 1
     spatial = list(range(channel + 1, len(value.shape)))
     channels = [analysis.collapse_axes(one, spatial, value.shape) for one in analysis.channels_of(value)]
-    value = with_channels(value, analysis, channels)
+    value = with_channels(value, channels)
     weight = _with_whole_kernels(analysis, weight)
     batch = list(range(channel))
     pixels = [("pixel", k) for k in range(num_spatial)]
@@ -29,7 +30,7 @@ def convolution(call: Call, analysis: ChannelAnalysis, *, is_transposed: bool) -
     own = [*batch, "in", *[("from", k) for k in range(num_spatial)]]
     if groups == 1:
         others = ["in", "out", *pixels] if is_transposed else ["out", "in", *pixels]
-        result = analysis.product(call.node, value, own, weight, others, subscripts)
+        result = analysis.product(value, own, weight, others, subscripts)
     else:
         result = _grouped(call, analysis, value, weight, channel, groups, is_transposed=is_transposed)
     return [biased(call, analysis, result, bias, channel)]
@@ -40,7 +41,7 @@ def _with_whole_kernels(analysis: ChannelAnalysis, weight: Value) -> Value:
     places = range(2, len(weight.shape))
     if weight.source is None:
         channels = [analysis.collapse_axes(one, places, weight.shape) for one in analysis.known(weight)]
-        return with_channels(weight, analysis, channels)
+        return with_channels(weight, channels)
     for axis in places:
         analysis.pin_axis(weight, axis)
     return weight
@@ -79,7 +80,7 @@ def _grouped(
     is_exchange = isinstance(analysis, PermutationAnalysis)
     if is_exchange and fan_in > 1:
         for one in blocks:
-            analysis.pin_positions(call.node, one, [0], (groups, fan_in))
+            analysis.pin_positions(one, [0], (groups, fan_in))
 
     if analysis.name == "linear" or (analysis.name == "heads" and fan_in > 1):
         analysis.pin(here)
@@ -171,5 +172,5 @@ def _within_groups(
 ) -> tuple[Channels, ...]:
     """New channels of a grouped convolution, which may move within their group only."""
     for one in written:
-        analysis.pin_positions(call.node, one.map(lambda array: array.reshape(groups, fan_out)), [0], (groups, fan_out))
+        analysis.pin_positions(one.map(lambda array: array.reshape(groups, fan_out)), [0], (groups, fan_out))
     return tuple(Channels.along(one.ids, channel, len(call.shape), one.positions, one.sign) for one in written)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from teleport_optim.symmetry.search.analysis import EVEN, HOMOGENEOUS, LINEAR, NOTHING, ODD, ChannelAnalysis, Value
-from teleport_optim.symmetry.search.operations.call import (
-    Call,
-    Result,
-    aligned,
-    as_value,
-    opaque,
-    values_in,
-    with_channels,
+from teleport_optim.symmetry.search.analysis import (
+    EVEN,
+    HOMOGENEOUS,
+    LINEAR,
+    NOTHING,
+    ODD,
+    ChannelAnalysis,
+    Intermediate,
 )
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, aligned, as_value, opaque, with_channels
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["clamp", "combined", "divide", "each_entry", "lerp", "masked_fill", "multiply", "power", "prelu", "where"]
@@ -21,9 +22,9 @@ __all__ = ["clamp", "combined", "divide", "each_entry", "lerp", "masked_fill", "
 
 def each_entry(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Result:
     """A function of each entry of the first tensor; other tensors, if any, are parameters without channels."""
-    for value in list(values_in(call.arguments))[1:]:
+    for value in call.values[1:]:
         analysis.freeze(value)
-    return [analysis.elementwise(call.node, call.first, tags)] * len(call.shapes)
+    return [analysis.elementwise(call.first, tags)] * len(call.shapes)
 
 
 def combined(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Result:
@@ -33,11 +34,11 @@ def combined(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Res
         for value in values:
             analysis.freeze(value)
         return [()]
-    return [analysis.add(call.node, values, call.shape, tags)]
+    return [analysis.add(values, call.shape, tags)]
 
 
 def multiply(call: Call, analysis: ChannelAnalysis) -> Result:
-    return [analysis.multiply(call.node, as_value(call["self"]), as_value(call["other"]), call.shape)]
+    return [analysis.multiply(as_value(call["self"]), as_value(call["other"]), call.shape)]
 
 
 def divide(call: Call, analysis: ChannelAnalysis) -> Result:
@@ -48,8 +49,8 @@ def divide(call: Call, analysis: ChannelAnalysis) -> Result:
     if analysis.name == "linear":
         for one in channels:
             analysis.classes.pin(one.ids)
-    inverse = Value(divisor.shape, {analysis.name: tuple(one.dual() for one in channels)}, fill=divisor.fill)
-    return [analysis.multiply(call.node, value, inverse, call.shape)]
+    inverse = Intermediate(divisor.shape, channels=tuple(one.dual() for one in channels), fill=divisor.fill)
+    return [analysis.multiply(value, inverse, call.shape)]
 
 
 def where(call: Call, analysis: ChannelAnalysis) -> Result:
@@ -66,17 +67,17 @@ def _chosen(call: Call, analysis: ChannelAnalysis, selector: Value, other: Any) 
     """Entry by entry a choice or a mixture of two tensors, which a third decides."""
     values = [as_value(call["self"]), as_value(other)]
     if isinstance(analysis, PermutationAnalysis):
-        return [analysis.add(call.node, [selector, *values], call.shape, NOTHING)]
+        return [analysis.add([selector, *values], call.shape, NOTHING)]
     analysis.freeze(selector)
-    return [analysis.add(call.node, values, call.shape, LINEAR)]
+    return [analysis.add(values, call.shape, LINEAR)]
 
 
 def masked_fill(call: Call, analysis: ChannelAnalysis) -> Result:
     value, mask = call["self"], call["mask"]
     if isinstance(analysis, PermutationAnalysis):
-        return [analysis.add(call.node, [value, mask], call.shape, NOTHING)]
+        return [analysis.add([value, mask], call.shape, NOTHING)]
     analysis.freeze(mask)
-    return [analysis.elementwise(call.node, value, LINEAR if call["value"] == 0 else NOTHING)]
+    return [analysis.elementwise(value, LINEAR if call["value"] == 0 else NOTHING)]
 
 
 def clamp(call: Call, analysis: ChannelAnalysis) -> Result:
@@ -89,15 +90,11 @@ def clamp(call: Call, analysis: ChannelAnalysis) -> Result:
 
 def prelu(call: Call, analysis: ChannelAnalysis) -> Result:
     value, weight = call["self"], call["weight"]
-    channels = analysis.elementwise(call.node, value, HOMOGENEOUS)
+    channels = analysis.elementwise(value, HOMOGENEOUS)
     if isinstance(analysis, PermutationAnalysis) and weight.shape != (1,):
         shape = [1] * len(value.shape)
         shape[1] = weight.shape[0]
-        return [
-            analysis.multiply(
-                call.node, with_channels(value, analysis, channels), aligned(weight, 1, shape), value.shape
-            )
-        ]
+        return [analysis.multiply(with_channels(value, channels), aligned(weight, analysis, 1, shape), value.shape)]
     analysis.freeze(weight)
     return [channels]
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, ChannelAnalysis
 from teleport_optim.symmetry.search.channels import Channels
-from teleport_optim.symmetry.search.operations.call import Call, Result, axes_of, opaque
+from teleport_optim.symmetry.search.graph import Call
+from teleport_optim.symmetry.search.operations.call import Result, axes_of, opaque
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = [
@@ -151,7 +152,7 @@ def pad(call: Call, analysis: ChannelAnalysis) -> Result:
     )
     padded = [k for k in range(rank) if before[k] or after[k]]
     is_zero = mode == "constant" and not call["value"]
-    channels = analysis.elementwise(call.node, value, LINEAR if is_zero or mode != "constant" else NOTHING)
+    channels = analysis.elementwise(value, LINEAR if is_zero or mode != "constant" else NOTHING)
     result = []
     for one in channels:
         inside = [k for k in padded if k in one.axes]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, ChannelAnalysis, Value
+from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, ChannelAnalysis, Intermediate
 from teleport_optim.symmetry.search.channels import Channels
-from teleport_optim.symmetry.search.operations.call import Call, Result, aligned, axes_of, opaque, with_channels
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, aligned, axes_of, opaque, with_channels
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["added_matmul", "attention", "biased", "einsum", "linear", "matmul", "outer", "softmax"]
@@ -18,11 +19,7 @@ def linear(call: Call, analysis: ChannelAnalysis) -> Result:
     rank = len(value.shape)
     subscripts = [*range(rank - 1), "out"] if len(weight.shape) == 2 else list(range(rank - 1))
     own = ["out", "in"] if len(weight.shape) == 2 else ["in"]
-    return [
-        biased(
-            call, analysis, analysis.product(call.node, value, [*range(rank - 1), "in"], weight, own, subscripts), bias
-        )
-    ]
+    return [biased(call, analysis, analysis.product(value, [*range(rank - 1), "in"], weight, own, subscripts), bias)]
 
 
 def biased(
@@ -34,8 +31,8 @@ def biased(
     shape = [1] * len(call.shape)
     shape[axis] = bias.shape[-1] if bias.shape else 1
     if len(bias.shape) == 1:
-        bias = aligned(bias, axis % len(shape), shape)
-    return analysis.add(call.node, [Value(call.shape, {analysis.name: channels}), bias], call.shape, LINEAR)
+        bias = aligned(bias, analysis, axis % len(shape), shape)
+    return analysis.add([Intermediate(call.shape, channels=channels), bias], call.shape, LINEAR)
 
 
 def matmul(call: Call, analysis: ChannelAnalysis) -> Result:
@@ -54,7 +51,7 @@ def _matrix_product(call: Call, analysis: ChannelAnalysis, one: Value, other: Va
     others += ["in"] if len(other.shape) == 1 else ["in", "column"]
     out += ["row"] if len(one.shape) > 1 else []
     out += ["column"] if len(other.shape) > 1 else []
-    return analysis.product(call.node, one, own, other, others, out)
+    return analysis.product(one, own, other, others, out)
 
 
 def _batch_subscripts(value: Value, shape: Sequence[int], num_batch: int, side: int) -> list[Any]:
@@ -70,12 +67,12 @@ def added_matmul(call: Call, analysis: ChannelAnalysis) -> Result:
     first, second = (call["mat1"], call["mat2"]) if call["mat1"] is not None else (call["batch1"], call["batch2"])
     if call.name == "addmv":
         first, second = call["mat"], call["vec"]
-    product = Value(call.shape, {analysis.name: _matrix_product(call, analysis, first, second)})
-    return [analysis.add(call.node, [product] + ([call["self"]] if call["beta"] != 0 else []), call.shape, LINEAR)]
+    product = Intermediate(call.shape, channels=_matrix_product(call, analysis, first, second))
+    return [analysis.add([product] + ([call["self"]] if call["beta"] != 0 else []), call.shape, LINEAR)]
 
 
 def outer(call: Call, analysis: ChannelAnalysis) -> Result:
-    return [analysis.product(call.node, call["self"], [0], call["vec2"], [1], [0, 1])]
+    return [analysis.product(call["self"], [0], call["vec2"], [1], [0, 1])]
 
 
 def einsum(call: Call, analysis: ChannelAnalysis) -> Result:
@@ -87,7 +84,7 @@ def einsum(call: Call, analysis: ChannelAnalysis) -> Result:
         return opaque(call, analysis)
     if len(values) == 1:
         axes = [axis for axis, subscript in enumerate(subscripts[0]) if subscript not in out]
-        channels = analysis.reduce(call.node, values[0], axes, LINEAR)
+        channels = analysis.reduce(values[0], axes, LINEAR)
         return [tuple(_moved(one, [subscripts[0].index(subscript) for subscript in out], axes) for one in channels)]
     sizes = {
         subscript: size
@@ -99,7 +96,7 @@ def einsum(call: Call, analysis: ChannelAnalysis) -> Result:
         for axis, subscript in enumerate(own):
             if value.shape[axis] == 1 and sizes.get(subscript, 1) > 1:
                 return opaque(call, analysis)
-    return [analysis.product(call.node, values[0], subscripts[0], values[1], subscripts[1], list(out))]
+    return [analysis.product(values[0], subscripts[0], values[1], subscripts[1], list(out))]
 
 
 def _moved(channels: Channels, order: list[int], dropped: list[int]) -> Channels:
@@ -115,26 +112,25 @@ def attention(call: Call, analysis: ChannelAnalysis) -> Result:
         len(one.shape) != len(query.shape) or one.shape[:-2] != query.shape[:-2] for one in (key, value)
     ):
         return opaque(call, analysis)
-    scores = analysis.product(call.node, query, [*batch, "q", "d"], key, [*batch, "k", "d"], [*batch, "q", "k"])
+    scores = analysis.product(query, [*batch, "q", "d"], key, [*batch, "k", "d"], [*batch, "q", "k"])
     shape = (*query.shape[:-1], key.shape[-2])
     if call["is_causal"]:  # who looks at whom depends on the position of both
         analysis.pin(one for one in scores if set(one.axes) & {len(batch), len(batch) + 1})
     if mask is not None:
-        channels = Value(shape, {analysis.name: scores})
-        scores = analysis.add(call.node, [channels, mask], shape, LINEAR if analysis.known(channels) else NOTHING)
+        channels = Intermediate(shape, channels=scores)
+        scores = analysis.add([channels, mask], shape, LINEAR if analysis.known(channels) else NOTHING)
     weights = with_channels(
         query,
-        analysis,
-        _softmax_channels(call, analysis, Value(shape, {analysis.name: scores}), [len(batch) + 1]),
+        _softmax_channels(call, analysis, Intermediate(shape, channels=scores), [len(batch) + 1]),
         shape,
     )
-    return [analysis.product(call.node, weights, [*batch, "q", "k"], value, [*batch, "k", "v"], [*batch, "q", "v"])]
+    return [analysis.product(weights, [*batch, "q", "k"], value, [*batch, "k", "v"], [*batch, "q", "v"])]
 
 
 def _softmax_channels(call: Call, analysis: ChannelAnalysis, value: Value, axes: Sequence[int]) -> tuple[Channels, ...]:
     if isinstance(analysis, PermutationAnalysis):
-        return analysis.normalise(call.node, value, axes, NOTHING)
-    return analysis.elementwise(call.node, value, NOTHING)
+        return analysis.normalise(value, axes, NOTHING)
+    return analysis.elementwise(value, NOTHING)
 
 
 def softmax(call: Call, analysis: ChannelAnalysis) -> Result:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Value
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis
 from teleport_optim.symmetry.search.channels import PINNED, Channels, mix
-from teleport_optim.symmetry.search.operations.call import Call, Result, bind_axis, opaque, with_channels
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, bind_axis, opaque, with_channels
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["recurrent"]
@@ -61,9 +62,7 @@ def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
             _bind_gates(analysis, [weight, recurrent, *biases], hidden, num_gates, size, call.name)
             if hidden is not None and analysis.is_free(recurrent, 1):
                 analysis.bind(recurrent, 1, [hidden.dual()])
-            read = analysis.product(
-                call.node, value, [*batch_axes, "in"], weight, ["gate", "in"], [*batch_axes, "gate"]
-            )
+            read = analysis.product(value, [*batch_axes, "in"], weight, ["gate", "in"], [*batch_axes, "gate"])
             # steps in time follow each other, and a factor of all entries does not pass the gates
             analysis.pin(one for one in read if one.axes != (len(batch_axes),))
             for parameter in (weight, recurrent, *biases):
@@ -74,7 +73,6 @@ def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
         layers.append(outputs)
         value = with_channels(
             value,
-            analysis,
             _sequence_channels(outputs, len(value.shape)),
             (*value.shape[:-1], size * directions),
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from teleport_optim.symmetry.search.analysis import HOMOGENEOUS, NOTHING, ChannelAnalysis, Value
-from teleport_optim.symmetry.search.operations.call import Call, Result, axes_of
+from teleport_optim.symmetry.search.analysis import HOMOGENEOUS, NOTHING, ChannelAnalysis
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, axes_of
 from teleport_optim.symmetry.search.operations.entrywise import combined
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
@@ -16,7 +17,7 @@ def spatial(call: Call, analysis: ChannelAnalysis, tags: frozenset[str], num_spa
     rank = len(value.shape)
     num_spatial = rank - 2 if num_spatial is None else num_spatial
     axes = range(rank - num_spatial, rank)
-    channels = analysis.elementwise(call.node, value, tags)
+    channels = analysis.elementwise(value, tags)
     result = tuple(analysis.collapse_axes(one, axes, value.shape) for one in channels)
     # a second output holds indices, which move with the channels but are not multiplied
     indices = result if isinstance(analysis, PermutationAnalysis) else ()
@@ -28,7 +29,7 @@ def reduce(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Resul
     rank = len(value.shape)
     key = next((key for key in ("dim", "axis") if key in call.arguments), None)
     axes = axes_of(call[key], rank) if key else list(range(rank))
-    channels = analysis.reduce(call.node, value, axes, tags)
+    channels = analysis.reduce(value, axes, tags)
     keeps = bool(call["keepdim"]) and rank == len(call.shape)
     if not keeps:
         channels = tuple(one.map(lambda array: array.squeeze(tuple(axes))) for one in channels)

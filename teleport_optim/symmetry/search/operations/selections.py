@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import LINEAR, ChannelAnalysis, Value
+from teleport_optim.symmetry.search.analysis import LINEAR, ChannelAnalysis, Intermediate
 from teleport_optim.symmetry.search.channels import PINNED, Channels, mix
-from teleport_optim.symmetry.search.operations.call import Call, Result, axes_of, opaque
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, axes_of, opaque
 from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["cat", "embedding", "index", "select", "split", "take_slice"]
@@ -83,7 +84,7 @@ def _inserted(analysis: ChannelAnalysis, value: Value, axis: int) -> Value:
         axes = (*value.source.axes[:axis], None, *value.source.axes[axis:])
         return replace(value, shape=shape, source=value.source._replace(axes=axes))
     channels = [one.map(lambda array: np.expand_dims(array, axis)) for one in analysis.known(value)]
-    return Value(shape, {analysis.name: tuple(channels)}, fill=value.fill)
+    return Intermediate(shape, channels=tuple(channels), fill=value.fill)
 
 
 def _across(call: Call, analysis: ChannelAnalysis, values: list[Value], axis: int) -> list[Channels]:
@@ -97,12 +98,10 @@ def _across(call: Call, analysis: ChannelAnalysis, values: list[Value], axis: in
             parts.append(replace(value, shape=shape, source=value.source._replace(axes=axes)))
         else:
             channels = [one for one in analysis.known(value) if axis not in one.axes]
-            parts.append(Value(shape, {analysis.name: tuple(channels)}, fill=value.fill))
+            parts.append(Intermediate(shape, channels=tuple(channels), fill=value.fill))
     for part in sorted(parts, key=lambda part: part.source is not None):
         reference = (
-            part
-            if reference is None
-            else Value(shape, {analysis.name: analysis.add(call.node, [reference, part], shape, LINEAR)})
+            part if reference is None else Intermediate(shape, channels=analysis.add([reference, part], shape, LINEAR))
         )
     return list(analysis.channels_of(reference)) if reference is not None else []
 

@@ -12,9 +12,17 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
-__all__ = ["Fakes"]
+__all__ = ["DATA_DEPENDENT", "Fakes"]
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+"""Errors of an operation whose result, or its shape, depends on data that are not there."""
 
 
 class _Layout(NamedTuple):
@@ -54,8 +62,8 @@ class Fakes:
         made: A weak reference to each tensor, by which it is found whether one outlives the search.
     """
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.made: list[ref[Tensor]] = []
         self._of_real: dict[int, tuple[Tensor, Tensor]] = {}
         self._reals: dict[int, Tensor] = {}

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from teleport_optim.symmetry.search.limits import Untraceable
 from teleport_optim.symmetry.search.recording.isolation import HOOKS, is_users
 
-__all__ = ["Scripted", "Untraceable", "slot_attributes", "twin_of"]
+__all__ = ["Scripted", "slot_attributes", "twin_of"]
 
 _ATOMIC = (
     type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType, ModuleType, Enum, range,
@@ -34,10 +35,6 @@ _MAX_BYTES = 2**16
 
 
 T = TypeVar("T")
-
-
-class Untraceable(ValueError):
-    """The model cannot be followed; the message says why."""
 
 
 class Scripted(nn.Module):
