@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from teleport_optim.symmetry.spec import Refusal
@@ -76,7 +75,7 @@ class Write(NamedTuple):
     output: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """One operation.
 
@@ -86,6 +85,8 @@ class Call:
         results: The tensors that it returns.
         module: Name of the module that calls it.
         writes: The tensors that it writes in place.
+        values: The different tensors among the arguments, in their order.
+        shapes: The shapes of the results.
     """
 
     name: str
@@ -93,24 +94,20 @@ class Call:
     results: tuple[Value, ...]
     module: str = ""
     writes: tuple[Write, ...] = ()
+    values: tuple[Value, ...] = field(init=False)
+    shapes: list[tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = tuple(dict.fromkeys(values_in(self.arguments)))
+        self.shapes = [result.shape for result in self.results]
 
     def __getitem__(self, key: str) -> Any:
         return self.arguments.get(key)
-
-    @cached_property
-    def values(self) -> tuple[Value, ...]:
-        """The different tensors among the arguments."""
-        return tuple(dict.fromkeys(values_in(self.arguments)))
 
     @property
     def first(self) -> Value:
         """The first tensor among the arguments."""
         return self.values[0]
-
-    @cached_property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the results."""
-        return [result.shape for result in self.results]
 
     @property
     def shape(self) -> tuple[int, ...]:

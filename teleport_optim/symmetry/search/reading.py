@@ -65,7 +65,7 @@ class Readings:
                 continue
             self._of(value).parts += results
             if isinstance(call["dim"], int):
-                self._choices.setdefault(_choice(call), []).append((value, call["dim"] % len(value.shape)))
+                self._choices.setdefault(_choice(call), []).append((value, call["dim"] % max(len(value.shape), 1)))
 
     def _is_still(self, value: Value) -> bool:
         return all(analysis.is_still(value) for analysis in self._analyses)

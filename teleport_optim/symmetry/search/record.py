@@ -212,21 +212,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Add an operation to the graph, and the values of its results to what is known."""
         arguments = {name: self._as_values(given) for name, given in operation.arguments(args, kwargs).items()}
         targets = operation.targets(args, kwargs)
-        call = Call(operation.name, arguments, tuple(map(self._new, outputs)), self.module)
-        source = source_view(call) if outputs and not targets and len(values) == 1 else None
-        if source is not None:
-            view = replace(call.results[0], source=source)
-            self.introduce(outputs[0], view)
-            self.graph.steps.append(replace(call, results=(view,)))
-            return
+        if outputs and not targets and len(values) == 1 and values[0].source is not None:
+            call = Call(operation.name, arguments, (self._new(outputs[0]),), self.module)
+            source = source_view(call)
+            if source is not None:
+                view = self._new(outputs[0], source=source)
+                self.introduce(outputs[0], view)
+                self.graph.steps.append(replace(call, results=(view,)))
+                return
         reads_inputs = any(value.reads_inputs for value in values)
         origin = values[0] if values and operation.name in COPIES else None
-        fill, data = (origin.fill, origin.data) if origin is not None else (fill_of(call), None)
+        fill, data = (origin.fill, origin.data) if origin is not None else (fill_of(operation.name, arguments), None)
         results, writes = [], []
-        for number, (output, result) in enumerate(zip(outputs, call.results)):
-            value = replace(result, reads_inputs=reads_inputs, fill=fill, data=data)
-            if any(output is target for target in targets):
-                writes.append(self._write(output, replace(value, data=None), number))
+        for number, output in enumerate(outputs):
+            is_written = any(output is target for target in targets)
+            value = self._new(output, reads_inputs=reads_inputs, fill=fill, data=None if is_written else data)
+            if is_written:
+                writes.append(self._write(output, value, number))
                 value = writes[-1].after
             else:
                 self.introduce(output, value)
@@ -234,7 +236,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for target in targets:
             if not any(target is output for output in outputs):
                 writes.append(self._write(target, self._new(target, reads_inputs=reads_inputs), None))
-        self.graph.steps.append(replace(call, results=tuple(results), writes=tuple(writes)))
+        self.graph.steps.append(Call(operation.name, arguments, tuple(results), self.module, tuple(writes)))
 
     def _as_values(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):

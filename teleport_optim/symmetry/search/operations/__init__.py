@@ -7,7 +7,9 @@ through the operations that it is made of, if it is made of others; else it lets
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from teleport_optim.symmetry.search.analysis import EVEN, HOMOGENEOUS, LINEAR, MASK, NOTHING, ODD
 from teleport_optim.symmetry.search.graph import Call, Source
@@ -143,14 +145,14 @@ RULES: dict[str, Rule] = {
 """The rule of every known operation."""
 
 
-def fill_of(call: Call) -> float | None:
+def fill_of(name: str, arguments: Mapping[str, Any]) -> float | None:
     """The one number that all entries of a new tensor are, if the call tells it."""
-    if call.name in ("zeros", "zeros_like", "new_zeros", "zero_"):
+    if name in ("zeros", "zeros_like", "new_zeros", "zero_"):
         return 0.0
-    if call.name in ("ones", "ones_like", "new_ones"):
+    if name in ("ones", "ones_like", "new_ones"):
         return 1.0
-    key = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "fill_": "value"}.get(call.name)
-    fill = None if key is None else call[key]
+    key = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "fill_": "value"}.get(name)
+    fill = None if key is None else arguments.get(key)
     return float(fill) if isinstance(fill, (int, float)) else None
 
 

@@ -101,7 +101,7 @@ def prelu(call: Call, analysis: ChannelAnalysis) -> Result:
 
 def power(call: Call, analysis: ChannelAnalysis) -> Result:
     exponent = call["exponent"]
-    if isinstance(exponent, Value) or isinstance(call["self"], (int, float)):
+    if not isinstance(exponent, (int, float)) or not isinstance(call["self"], Value):
         return opaque(call, analysis)
     if exponent == 1:
         return each_entry(call, analysis, LINEAR)

@@ -82,6 +82,7 @@ class Watch(TorchFunctionMode):
         while self._restore:
             self._restore.pop()()
         self._wrapped.clear()
+        self._answers.clear()  # methods of this object, a cycle that would keep all tensors until garbage is collected
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = self._answers.get(func)
