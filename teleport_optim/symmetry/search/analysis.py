@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -82,19 +82,37 @@ Subscripts = Sequence[Any]
 class ChannelAnalysis(ABC):
     """One group, followed through a model.
 
+    Rules ask it for what its group does, never for its class or name.
+
     Attributes:
         name: Name of the analysis.
-        ids: The channels.
-        moving_axes: The parameters that move, and with which channels.
-        changes_numbers: Whether the group changes the entries of tensors, and not only their places.
+        group: Name of the group.
+        node: Number of the call that is followed.
+        classes: Classes of channels that move together.
+        moving_axes: Axes of parameters that move, and with which channels.
+        passages: Places at which channels are told apart: the number of the place, ids and positions of the channels that
+            pass there, and where they do. Only groups that move entries have some.
+        tied: Ids of channels that stand for whole heads.
+        moves_entries: Whether the group moves entries to other places; otherwise it multiplies each where it is.
+        changes_numbers: Whether the group changes numbers, and not only their places.
+        mixes_channels: Whether each channel becomes a sum of channels.
+        moves_heads: Whether the group exchanges whole heads instead of the channels within them.
+        smallest_site: Fewest channels on which the group does anything.
     """
 
+    moves_entries: ClassVar[bool]
+    smallest_site: ClassVar[int] = 1
     changes_numbers = True
+    mixes_channels = False
+    moves_heads = False
 
     def __init__(self, name: str, classes: ChannelClasses) -> None:
         self.name = name
+        self.group = name
         self.classes = classes
         self.moving_axes: list[MovingAxis] = []
+        self.passages: list[tuple[int, Array, Array, Array]] = []
+        self.tied: list[Array] = []
         self.node = 0
         self._channels: dict[Value, tuple[Channels, ...]] = {}
         self._data: set[str] = set()

@@ -32,23 +32,20 @@ class PermutationAnalysis(ChannelAnalysis):
 
     Args:
         name: ``"permutation"``, ``"heads"`` or ``"linear"``.
-
-    Attributes:
-        passages: Of each node, its number, the ids and positions that pass, and the positions that it tells apart.
-        tied: ChannelClasses that stand for whole heads.
-        moves_heads: Whether heads are exchanged instead of the channels within them.
     """
+
+    moves_entries = True
+    smallest_site = 2
 
     def __init__(self, name: str) -> None:
         super().__init__(name, ChannelClasses(parity_matters=name == "linear", use_positions=True))
-        self.passages: list[tuple[int, Array, Array, Array]] = []
-        self.tied: list[Array] = []
-        self._noted: set[tuple[bytes, bytes]] = set()
-        self._is_linear = self.changes_numbers = name == "linear"
+        self.changes_numbers = self.mixes_channels = name == "linear"
         self.moves_heads = name == "heads"
+        self.group = "permutation" if self.moves_heads else name
+        self._noted: set[tuple[bytes, bytes]] = set()
 
     def lets_through(self, tags: frozenset[str]) -> bool:
-        return not self._is_linear or "linear" in tags
+        return not self.mixes_channels or "linear" in tags
 
     def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
         moving = tuple(one for one in channels if one.axes)
@@ -103,7 +100,7 @@ class PermutationAnalysis(ChannelAnalysis):
             for value in values:
                 self.freeze(value)
             return ()
-        if self._is_linear:  # zero is the one constant that a linear map keeps
+        if self.mixes_channels:  # zero is the one constant that a linear map keeps
             values = [value for value in values if value.fill != 0.0] or values[:1]
         result = values[0]
         for value in values[1:]:
@@ -145,7 +142,7 @@ class PermutationAnalysis(ChannelAnalysis):
             for entry in side:
                 met = [second for second in sides[1 - number] if varying(entry) & varying(second)]
                 rivals = [first for first in side if met and varying(first) & varying(met[0])]
-                if not met and is_sum and self._is_linear:
+                if not met and is_sum and self.mixes_channels:
                     self.pin([entry[0]])
                 elif not met:
                     result += self._alone(entry, *opposites[number], subscripts)
@@ -181,7 +178,7 @@ class PermutationAnalysis(ChannelAnalysis):
         """What becomes of channels that meet nothing that moves in the other tensor."""
         channels, value, own = entry
         names = varying(entry)
-        if other.fill is None or self._is_linear:
+        if other.fill is None or self.mixes_channels:
             met = [own.index(name) for name in names if name in others]
             self.pin_positions(channels, met, value.shape)
         kept = names & set(subscripts)
@@ -219,7 +216,7 @@ class PermutationAnalysis(ChannelAnalysis):
         contracted = [own.index(name) for name in varying(large) if name not in subscripts]
         is_contraction = bool(varying(small) - set(subscripts))
         self.classes.unite(channels, spread.dual() if is_contraction else spread)
-        if self._is_linear and not is_sum and not is_contraction:
+        if self.mixes_channels and not is_sum and not is_contraction:
             self.pin([channels])
         if not contracted:
             return [place(channels, own, subscripts)]
@@ -230,7 +227,7 @@ class PermutationAnalysis(ChannelAnalysis):
         own = list(range(len(value.shape)))
         for channels in self.channels_of(value):
             gone = [axis for axis in channels.axes if axis in axes]
-            if self._is_linear and (gone or "linear" not in tags):
+            if self.mixes_channels and (gone or "linear" not in tags):
                 self.pin([channels])
             elif not gone:
                 result.append(channels)
@@ -242,7 +239,7 @@ class PermutationAnalysis(ChannelAnalysis):
         result = []
         for channels in self.channels_of(value):
             inside = set(channels.axes) & set(axes)
-            if self._is_linear:
+            if self.mixes_channels:
                 self.pin([channels])
             elif inside and inside != set(channels.axes):
                 result += self._regroup(channels, sorted(inside), value.shape)

@@ -23,6 +23,8 @@ class ScalingAnalysis(ChannelAnalysis):
         name: ``"scaling"`` or ``"sign"``.
     """
 
+    moves_entries = False
+
     def __init__(self, name: str) -> None:
         super().__init__(name, ChannelClasses(parity_matters=name == "scaling", use_positions=False))
 

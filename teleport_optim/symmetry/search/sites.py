@@ -11,7 +11,6 @@ import numpy as np
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.search.analysis import ChannelAnalysis, MovingAxis
 from teleport_optim.symmetry.search.channels import PINNED, Array, mix
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["symmetries_of"]
@@ -51,7 +50,7 @@ def symmetries_of(
     can_move = (roots != PINNED) & ~analysis.classes.is_pinned(roots)
     if not include_approximate:
         can_move &= ~analysis.classes.is_approximate(roots)
-    if isinstance(analysis, PermutationAnalysis) and analysis.moves_heads:
+    if analysis.moves_heads:
         tied = np.concatenate([np.zeros(0, np.int64), *analysis.tied])
         can_move &= np.isin(roots, analysis.classes.find(tied)[0])
     roots = roots[can_move]
@@ -63,7 +62,7 @@ def symmetries_of(
             if site >= 0:
                 legs[site] += _legs(moving_axis, np.flatnonzero(own == site), channel_of, sizes[site], names)
     is_exact = ~np.isin(np.arange(len(sizes)), site_of[roots[analysis.classes.is_approximate(roots)]])
-    least = 2 if isinstance(analysis, PermutationAnalysis) else 1
+    least = analysis.smallest_site
     found = [(tuple(own), size, exact) for own, size, exact in zip(legs, sizes, is_exact.tolist()) if size >= least]
     return _named(analysis, found)
 
@@ -108,8 +107,7 @@ def _signatures(analysis: ChannelAnalysis) -> tuple[list[_Entries], Array]:
             np.zeros(sum(sizes), np.uint64),
         )
     ]
-    is_exchange = isinstance(analysis, PermutationAnalysis)
-    for passage in analysis.passages if isinstance(analysis, PermutationAnalysis) else ():
+    for passage in analysis.passages:
         place = (np.asarray(1 << 50 | passage[0]), *passage[1:])
         shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
         parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
@@ -121,7 +119,7 @@ def _signatures(analysis: ChannelAnalysis) -> tuple[list[_Entries], Array]:
     degrees[: sum(sizes)] *= np.repeat([moving_axis.degree for moving_axis in moving_axes], sizes)
     signatures = np.zeros(len(analysis.classes), dtype=np.uint64)
     own = np.zeros_like(positions)
-    if is_exchange:
+    if analysis.moves_entries:
         np.add.at(signatures, ids, mix(node, positions, where))
         own = mix(positions_in_class, signatures[ids])
         _pin_copies(analysis, roots, mix(node, roots, own), where == 0)
@@ -184,12 +182,9 @@ def _owner(name: str) -> str:
     return layer if layer and last.startswith(("weight", "bias", "in_proj", "running")) else name
 
 
-_GROUP_OF = {"heads": "permutation"}
-
-
 def _named(analysis: ChannelAnalysis, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> list[Symmetry]:
     """The sites with their ids: the module of the first writer, the group, and a number where that is not enough."""
-    group = GROUPS[_GROUP_OF.get(analysis.name, analysis.name)]
+    group = GROUPS[analysis.group]
     oriented = []
     for legs, size, is_exact in sites:
         if legs[0].degree < 0:

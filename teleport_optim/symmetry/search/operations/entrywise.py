@@ -15,7 +15,6 @@ from teleport_optim.symmetry.search.analysis import (
 )
 from teleport_optim.symmetry.search.graph import Call, Value
 from teleport_optim.symmetry.search.operations.call import Result, aligned, as_value, opaque, with_channels
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["clamp", "combined", "divide", "each_entry", "lerp", "masked_fill", "multiply", "power", "prelu", "where"]
 
@@ -30,7 +29,7 @@ def each_entry(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> R
 def combined(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Result:
     """A function of the entries of several tensors, together."""
     values = [as_value(call[key]) for key in ("self", "other", "end") if call[key] is not None]
-    if tags == NOTHING and not isinstance(analysis, PermutationAnalysis):
+    if tags == NOTHING and not analysis.moves_entries:
         for value in values:
             analysis.freeze(value)
         return [()]
@@ -46,7 +45,7 @@ def divide(call: Call, analysis: ChannelAnalysis) -> Result:
     if call["rounding_mode"] is not None:
         return combined(call, analysis, NOTHING)
     channels = analysis.channels_of(divisor)
-    if analysis.name == "linear":
+    if analysis.mixes_channels:
         for one in channels:
             analysis.classes.pin(one.ids)
     inverse = Intermediate(divisor.shape, channels=tuple(one.dual() for one in channels), fill=divisor.fill)
@@ -66,7 +65,7 @@ def lerp(call: Call, analysis: ChannelAnalysis) -> Result:
 def _chosen(call: Call, analysis: ChannelAnalysis, selector: Value, other: Any) -> Result:
     """Entry by entry a choice or a mixture of two tensors, which a third decides."""
     values = [as_value(call["self"]), as_value(other)]
-    if isinstance(analysis, PermutationAnalysis):
+    if analysis.moves_entries:
         return [analysis.add([selector, *values], call.shape, NOTHING)]
     analysis.freeze(selector)
     return [analysis.add(values, call.shape, LINEAR)]
@@ -74,7 +73,7 @@ def _chosen(call: Call, analysis: ChannelAnalysis, selector: Value, other: Any) 
 
 def masked_fill(call: Call, analysis: ChannelAnalysis) -> Result:
     value, mask = call["self"], call["mask"]
-    if isinstance(analysis, PermutationAnalysis):
+    if analysis.moves_entries:
         return [analysis.add([value, mask], call.shape, NOTHING)]
     analysis.freeze(mask)
     return [analysis.elementwise(value, LINEAR if call["value"] == 0 else NOTHING)]
@@ -91,7 +90,7 @@ def clamp(call: Call, analysis: ChannelAnalysis) -> Result:
 def prelu(call: Call, analysis: ChannelAnalysis) -> Result:
     value, weight = call["self"], call["weight"]
     channels = analysis.elementwise(value, HOMOGENEOUS)
-    if isinstance(analysis, PermutationAnalysis) and weight.shape != (1,):
+    if analysis.moves_entries and len(value.shape) > 1 and weight.shape not in ((), (1,)):
         shape = [1] * len(value.shape)
         shape[1] = weight.shape[0]
         return [analysis.multiply(with_channels(value, channels), aligned(weight, analysis, 1, shape), value.shape)]

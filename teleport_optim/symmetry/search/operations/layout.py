@@ -11,7 +11,6 @@ from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, ChannelAnal
 from teleport_optim.symmetry.search.channels import Channels
 from teleport_optim.symmetry.search.graph import Call
 from teleport_optim.symmetry.search.operations.call import Result, axes_of, opaque
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = [
     "axis_order",
@@ -39,7 +38,7 @@ def reshape_channels(
     result: list[Channels] = []
     for one, after in zip(channels, moved):
         axes = set(after.axes) if after is not None else set()
-        is_mixed = isinstance(analysis, PermutationAnalysis) and any(
+        is_mixed = analysis.moves_entries and any(
             other is not None and other is not after and set(other.axes) & axes for other in moved
         )
         if after is None or is_mixed:

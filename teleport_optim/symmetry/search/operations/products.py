@@ -9,7 +9,6 @@ from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, ChannelAnal
 from teleport_optim.symmetry.search.channels import Channels
 from teleport_optim.symmetry.search.graph import Call, Value
 from teleport_optim.symmetry.search.operations.call import Result, aligned, axes_of, opaque, with_channels
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["added_matmul", "attention", "biased", "einsum", "linear", "matmul", "outer", "softmax"]
 
@@ -128,7 +127,7 @@ def attention(call: Call, analysis: ChannelAnalysis) -> Result:
 
 
 def _softmax_channels(call: Call, analysis: ChannelAnalysis, value: Value, axes: Sequence[int]) -> tuple[Channels, ...]:
-    if isinstance(analysis, PermutationAnalysis):
+    if analysis.moves_entries:
         return analysis.normalise(value, axes, NOTHING)
     return analysis.elementwise(value, NOTHING)
 

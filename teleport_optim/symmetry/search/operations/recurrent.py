@@ -1,4 +1,4 @@
-"""Recurrent layers, whose hidden ids are rows of every gate and columns of the recurrent matrix."""
+"""Recurrent layers, whose hidden units are rows of every gate and columns of the recurrent matrix."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import ChannelAnalysis
+from teleport_optim.symmetry.search.analysis import HOMOGENEOUS, ODD, ChannelAnalysis
 from teleport_optim.symmetry.search.channels import PINNED, Channels, mix
 from teleport_optim.symmetry.search.graph import Call, Value
 from teleport_optim.symmetry.search.operations.call import Result, bind_axis, opaque, with_channels
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["recurrent"]
 
@@ -22,18 +21,12 @@ _MOVED_GATE = {"lstm": 2, "gru": 2}
 """The gate whose activation is multiplied by the others: where a hidden unit gets its sign or size."""
 
 
-_MOVABLE = {
-    "permutation": {"all"},
-    "heads": {"all"},
-    "linear": set(),
-    "scaling": {"rnn_relu"},
-    "sign": {"rnn_tanh", "lstm", "gru"},
-}
-"""The recurrent layers whose hidden ids each group moves."""
+_TAGS = {"rnn_relu": HOMOGENEOUS, "rnn_tanh": ODD, "lstm": ODD, "gru": ODD}
+"""Tags of the functions through which hidden units pass."""
 
 
 def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
-    """Hidden ids of a recurrent layer: rows of every gate, columns of the recurrent matrix."""
+    """Hidden units of a recurrent layer: rows of every gate, columns of the recurrent matrix."""
     value, params = call["input"], call["params"]
     states = [call["hx"]] if isinstance(call["hx"], Value) else list(call["hx"] or [])
     per_layer = 4 if call["has_biases"] else 2
@@ -58,7 +51,7 @@ def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
             start = (layer * directions + direction) * per_layer
             weight, recurrent, *biases = params[start : start + per_layer]
             size = recurrent.shape[1]
-            hidden = _hidden_channels(analysis, recurrent, _MOVABLE[analysis.name] & {"all", call.name})
+            hidden = _hidden_channels(analysis, recurrent) if analysis.lets_through(_TAGS[call.name]) else None
             _bind_gates(analysis, [weight, recurrent, *biases], hidden, num_gates, size, call.name)
             if hidden is not None and analysis.is_free(recurrent, 1):
                 analysis.bind(recurrent, 1, [hidden.dual()])
@@ -80,10 +73,8 @@ def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
     return result + _final_states(call, analysis, layers, len(call.shapes) - 1)
 
 
-def _hidden_channels(analysis: ChannelAnalysis, recurrent: Value, can_move: set[str]) -> Channels | None:
-    """The hidden ids of a recurrent layer, which its recurrent matrix reads; None if they cannot move."""
-    if not can_move:
-        return None
+def _hidden_channels(analysis: ChannelAnalysis, recurrent: Value) -> Channels | None:
+    """Hidden units of a recurrent layer, which its recurrent matrix reads; None if they cannot move."""
     if analysis.is_free(recurrent, 1):
         ids = analysis.classes.new(recurrent.shape[1])
         return Channels(ids, np.zeros_like(ids, dtype=np.uint64))
@@ -99,14 +90,14 @@ def _bind_gates(
     size: int,
     name: str,
 ) -> None:
-    """Let the rows of every gate move with the hidden ids."""
+    """Let the rows of every gate move with the hidden units."""
     for parameter in parameters:
         if hidden is None:
             if analysis.is_free(parameter, 0):
                 analysis.bind(parameter, 0, [])
             continue
         ids = hidden.ids.ravel()
-        if isinstance(analysis, PermutationAnalysis):
+        if analysis.moves_entries:
             rows, positions = np.tile(ids, num_gates), mix(9, np.repeat(np.arange(num_gates), size))
         else:
             rows, positions = np.full((num_gates, size), PINNED), np.zeros(num_gates * size, np.uint64)

@@ -6,7 +6,6 @@ from teleport_optim.symmetry.search.analysis import HOMOGENEOUS, NOTHING, Channe
 from teleport_optim.symmetry.search.graph import Call, Value
 from teleport_optim.symmetry.search.operations.call import Result, axes_of
 from teleport_optim.symmetry.search.operations.entrywise import combined
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["extreme", "norm", "reduce", "spatial"]
 
@@ -20,7 +19,7 @@ def spatial(call: Call, analysis: ChannelAnalysis, tags: frozenset[str], num_spa
     channels = analysis.elementwise(value, tags)
     result = tuple(analysis.collapse_axes(one, axes, value.shape) for one in channels)
     # a second output holds indices, which move with the channels but are not multiplied
-    indices = result if isinstance(analysis, PermutationAnalysis) else ()
+    indices = result if analysis.moves_entries else ()
     return [result] + [indices] * (len(call.shapes) - 1)
 
 
@@ -37,7 +36,7 @@ def reduce(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Resul
         for one in analysis.known(value):
             if set(one.axes) & set(axes):  # which channel it was is no property of the function
                 analysis.classes.pin(one.ids)
-        return [channels, channels if isinstance(analysis, PermutationAnalysis) else ()]
+        return [channels, channels if analysis.moves_entries else ()]
     return [channels] * len(call.shapes)
 
 

@@ -11,7 +11,6 @@ from teleport_optim.symmetry.search.analysis import LINEAR, ChannelAnalysis, Int
 from teleport_optim.symmetry.search.channels import PINNED, Channels, mix
 from teleport_optim.symmetry.search.graph import Call, Value
 from teleport_optim.symmetry.search.operations.call import Result, axes_of, opaque
-from teleport_optim.symmetry.search.permutations import PermutationAnalysis
 
 __all__ = ["cat", "embedding", "index", "select", "split", "take_slice"]
 
@@ -140,7 +139,7 @@ def _unsigned(analysis: ChannelAnalysis, channels: Channels) -> Channels:
 
 def _distinguished(analysis: ChannelAnalysis, channels: Channels) -> Channels:
     """Channels in which entries that are copies of each other have positions of their own."""
-    if not isinstance(analysis, PermutationAnalysis):
+    if not analysis.moves_entries:
         return channels
     roots, positions, _ = analysis.classes.find(channels.ids, channels.positions)
     keys = mix(roots, positions).ravel()
