@@ -18,7 +18,7 @@ __all__ = ["SlotKind", "act", "act_dual", "channel_norms", "transport"]
 
 
 class SlotKind(IntEnum):
-    """How a tensor that belongs to a parameter moves when the parameter does; the value multiplies every degree."""
+    """Kind of a tensor that moves with a parameter; the value multiplies every degree."""
 
     VECTOR = 1
     """Moves like the parameter: a velocity, an average of the iterates."""

@@ -62,7 +62,7 @@ def find_symmetries(
     Raises:
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
         ValueError: if the model cannot take ``example_inputs``, its own code fails on them, or there is no group of such
-            a name.
+            a name. Any other error is a mistake in this library: please report it.
 
     Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision. A model that
     compares sizes, or asks whether gradients are taken, is followed a few times more.
@@ -109,7 +109,7 @@ def find_symmetries(
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, under every name that they have."""
+    """Parameters and buffers, under every name that they have."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 

@@ -1,7 +1,7 @@
-"""How one group element moves tensors along the legs of its symmetry.
+"""Movement of tensors by a group element, along the legs of its symmetry.
 
-The one place where legs are applied. :mod:`teleport_optim.symmetry.action` gives it its meanings: the ``kind`` of the tensors is
-+1 for parameters and -1 for gradients, and multiplies the degree of every leg.
+This is the one place where legs are applied. The ``kind`` of the tensors multiplies the degree of every leg: it is +1 for
+parameters and -1 for gradients (:class:`~teleport_optim.symmetry.action.SlotKind`).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Moved(Mapping[str, Tensor]):
         return moved
 
     def pick(self, name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``select``, which takes entries of a tensor, takes of a moved one; no others are computed."""
+        """Take entries of a moved tensor by ``select``, which takes them of any tensor; no others are computed."""
         tensor = self.tensors[name]
         picked, is_own = select(tensor), False
         for factor in self._factors_of(name):
@@ -183,7 +183,7 @@ class Moved(Mapping[str, Tensor]):
 
 
 def _on_axis(symmetry: Symmetry, leg: Leg, power: Tensor, shape: torch.Size) -> Tensor:
-    """What a scaling multiplies a tensor ``[*runs, *shape]`` by along one leg: factors that go with it.
+    """Factors by which a scaling multiplies a tensor ``[*runs, *shape]`` along one leg.
 
     They have the length of the axis of the leg, and of that on which a slice is taken where there is one.
     """
@@ -208,12 +208,12 @@ def _on_axis(symmetry: Symmetry, leg: Leg, power: Tensor, shape: torch.Size) -> 
 
 
 def unmoved(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of the same shapes and dtypes, for the price of nothing."""
+    """Tensors of the same shapes and dtypes, without any computation."""
     return tensors.tensors if isinstance(tensors, Moved) else tensors
 
 
 def pick(tensors: Mapping[str, Tensor], name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
-    """What ``select``, which takes entries of a tensor, takes of that of this name."""
+    """Take entries of the tensor of this name by ``select``."""
     return tensors.pick(name, select) if isinstance(tensors, Moved) else select(tensors[name])
 
 

@@ -27,7 +27,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Leg:
-    """Where and how a group acts on one tensor.
+    """Action of a group on one tensor.
 
     The group acts on the entries ``offset : offset + size * repeat`` of ``axis``. That range is read as ``size``
     channels of ``repeat`` neighbouring entries each (the pixels of a channel after a flatten, say). Entries that lie
@@ -54,7 +54,7 @@ class Leg:
 
     @cached_property
     def index_tensor(self) -> Tensor | None:
-        """``index`` as a tensor."""
+        """``index`` as a tensor; None if there is none."""
         return None if self.index is None else torch.tensor(self.index, dtype=torch.int64)
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class SymmetrySpec:
-    """All symmetries found in a model, and the places where none was found.
+    """Symmetries of a model, and the places where none was found.
 
     Iterating yields the symmetries, in the order in which they act.
 

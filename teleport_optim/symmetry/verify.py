@@ -24,17 +24,17 @@ from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
 __all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "randomise", "verify_symmetries"]
 
 APPROXIMATE_TOLERANCE = 0.05
-"""What a symmetry with ``exact=False`` may change. A wrong symmetry changes the function by about 0.3 and more."""
+"""Largest error of a symmetry with ``exact=False``. A wrong symmetry changes the function by about 0.3 and more."""
 
 _SEED = 0
 _NUM_SEEDS = 4
-"""With how many seeds a model is run that draws from Python's or numpy's random numbers."""
+"""Number of seeds with which a model is run that draws from Python's or numpy's random numbers."""
 _AS_GIVEN = "as given"
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """How much each symmetry changed the function, with its verdict; printing it gives a table.
+    """Error and verdict of each symmetry; printing it gives a table.
 
     Attributes:
         errors: For each site id, the largest relative change of an output or a buffer, in evaluation and in training
@@ -193,7 +193,7 @@ class _Run(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """How the model is run, and what comes of it before it is moved."""
+    """One way in which the model is run, and its results before it is moved."""
 
     name: str
     inputs: Inputs

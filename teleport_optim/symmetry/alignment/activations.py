@@ -85,7 +85,7 @@ def _writing_layers(site: Symmetry, model: nn.Module) -> Iterator[tuple[str, Leg
 
 
 def _outputs(model: nn.Module, layers: Iterable[str], batch: ExampleInputs) -> dict[str, list[Tensor]]:
-    """What each layer puts out, call by call, while the model runs on one batch."""
+    """Outputs of each layer, call by call, while the model runs on one batch."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -36,7 +36,7 @@ class Barrier:
 
     @property
     def excesses(self) -> tuple[float, ...]:
-        r"""How far each loss lies above the chord, :math:`L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`."""
+        r"""Height of each loss above the chord, :math:`L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`."""
         first, last = self.losses[0], self.losses[-1]
         inner = zip(self.alphas[1:-1], self.losses[1:-1])
         return (0.0, *((loss - first) - alpha * (last - first) for alpha, loss in inner), 0.0)

@@ -1,8 +1,9 @@
-"""What each group demands of the channels of a model, operation by operation.
+"""Base class of the analyses, each of which follows one group through a graph.
 
-A :class:`ChannelAnalysis` follows one group through the model. It keeps the channels of every tensor, and learns from each
-operation which channels must move together, which may not move at all and which parameters move along. There are two kinds:
-in one channels are exchanged, in the other each is multiplied by a number of its own.
+A :class:`ChannelAnalysis` keeps the channels of every tensor. From each call it learns which channels must move together, which
+may not move at all and which parameters move along. There are two kinds: in one, channels are exchanged or mixed; in the other,
+each is multiplied by a number of its own. The rules in :mod:`~teleport_optim.symmetry.search.operations` say what a call does by
+a few words that both kinds understand: a sum, a product, a reduction, a normalisation, a function of each entry.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ __all__ = [
 ]
 
 LINEAR = frozenset({"linear", "scaling", "sign"})
-"""What commutes with multiplication by one number."""
+"""Tags of linear functions."""
 MASK = frozenset({"scaling", "sign"})
-"""What commutes with an independent factor for each entry, as dropout has."""
+"""Tags of a multiplication by one factor for each entry, as in dropout."""
 HOMOGENEOUS = frozenset({"scaling"})
-"""What commutes with f where f(s x) = s f(x) for positive s."""
+"""Tags of f where f(s x) = s f(x) for positive s."""
 ODD = frozenset({"sign"})
-"""What commutes with f where f(-x) = -f(x)."""
+"""Tags of f where f(-x) = -f(x)."""
 EVEN = frozenset({"even"})
-"""What is known of f where f(-x) = f(x)."""
+"""Tags of f where f(-x) = f(x)."""
 NOTHING: frozenset[str] = frozenset()
-"""Element-wise, and no more."""
+"""Tags of a function of each entry of which nothing else is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,16 @@ class Intermediate(Value):
 
 
 class MovingAxis(NamedTuple):
-    """Entries of a parameter that move with channels: those of ``axis``, in the slice ``within`` of another axis."""
+    """Entries of a parameter that move with channels.
+
+    Attributes:
+        name: Name of the parameter.
+        axis: The axis on which the entries lie.
+        within: Axis, start and length of the slice of another axis in which alone they move; None for all of it.
+        ids: Channel of each entry.
+        positions: Position of each entry within its channel.
+        degree: +1 if they are multiplied by the factor of their channel, -1 if they are divided by it, 2 for a variance.
+    """
 
     name: str
     axis: int
@@ -67,16 +77,17 @@ class MovingAxis(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """The channels ``[blocks, entries]`` of an axis of a parameter, block by block of its axis ``across``."""
+    """Channels ``[blocks, entries]`` of an axis of a parameter, one row for each block of its axis ``across``."""
 
     across: int
     channels: Channels
 
 
 MAX_CHANNELS = 16
+"""Most independent channels of one tensor, which multiply each other where they scale."""
 
 Subscripts = Sequence[Any]
-"""A name for each axis of a tensor; axes of two tensors with the same name are the same index."""
+"""Name of each axis of a tensor, as in einsum: axes of two tensors with one name are one index."""
 
 
 class ChannelAnalysis(ABC):
@@ -122,7 +133,7 @@ class ChannelAnalysis(ABC):
     # ------------------------------------------------------------------------------------------------ parameters
 
     def add_parameter(self, name: str, rank: int, *, is_data: bool = False) -> None:
-        """Take up a parameter about whose axes nothing is known yet.
+        """Add a parameter, about whose axes nothing is known yet.
 
         Args:
             name: Its name.
@@ -134,18 +145,18 @@ class ChannelAnalysis(ABC):
             self._data.add(name)
 
     def is_free(self, value: Value, axis: int) -> bool:
-        """Whether an axis is one of a parameter of which nothing is known yet, so that it can be made to fit."""
+        """Whether an axis of a parameter has met no call yet, so that it can still be made to fit."""
         return self.is_unused(value, axis) and value.source is not None and value.source.name not in self._data
 
     def is_unused(self, value: Value, axis: int) -> bool:
-        """Whether an axis is one of a parameter of which nothing is known yet, data or not."""
+        """Whether an axis of a parameter, or of a buffer of data, has met no call yet."""
         if value.source is None:
             return False
         own_axis = value.source.axes[axis]
         return own_axis is not None and self._parameters[value.source.name][own_axis] is None
 
     def can_move(self, value: Value) -> bool:
-        """Whether anything about a tensor moves, or could be made to."""
+        """Whether anything about a tensor moves, or can still be made to."""
         return any(self.is_free(value, axis) for axis in range(len(value.shape))) or bool(self.known(value))
 
     def bind(self, value: Value, axis: int, channels: Iterable[Channels], *, power: int = 1) -> None:
@@ -160,13 +171,13 @@ class ChannelAnalysis(ABC):
         self._parameters[name][own_axis] = tuple(bound)
 
     def close(self, value: Value) -> None:
-        """Let the axes that are still free move no more: an operation has used them, and nothing moved there."""
+        """Let the axes that are still free never move: a call has used them, and nothing moved there."""
         for axis in range(len(value.shape)):
             if self.is_unused(value, axis):
                 self.bind(value, axis, [])
 
     def pin_axis(self, value: Value, axis: int) -> None:
-        """Let nothing move along an axis of a parameter, now or when another operation uses it."""
+        """Let nothing move along an axis of a parameter, now or when another call uses it."""
         if value.source is None or value.source.axes[axis] is None:
             return
         name, own_axis = self._locate(value, axis)
@@ -206,7 +217,7 @@ class ChannelAnalysis(ABC):
         self._parameters[name][own_axis] = ()
 
     def write(self, value: Value, axis: int) -> tuple[Channels, ...]:
-        """The one-dimensional channels of an axis of a parameter; new channels if it is free."""
+        """Look up the channels along one axis of a parameter; if the axis is free, it gets new ones."""
         if self.is_free(value, axis):
             ids = self.classes.new(value.shape[axis])
             self.bind(value, axis, [Channels(ids, np.zeros_like(ids, dtype=np.uint64))])
@@ -214,20 +225,20 @@ class ChannelAnalysis(ABC):
         return self._parameters[name][own_axis] or ()
 
     def blocks(self, value: Value, axis: int, across: int) -> Channels | None:
-        """What :meth:`bind_blocks` made of an axis, if it did."""
+        """Look up the channels that :meth:`bind_blocks` gave to an axis; None if it did not."""
         name, axes = value.source if value.source else ("", ())
         own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
         known = self._blocked.get((name, own_axis)) if own_axis is not None else None
         return known.channels if known is not None and known.across == own_across else None
 
     def known(self, value: Value) -> tuple[Channels, ...]:
-        """The channels of a tensor; those of a parameter's free axes are left out."""
+        """Look up the channels of a tensor, without the free axes of a parameter."""
         if value.source is None:
             return value.channels if isinstance(value, Intermediate) else self._channels.get(value, ())
         name, axes = value.source
         rank = len(axes)
         for (owner, _), blocks in self._blocked.items():
-            if owner == name:  # used as a whole, too: what its blocks hold may not move
+            if owner == name:  # this call uses the parameter as a whole, so that its blocks may not move on their own
                 self.classes.pin(blocks.channels.ids)
         result = []
         for axis, own in enumerate(axes):
@@ -244,7 +255,7 @@ class ChannelAnalysis(ABC):
         self._channels[value] = channels
 
     def channels_of(self, value: Value) -> tuple[Channels, ...]:
-        """The channels of a tensor; the free axes of a parameter get new channels."""
+        """Look up the channels of a tensor; the free axes of a parameter get new ones."""
         if value.source is not None:
             for axis in range(len(value.shape)):
                 if self.is_free(value, axis):
@@ -252,7 +263,7 @@ class ChannelAnalysis(ABC):
         return self.known(value)
 
     def is_at_rest(self, value: Value) -> bool:
-        """Whether nothing about a tensor moves any more, so that no operation can tell anything of it."""
+        """Whether nothing about a tensor moves, or ever will, so that no rule can learn anything from it."""
         if value.source is None:
             return all(self.classes.are_pinned(one.ids) for one in self.known(value))
         axes = self._parameters[value.source.name]
@@ -262,7 +273,7 @@ class ChannelAnalysis(ABC):
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no parameter moves, and none can be made to, so that nothing is left to be found."""
+        """Whether no parameter moves, and none can be made to, so that there is nothing left to find."""
         if any(own is None for axes in self._parameters.values() for own in axes):
             return False
         return all(self.classes.are_pinned(moving_axis.ids) for moving_axis in self.moving_axes)
@@ -276,7 +287,7 @@ class ChannelAnalysis(ABC):
 
     @abstractmethod
     def add(self, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Channels, ...]:
-        """A sum, or another function of several tensors that has the properties ``tags`` in all of them together."""
+        """Follow a sum, or another function of several tensors that has ``tags`` in all of them together."""
 
     @abstractmethod
     def product(
@@ -287,26 +298,26 @@ class ChannelAnalysis(ABC):
         subscripts_other: Subscripts,
         subscripts: Subscripts,
     ) -> tuple[Channels, ...]:
-        """The sum over all indices that are not among ``subscripts`` of a product of two tensors."""
+        """Follow a product of two tensors, summed over all indices that are not among ``subscripts``, as in einsum."""
 
     @abstractmethod
     def reduce(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
-        """A symmetric function over ``axes``, which keep length one."""
+        """Follow a symmetric function over ``axes``, which keep length one."""
 
     @abstractmethod
     def collapse_axes(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
-        """``channels`` that no longer change along ``axes``, along which the operation mixes entries in ways of its own."""
+        """Let channels not change along ``axes``, along which a call mixes entries in a way of its own."""
 
     @abstractmethod
     def normalise(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
-        """Subtract a mean over ``axes`` and divide by a norm over them, or only divide."""
+        """Follow a division by a norm over ``axes``, perhaps after a mean over them is subtracted."""
 
     @abstractmethod
     def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
-        """Let channels move only where their position along ``axes`` stays the same."""
+        """Let channels move only to places with the same index on ``axes``."""
 
     def elementwise(self, value: Value, tags: frozenset[str]) -> tuple[Channels, ...]:
-        """A function of each entry."""
+        """Follow a function of each entry."""
         channels = self.channels_of(value)
         if self.lets_through(tags):
             return channels
@@ -315,18 +326,20 @@ class ChannelAnalysis(ABC):
         return ()
 
     def multiply(self, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Channels, ...]:
-        """The product, entry by entry, of tensors that broadcast to ``shape``."""
+        """Follow a product, entry by entry, of two tensors that broadcast to ``shape``."""
         subscripts = [broadcast_subscripts(value, shape, side) for side, value in enumerate((one, other))]
         return self.product(one, subscripts[0], other, subscripts[1], range(len(shape)))
 
     @abstractmethod
     def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
-        """Remember that channels pass through a node of the graph; returns the channels that can move on."""
+        """Note that channels pass through an output of the present call; returns those that can move on."""
 
     def lets_through(self, tags: frozenset[str]) -> bool:
+        """Whether channels pass through a function with these tags."""
         return self.name in tags
 
     def pin(self, channels: Iterable[Channels]) -> None:
+        """Let channels never move."""
         for one in channels:
             self.classes.pin(one.ids)
 

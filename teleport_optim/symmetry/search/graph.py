@@ -1,7 +1,7 @@
-"""What a model computes, as plain data: a graph of calls.
+"""Graph of the calls of a model, as plain data.
 
 A graph holds no tensors and asks nothing of torch. It is recorded from a model (:mod:`~teleport_optim.symmetry.search.record`)
-or written by hand, prints as one line per call, and can be analysed as often as one likes.
+or written by hand, prints as one line per call, and can be kept and analysed many times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Call", "Graph", "Parameter", "Pin", "Source", "Step", "Value", "Writ
 
 
 class Source(NamedTuple):
-    """A parameter, or a view of one that only reorders its axes: the parameter's axis for each axis of the view."""
+    """Parameter of which a tensor is a view, with the parameter's axis for each axis of the view; None for a new axis."""
 
     name: str
     axes: tuple[int | None, ...]

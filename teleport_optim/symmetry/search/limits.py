@@ -9,20 +9,20 @@ __all__ = ["Limits", "SearchStopped", "Untraceable"]
 
 
 class Untraceable(ValueError):
-    """The model cannot be followed; the message says why."""
+    """Error of a model that cannot be followed; the message says why."""
 
 
 class SearchStopped(Untraceable):
-    """The search has come to one of its limits; the message says which."""
+    """Error of a search that has reached a limit; the message says which."""
 
 
 class Limits(NamedTuple):
-    """How long a search may take.
+    """Limits of the work of a search.
 
     Attributes:
         operations: Most operations of the model, in all its runs together.
         seconds: Most seconds.
-        start: When the search began.
+        start: Time at which the search began.
     """
 
     operations: int
@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, operations: int, seconds: float) -> Limits:
-        """Limits for a search that begins now."""
+        """Make limits for a search that begins now."""
         return cls(operations, seconds, time.monotonic())
 
     def check(self, num_operations: int = 0) -> None:

@@ -22,13 +22,14 @@ from teleport_optim.symmetry.search.graph import Value
 __all__ = ["PermutationAnalysis"]
 
 _MAX_OUTPUTS = 2**16
+"""Most outputs of a call; it keeps the numbers of places apart."""
 
 
 class PermutationAnalysis(ChannelAnalysis):
-    """Channels are exchanged or mixed: permutations, permutations of whole heads, and general linear maps.
+    """Analysis of a group that exchanges or mixes channels: permutations, also of whole heads, and general linear maps.
 
-    Two channels can be exchanged if they pass through the same nodes of the graph, with the same positions. So each node that
-    channels pass through is recorded, and where an operation tells positions apart, the position too.
+    Two channels can be exchanged if they pass through the same calls, with the same positions. So each call that channels pass
+    through is noted, and where a call tells places on an axis apart, the place too.
 
     Args:
         name: ``"permutation"``, ``"heads"`` or ``"linear"``.
@@ -49,12 +50,11 @@ class PermutationAnalysis(ChannelAnalysis):
 
     def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
         moving = tuple(one for one in channels if one.axes)
-        self.pin(
-            one for one in channels if not one.axes
-        )  # a channel that is a tensor by itself has no other to change with
+        # a channel that is a whole tensor has no other to be exchanged with
+        self.pin(one for one in channels if not one.axes)
         for number, one in enumerate(moving):
             key = (one.ids.tobytes(), one.positions.tobytes())
-            if key in self._noted:  # they have passed a place together before: this one tells no two of them apart
+            if key in self._noted:  # they have passed another call together, which tells as much
                 continue
             self._noted.add(key)
             nowhere = np.zeros([1] * one.rank, np.uint64)
@@ -75,7 +75,7 @@ class PermutationAnalysis(ChannelAnalysis):
         return self._tie(channels, axes, shape)
 
     def _tie(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
-        """Let the entries along ``axes`` move as one, each in its place."""
+        """Let the entries along ``axes`` move as one channel, each at its own position."""
         gone = [axis for axis in channels.axes if axis in axes]
         kept = [1 if axis in gone else size for axis, size in enumerate(channels.ids.shape)]
         tied = Channels(self.classes.new(int(np.prod(kept))).reshape(kept), np.zeros(kept, np.uint64), channels.sign)
@@ -83,7 +83,7 @@ class PermutationAnalysis(ChannelAnalysis):
             _in_rows(array, gone) for array in (channels.ids, channels.positions, tied.spread(shape, gone).positions)
         )
         _, first, inverse = np.unique(rows[0], return_index=True, return_inverse=True)
-        # a unit may lie in several places (pixels), but in the same for each row
+        # a channel may lie in several places (pixels), but these must be the same in each row
         is_alike = np.array_equal(rows, rows[:, first][:, inverse]) and np.array_equal(
             positions, np.broadcast_to(positions[:1], positions.shape)
         )
@@ -153,7 +153,7 @@ class PermutationAnalysis(ChannelAnalysis):
         return tuple(result)
 
     def _fit(self, value: Value, own: list[Any], other: Value, others: list[Any], subscripts: list[Any]) -> None:
-        """Make the free axes of a parameter fit the tensor that it meets."""
+        """Bind the free axes of a parameter to the channels of the tensor that it meets."""
         if value.source is None:
             return
         for axis, subscript in enumerate(own):
@@ -175,7 +175,7 @@ class PermutationAnalysis(ChannelAnalysis):
                 self.write(value, axis)
 
     def _alone(self, entry: Any, other: Value, others: list[Any], subscripts: list[Any]) -> list[Channels]:
-        """What becomes of channels that meet nothing that moves in the other tensor."""
+        """Follow channels that meet nothing that moves in the other tensor."""
         channels, value, own = entry
         names = varying(entry)
         if other.fill is None or self.mixes_channels:
@@ -194,7 +194,7 @@ class PermutationAnalysis(ChannelAnalysis):
         own: list[Any],
         subscripts: list[Any],
     ) -> list[Channels]:
-        """What is left of channels after a sum over ``axes``."""
+        """Follow channels through a sum over ``axes``."""
         kept = [axis for axis in channels.axes if axis not in axes]
         if kept and self.moves_heads:
             tied = self._tie(channels, axes, shape)
@@ -204,7 +204,7 @@ class PermutationAnalysis(ChannelAnalysis):
         return []
 
     def _pair(self, first: Any, second: Any, subscripts: list[Any], *, is_sum: bool) -> list[Channels]:
-        """Let the channels of two tensors move alike, and tell what becomes of them."""
+        """Let the channels of two tensors move alike, and follow them into the product."""
         names = [varying(entry) for entry in (first, second)]
         if not (names[0] <= names[1] or names[1] <= names[0]):
             self.pin([first[0], second[0]])
@@ -248,7 +248,7 @@ class PermutationAnalysis(ChannelAnalysis):
         return tuple(result)
 
     def _regroup(self, channels: Channels, inside: list[int], shape: Sequence[int]) -> list[Channels]:
-        """Keep channels within the group with which they are normalised, or exchange whole groups."""
+        """Keep channels within the group with which they are normalised, or move whole groups."""
         outside = [axis for axis in channels.axes if axis not in inside]
         if self.moves_heads:
             tied = self._tie(channels, inside, shape)
@@ -259,6 +259,6 @@ class PermutationAnalysis(ChannelAnalysis):
 
 
 def _in_rows(array: Array, axes: Sequence[int]) -> Array:
-    """An array with ``axes`` flattened into columns and all others into rows."""
+    """Flatten ``axes`` of an array into columns and all others into rows."""
     others = [axis for axis in range(array.ndim) if axis not in axes]
     return array.transpose([*others, *axes]).reshape(int(np.prod([array.shape[axis] for axis in others])), -1)

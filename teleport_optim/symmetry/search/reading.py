@@ -1,4 +1,8 @@
-"""Which entries of its parameters a model reads, and whether that depends on the sizes of its inputs."""
+"""Entries of parameters that a model reads, and the path that it takes.
+
+Both may depend on the sizes of the inputs: a table of positions is read up to the length of a sequence. Entries that no run reads
+do not move, since longer inputs may read them.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,17 @@ from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS
 __all__ = ["Path", "Readings"]
 
 Choice = tuple[str, tuple[int, ...], str]
-"""A choice of entries along an axis: the operation, the shape of the tensor, and what else the operation takes."""
+"""Choice of entries along an axis: the operation, the shape of the tensor, and the other arguments."""
 
 
 @dataclass
 class _Reading:
-    """What is read of a tensor that is computed from parameters alone.
+    """Parts that are read of a tensor that is computed from parameters alone.
 
     Attributes:
         value: The tensor.
-        parts: What was taken from it.
-        is_whole: Whether an operation reads all of it.
+        parts: The tensors that were taken from it.
+        is_whole: Whether a call reads all of it.
     """
 
     value: Value
@@ -38,7 +42,7 @@ class _Reading:
 
 
 class Readings:
-    """What the operations of a model read of what is computed from its parameters alone.
+    """Parts that calls read of the parameters, and of tensors that are computed from parameters alone.
 
     Args:
         analyses: The groups.
@@ -54,7 +58,7 @@ class Readings:
         return self._readings.setdefault(key, _Reading(value))
 
     def note(self, call: Call) -> None:
-        """Take note of what a call reads."""
+        """Note which tensors a call reads, and which parts."""
         written = {write.output for write in call.writes}
         results = [result for number, result in enumerate(call.results) if number not in written]
         for number, value in enumerate(call.values):
@@ -71,12 +75,12 @@ class Readings:
         return all(analysis.is_still(value) for analysis in self._analyses)
 
     def note_use(self, value: Value) -> None:
-        """Take note that all of a tensor is used in a way that is no operation."""
+        """Note that something else than a call uses all of a tensor."""
         if not value.reads_inputs and not self._is_still(value):
             self._of(value).is_whole = True
 
     def pin_unread(self) -> None:
-        """Let the entries of parameters that nothing reads not move: longer inputs may read them."""
+        """Pin the entries of parameters that nothing reads: longer inputs may read them."""
         for reading in self._readings.values():
             if reading.is_whole or not reading.parts:
                 continue
@@ -91,7 +95,7 @@ class Readings:
         return np.concatenate([_ids(()), *(self._ids_read(analysis, part) for part in parts if part is not None)])
 
     def pin_choices(self, choices: Iterable[Choice]) -> None:
-        """Let nothing move along the axes of parameters along which ``choices`` are made."""
+        """Pin the channels along the axes of parameters on which ``choices`` are made."""
         for choice in choices:
             for value, axis in self._choices.get(choice, []):
                 for analysis in self._analyses:
@@ -99,7 +103,7 @@ class Readings:
 
 
 def _ids(channels: Iterable[Channels]) -> Array:
-    """The ids in ``channels``, in one row."""
+    """Ids of all channels, in one row."""
     return np.concatenate([np.zeros(0, np.int64), *(one.ids.ravel() for one in channels)])
 
 
@@ -108,23 +112,23 @@ def _choice(call: Call) -> Choice:
 
 
 def _plain(given: Any) -> Any:
-    """An argument with nothing but its place where it is a tensor."""
+    """Argument with None in place of each tensor."""
     if isinstance(given, (list, tuple)):
         return [_plain(entry) for entry in given]
     return None if isinstance(given, Value) else given
 
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]
-"""The shapes of a tensor before and after a view."""
+"""Shapes of a tensor before and after a view."""
 
 
 class Path:
-    """The way that a run of a model takes: its operations and what it chooses from its parameters, without their sizes.
+    """Path of a run: its operations without their sizes, and the choices that it makes from its parameters.
 
     Attributes:
-        parameters: The parameters and buffers that it reads.
-        choices: Selections, by their numbers, from what does not depend on the inputs.
-        num_operations: The number of operations.
+        parameters: Names of the parameters and buffers that it reads.
+        choices: Selections, by numbers, from tensors that do not depend on the inputs.
+        num_operations: Number of operations.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -150,7 +154,7 @@ class Path:
                 self.choices.add(_choice(call))
 
     def differs(self, other: Path) -> bool:
-        """Whether the path with inputs of other sizes tells anything else than this one.
+        """Whether an analysis of this path can tell anything else than one of ``other``, with inputs of other sizes.
 
         How often a loop runs does not count. A view counts where the places between which it spreads an axis, whose size is
         the same with both inputs, depend on the sizes.
@@ -170,7 +174,7 @@ def _spreads_otherwise(one: _View, two: _View) -> bool:
 
 
 def _cuts(old: Sequence[int], new: Sequence[int]) -> list[list[Fraction]]:
-    """For each axis before a view, where the axes after it begin in its midst."""
+    """Cuts of each axis before a view: the places in its midst where an axis after the view begins."""
     ends = sorted(set(itertools.accumulate(reversed(new), operator.mul)))
     steps = [*itertools.accumulate(reversed(old), operator.mul, initial=1)][-2::-1]
     return [[Fraction(end, step) for end in ends if step < end < step * size] for size, step in zip(old, steps)]

@@ -15,9 +15,9 @@ __all__ = ["ScalingAnalysis"]
 
 
 class ScalingAnalysis(ChannelAnalysis):
-    """Each channel is multiplied by a number of its own: positive scalings and sign flips.
+    """Analysis of a group that multiplies each channel by a number of its own: positive scalings or sign flips.
 
-    Several channels of one tensor multiply each other.
+    An entry that belongs to several channels, on several axes, is multiplied by all of their numbers.
 
     Args:
         name: ``"scaling"`` or ``"sign"``.
@@ -29,12 +29,12 @@ class ScalingAnalysis(ChannelAnalysis):
         super().__init__(name, ChannelClasses(parity_matters=name == "scaling", use_positions=False))
 
     def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
-        """Factors do not move from place to place."""
+        """Do nothing: factors do not move from place to place."""
 
     def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
         if len(channels) <= MAX_CHANNELS:
             return channels
-        self.pin(channels)  # a tensor that was multiplied with itself over and over
+        self.pin(channels)  # a tensor that was multiplied by itself over and over
         return ()
 
     def collapse_axes(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
@@ -61,7 +61,7 @@ class ScalingAnalysis(ChannelAnalysis):
         return tuple(result)
 
     def _agree(self, reference: list[Channels], value: Value, shape: tuple[int, ...]) -> list[Channels]:
-        """Let the factors of ``value`` be those of ``reference``; returns those that are left."""
+        """Set the factors of ``value`` equal to those of ``reference``; returns those that are left."""
         offset = len(shape) - len(value.shape)
         free = [axis for axis in range(len(value.shape)) if self.is_free(value, axis)]
         others = _widen(self.known(value), len(shape))
@@ -88,7 +88,7 @@ class ScalingAnalysis(ChannelAnalysis):
         return result
 
     def _partner(self, one: Channels, others: Sequence[Channels], *, sign: int) -> Channels | None:
-        """Which of ``others`` to set equal to ``one``: the one that is equal, else one that changes along the same axes."""
+        """Choose which of ``others`` to set equal to ``one``: the one that is equal, else one that changes along the same axes."""
         equal = [other for other in others if self._are_equal(one, other, sign)]
         alike = [other for other in others if other.axes == one.axes]
         overlapping = [other for other in others if set(other.axes) & set(one.axes)]
@@ -128,9 +128,9 @@ class ScalingAnalysis(ChannelAnalysis):
         factors: list[tuple[Channels, list[Any]]],
         subscripts: list[Any],
     ) -> list[tuple[Channels, list[Any]]]:
-        """Let free axes of a parameter write new factors and undo those of the other tensor, which are taken from ``factors``.
+        """Let free axes of a parameter write new factors, and undo those of the other tensor.
 
-        Returns the new factors.
+        Factors that are undone are taken out of ``factors``. Returns the new ones.
         """
         written = []
         free = [axis for axis in range(len(own)) if self.is_free(value, axis)]
@@ -154,7 +154,7 @@ class ScalingAnalysis(ChannelAnalysis):
         return written
 
     def _contract(self, factors: list[list[tuple[Channels, list[Any]]]], subscripts: list[Any]) -> list[Channels]:
-        """The factors of a product that are left after the sum over what is not among ``subscripts``."""
+        """Factors of a product that are left after the sum over all that is not among ``subscripts``."""
         names = list(dict.fromkeys(name for side in factors for _, own in side for name in own))
         summed = [index for index, name in enumerate(names) if name not in subscripts]
         placed = [[place(channels, own, names) for channels, own in side] for side in factors]
@@ -197,7 +197,7 @@ class ScalingAnalysis(ChannelAnalysis):
 
 
 def _widen(channels: Iterable[Channels], rank: int) -> list[Channels]:
-    """Channels of a tensor that is broadcast to ``rank`` axes."""
+    """Put axes of length one in front, up to ``rank`` axes."""
     return [one.map(lambda array: array.reshape((1,) * (rank - array.ndim) + array.shape)) for one in channels]
 
 

@@ -1,4 +1,4 @@
-"""From what an analysis has learned to the symmetries of a spec."""
+"""Solve for sites: gather the channels that an analysis has left free into the symmetries of a spec."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ __all__ = ["symmetries_of"]
 
 @dataclass
 class _Entries:
-    """The entries of a moving_axis.
+    """Entries of a moving axis.
 
     Attributes:
-        moving_axis: The moving_axis.
-        roots: The class of each entry.
-        positions: What tells the entries of one class apart: their position in it, and what their unit passes through by itself.
-        degrees: The degree of each entry.
+        moving_axis: The moving axis.
+        roots: Class of each entry.
+        positions: Hash that tells the entries of one class apart: of the position in it and of the calls that the channel of the
+            entry passes through by itself.
+        degrees: Degree of each entry.
     """
 
     moving_axis: MovingAxis
@@ -36,12 +37,12 @@ class _Entries:
 def symmetries_of(
     analysis: ChannelAnalysis, names: Mapping[str, Sequence[str]], *, include_approximate: bool
 ) -> list[Symmetry]:
-    """The symmetries that an analysis has found.
+    """Make symmetries of the channels that an analysis has left free.
 
     Args:
-        analysis: The analysis, after a trace.
+        analysis: The analysis, after the last graph.
         names: For each parameter, all names under which the model has it.
-        include_approximate: Whether to return those that hold only up to the eps of a normalisation, too.
+        include_approximate: Whether to return also those that hold only up to the eps of a normalisation.
     """
     if not analysis.moving_axes:
         return []
@@ -72,13 +73,13 @@ def _is_constant(values: Array) -> bool:
 
 
 def _in_order(values: Array) -> Array:
-    """The different values in the order in which they first appear."""
+    """Different values in the order in which they first appear."""
     unique, first = np.unique(values, return_index=True)
     return unique[np.argsort(first)]
 
 
 def _sites(roots: Array, signatures: Array, num_channels: int) -> tuple[Array, Array, list[int]]:
-    """For each class the number of its site and its own number there, -1 if it has none; and the sizes of the sites."""
+    """Number of the site of each class and its own number there, -1 if it has none; and the sizes of the sites."""
     order = _in_order(signatures[roots])
     _, first, inverse = np.unique(signatures[roots], return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))
@@ -132,7 +133,7 @@ def _signatures(analysis: ChannelAnalysis) -> tuple[list[_Entries], Array]:
 
 
 def _pin_copies(analysis: ChannelAnalysis, roots: Array, keys: Array, is_counted: Array) -> None:
-    """Let classes that have two entries with one position in a tensor move no more: which is which cannot be told."""
+    """Pin classes that have two entries with one position in a tensor: nothing tells which is which."""
     order = np.flatnonzero(is_counted)[np.argsort(keys[is_counted])]
     is_copy = keys[order][1:] == keys[order][:-1]
     if is_copy.any():
@@ -166,7 +167,7 @@ def _legs(
 
 
 def _runs(columns: Array, degrees: Array) -> list[list[int]]:
-    """Entries of the first channel that go into one leg: those of one degree that lie side by side, or all of one degree."""
+    """Split the entries of a channel into runs, one for each leg: neighbours of one degree."""
     runs: list[list[int]] = []
     for column in range(len(columns)):
         if runs and degrees[runs[-1][-1]] == degrees[column] and columns[column] == columns[runs[-1][-1]] + 1:
@@ -177,13 +178,13 @@ def _runs(columns: Array, degrees: Array) -> list[list[int]]:
 
 
 def _owner(name: str) -> str:
-    """The layer to which a tensor belongs, or its own name if it is a parameter by itself."""
+    """Layer to which a tensor belongs, or its own name if it is a parameter by itself."""
     layer, _, last = name.rpartition(".")
     return layer if layer and last.startswith(("weight", "bias", "in_proj", "running")) else name
 
 
 def _named(analysis: ChannelAnalysis, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> list[Symmetry]:
-    """The sites with their ids: the module of the first writer, the group, and a number where that is not enough."""
+    """Give sites their ids: the module of the first writer, the analysis, and a number where that is not enough."""
     group = GROUPS[analysis.group]
     oriented = []
     for legs, size, is_exact in sites:

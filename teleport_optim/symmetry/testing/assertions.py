@@ -30,7 +30,7 @@ __all__ = ["Loss", "assert_equivariant_gradient", "assert_invariant", "assert_op
 
 _SEED = 0
 _MAX_REFUSALS = 5
-"""How many refusals a message lists."""
+"""Most refusals that a message lists."""
 
 Loss = Callable[[Any], Tensor]
 
@@ -282,7 +282,7 @@ def _generic_twin(model: nn.Module, inputs: ExampleInputs, spec: SymmetrySpec) -
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, under every name that they have."""
+    """Parameters and buffers, under every name that they have."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 

@@ -1,8 +1,12 @@
-"""What each operation of a traced model demands of the channels that pass through it.
+"""Rules of operations: conditions on the channels that pass through them.
 
-A rule takes a :class:`Call` and an analysis, tells the analysis what must hold, and returns the channels of each tensor that the
-operation gives. Operations are named as in PyTorch's ATen, without the overload. What is not in :data:`RULES` is followed
-through the operations that it is made of, if it is made of others; else it lets nothing through.
+A rule takes a call and an analysis, tells the analysis what must hold, and returns the channels of each result. It asks the
+analysis for what its group does (``moves_entries``, say), never for its class. Operations are named as in PyTorch's ATen, without
+the overload. An operation that is not in :data:`RULES` is followed through the operations of which torch makes it; if there are
+none, it lets nothing through.
+
+To add an operation, write its rule in one of these files, name it in :data:`RULES`, and give tests/test_operations.py a model
+with it: there every symmetry found is verified by numbers.
 """
 
 from __future__ import annotations
@@ -146,7 +150,7 @@ RULES: dict[str, Rule] = {
 
 
 def fill_of(name: str, arguments: Mapping[str, Any]) -> float | None:
-    """The one number that all entries of a new tensor are, if the call tells it."""
+    """The one number that all entries of a new tensor are, where the call tells it."""
     if name in ("zeros", "zeros_like", "new_zeros", "zero_"):
         return 0.0
     if name in ("ones", "ones_like", "new_ones"):

@@ -29,6 +29,7 @@ Rule = Callable[[Call, ChannelAnalysis], Result]
 
 
 def as_value(argument: Any) -> Value:
+    """Make a tensor of a number."""
     if isinstance(argument, Value):
         return argument
     return Value((), fill=float(argument) if isinstance(argument, (int, float)) else None)
@@ -59,7 +60,7 @@ def aligned(value: Value, analysis: ChannelAnalysis, axis: int, shape: Sequence[
 
 
 def opaque(call: Call, analysis: ChannelAnalysis) -> Result:
-    """What is not understood: nothing that goes in moves."""
+    """Let nothing move that goes into a call: the rule does not cover this form of the operation."""
     for value in call.values:
         analysis.freeze(value)
     return [()] * len(call.shapes)
@@ -74,11 +75,11 @@ def bind_axis(
     power: int = 1,
     is_updated: bool = False,
 ) -> None:
-    """Let an axis of a parameter move as ``channels`` say, whether it is free or not.
+    """Let an axis of a parameter move as ``channels`` say; if it is not free, unite them with those it has.
 
     Args:
         analysis: The group.
-        value: The parameter. What is none, or has no such axis, does not move.
+        value: The parameter. A tensor that is none does not move.
         axis: The axis.
         channels: How it is to move.
         power: The degree.

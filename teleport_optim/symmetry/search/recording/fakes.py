@@ -1,7 +1,7 @@
-"""Tensors without data, and what operations make of them.
+"""Tensors without data, and the results of operations on them.
 
-torch's fake tensors tell shapes, types and memory of results, at a tenth of a millisecond for each operation. A model does the
-same operation over and over, so that what it makes of tensors of some shapes is looked up.
+torch's fake tensors tell shapes, types and memory of results, at a tenth of a millisecond for each operation. A model repeats
+the same operations, so that results for tensors of the same shapes are looked up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class _Layout(NamedTuple):
-    """All of a tensor but its entries.
+    """Layout of a tensor: all about it but its entries.
 
     Attributes:
         shape: Its shape.

@@ -1,4 +1,4 @@
-"""Facts that the schema of an operation tells."""
+"""Facts about an operation, from its schema."""
 
 from __future__ import annotations
 
