@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from teleport_optim.symmetry.alignment.networks import (
     ROUNDING,
     call,
-    cuda_devices,
 )
 from teleport_optim.symmetry.inputs import ExampleInputs
 from teleport_optim.symmetry.moves import leg_channels
+from teleport_optim.symmetry.named_tensors import cuda_devices
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["activation_correlations"]

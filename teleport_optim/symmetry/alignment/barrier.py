@@ -13,11 +13,10 @@ from torch import nn
 from teleport_optim.symmetry.alignment.networks import (
     as_batches,
     check_alike,
-    cuda_devices,
-    named_tensors,
     recalibrate_batch_norm,
 )
 from teleport_optim.symmetry.inputs import ExampleInputs
+from teleport_optim.symmetry.named_tensors import cuda_devices, named_tensors
 
 __all__ = ["Barrier", "interpolation_barrier"]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from teleport_optim.symmetry.inputs import Inputs
+from teleport_optim.symmetry.named_tensors import named_tensors
 from teleport_optim.symmetry.search.graph import Graph, Parameter, Source, Value
 from teleport_optim.symmetry.search.limits import Limits, Untraceable
 from teleport_optim.symmetry.search.record import Recorder
@@ -90,7 +91,7 @@ class Session:
         with ExitStack() as stack:
             for context in (_untouched_state(), quiet(), torch.inference_mode()):
                 stack.enter_context(context)
-            originals = dict(_tensors(model))
+            originals = dict(named_tensors(model))
             self._device = next((tensor.device for tensor in originals.values()), torch.device("cpu"))
             memo: dict[int, Any] = {}
             names: dict[int, str] = {}
@@ -170,11 +171,6 @@ class Session:
 
         values, shared = twin_of(inputs, {}, fake)
         return values, tensors, shared
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _clear_frames(error: BaseException | None) -> None:
