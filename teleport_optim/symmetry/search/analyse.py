@@ -47,8 +47,11 @@ class Analyser:
         >>> graph.outputs += graph.call("linear", {"input": hidden, "weight": second, "bias": None}, (2, 1))
         >>> analyser = Analyser(["scaling"])
         >>> analyser.follow(graph)
-        >>> [(axis.name, axis.axis, axis.degree) for axis in analyser.analyses[0].moving_axes if axis.ids.any()]
-        [('0.weight', 1, 1), ('0.weight', 0, 1), ('2.weight', 0, 1), ('2.weight', 1, -1)]
+        >>> from teleport_optim.symmetry.search.sites import symmetries_of
+        >>> names = {name: [name] for name in graph.parameters}
+        >>> for site in symmetries_of(analyser.analyses[0], names, include_approximate=False):
+        ...     print(site.id, *site.legs)
+        0:scaling 0.weight[0]^+1 2.weight[1]^-1
     """
 
     def __init__(self, groups: Iterable[str] = tuple(GROUPS), limits: Limits | None = None) -> None:

@@ -40,7 +40,7 @@ def convolution(call: Call, analysis: ChannelAnalysis, *, is_transposed: bool) -
 
 
 def _with_whole_kernels(analysis: ChannelAnalysis, weight: Value) -> Value:
-    """A weight whose channels do not change from place to place in a kernel, each of which meets another pixel."""
+    """Pin what differs from place to place in a kernel, since each place meets another pixel."""
     places = range(2, len(weight.shape))
     if weight.source is None:
         channels = [analysis.collapse_axes(one, places, weight.shape) for one in analysis.known(weight)]

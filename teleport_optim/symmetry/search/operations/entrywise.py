@@ -20,14 +20,14 @@ __all__ = ["clamp", "combined", "divide", "each_entry", "lerp", "masked_fill", "
 
 
 def each_entry(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Result:
-    """A function of each entry of the first tensor; other tensors, if any, are parameters without channels."""
+    """Follow a function of each entry of the first tensor; other tensors may not have channels."""
     for value in call.values[1:]:
         analysis.freeze(value)
     return [analysis.elementwise(call.first, tags)] * len(call.shapes)
 
 
 def combined(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Result:
-    """A function of the entries of several tensors, together."""
+    """Follow a function of the entries of several tensors in one place."""
     values = [as_value(call[key]) for key in ("self", "other", "end") if call[key] is not None]
     if tags == NOTHING and not analysis.moves_entries:
         for value in values:
@@ -63,7 +63,7 @@ def lerp(call: Call, analysis: ChannelAnalysis) -> Result:
 
 
 def _chosen(call: Call, analysis: ChannelAnalysis, selector: Value, other: Any) -> Result:
-    """Entry by entry a choice or a mixture of two tensors, which a third decides."""
+    """Follow a choice or a mixture of two tensors, entry by entry, by a third one."""
     values = [as_value(call["self"]), as_value(other)]
     if analysis.moves_entries:
         return [analysis.add([selector, *values], call.shape, NOTHING)]

@@ -33,7 +33,7 @@ __all__ = [
 def reshape_channels(
     analysis: ChannelAnalysis, channels: Sequence[Channels], old: Sequence[int], new: Sequence[int]
 ) -> tuple[Channels, ...]:
-    """Channels after a reshape. Where it mixes the axes of two of them, none moves any more."""
+    """Follow channels through a reshape. Where it mixes the axes of two of them, none moves any more."""
     moved = [one.reshape(old, new) for one in channels]
     result: list[Channels] = []
     for one, after in zip(channels, moved):
@@ -51,7 +51,7 @@ def reshape_channels(
 def reshape(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
     if call["dtype"] is not None and (analysis.changes_numbers or call.shape != value.shape):
-        return opaque(call, analysis)  # the same bytes, read as other numbers
+        return opaque(call, analysis)  # the same bytes are read as other numbers
     return [reshape_channels(analysis, analysis.channels_of(value), value.shape, call.shape)]
 
 
@@ -61,7 +61,7 @@ def permute(call: Call, analysis: ChannelAnalysis) -> Result:
 
 
 def axis_order(call: Call) -> list[int]:
-    """The axes of the input in the order of the output."""
+    """Axes of the input in the order of the output."""
     rank = len(call.first.shape)
     order = list(range(rank))
     if call.name == "permute":
@@ -94,7 +94,7 @@ def _widened(channels: Channels, rank: int) -> Channels:
 
 
 def repeat(call: Call, analysis: ChannelAnalysis) -> Result:
-    """Copies side by side: as an axis of copies in front of each axis, flattened into it."""
+    """Follow copies side by side: each axis gets an axis of copies in front, which is flattened into it."""
     value, rank = call.first, len(call.shape)
     own = (1,) * (rank - len(value.shape)) + value.shape
     times = [new // old if old else 1 for new, old in zip(call.shape, own)]

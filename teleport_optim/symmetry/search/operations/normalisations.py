@@ -1,4 +1,4 @@
-"""Normalisations with what they keep per channel."""
+"""Normalisations, with their gains, biases and running statistics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["batch_norm", "group_norm", "layer_norm"]
 def _affine(
     call: Call, analysis: ChannelAnalysis, channels: tuple[Channels, ...], axes: Sequence[int]
 ) -> tuple[Channels, ...]:
-    """The channels after the multiplication with ``weight`` and the addition of ``bias``, both of which lie on ``axes``."""
+    """Follow a multiplication by ``weight`` and an addition of ``bias``, both of which lie on ``axes``."""
     for key in ("weight", "bias"):
         parameter = call[key]
         if parameter is None:

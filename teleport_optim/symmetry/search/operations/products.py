@@ -24,7 +24,7 @@ def linear(call: Call, analysis: ChannelAnalysis) -> Result:
 def biased(
     call: Call, analysis: ChannelAnalysis, channels: tuple[Channels, ...], bias: Value | None, axis: int = -1
 ) -> tuple[Channels, ...]:
-    """The channels of an output after the bias along ``axis`` is added."""
+    """Follow the sum of an output and a bias along ``axis``."""
     if bias is None:
         return channels
     shape = [1] * len(call.shape)
@@ -54,7 +54,7 @@ def _matrix_product(call: Call, analysis: ChannelAnalysis, one: Value, other: Va
 
 
 def _batch_subscripts(value: Value, shape: Sequence[int], num_batch: int, side: int) -> list[Any]:
-    """Names for the axes of a matrix product's operand in front of its matrices; what is broadcast has one of its own."""
+    """Subscripts of the axes in front of the matrices of an operand; an axis that is broadcast gets one of its own."""
     first = num_batch - (len(value.shape) - 2)
     return [
         first + axis if value.shape[axis] == shape[first + axis] else ("broadcast", side, axis)
@@ -113,7 +113,7 @@ def attention(call: Call, analysis: ChannelAnalysis) -> Result:
         return opaque(call, analysis)
     scores = analysis.product(query, [*batch, "q", "d"], key, [*batch, "k", "d"], [*batch, "q", "k"])
     shape = (*query.shape[:-1], key.shape[-2])
-    if call["is_causal"]:  # who looks at whom depends on the position of both
+    if call["is_causal"]:  # the mask tells queries and keys apart by their place
         analysis.pin(one for one in scores if set(one.axes) & {len(batch), len(batch) + 1})
     if mask is not None:
         channels = Intermediate(shape, channels=scores)

@@ -18,7 +18,7 @@ _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 _MOVED_GATE = {"lstm": 2, "gru": 2}
-"""The gate whose activation is multiplied by the others: where a hidden unit gets its sign or size."""
+"""Number of the gate from which a hidden unit gets its sign or size; the others only multiply it."""
 
 
 _TAGS = {"rnn_relu": HOMOGENEOUS, "rnn_tanh": ODD, "lstm": ODD, "gru": ODD}
@@ -26,7 +26,7 @@ _TAGS = {"rnn_relu": HOMOGENEOUS, "rnn_tanh": ODD, "lstm": ODD, "gru": ODD}
 
 
 def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
-    """Hidden units of a recurrent layer: rows of every gate, columns of the recurrent matrix."""
+    """Follow a recurrent layer: a hidden unit is a row of every gate and a column of the recurrent matrix."""
     value, params = call["input"], call["params"]
     states = [call["hx"]] if isinstance(call["hx"], Value) else list(call["hx"] or [])
     per_layer = 4 if call["has_biases"] else 2
@@ -56,7 +56,7 @@ def recurrent(call: Call, analysis: ChannelAnalysis) -> Result:
             if hidden is not None and analysis.is_free(recurrent, 1):
                 analysis.bind(recurrent, 1, [hidden.dual()])
             read = analysis.product(value, [*batch_axes, "in"], weight, ["gate", "in"], [*batch_axes, "gate"])
-            # steps in time follow each other, and a factor of all entries does not pass the gates
+            # the order of the steps counts, and a factor of the whole tensor does not pass the gates
             analysis.pin(one for one in read if one.axes != (len(batch_axes),))
             for parameter in (weight, recurrent, *biases):
                 analysis.close(parameter)
@@ -107,7 +107,7 @@ def _bind_gates(
 
 
 def _sequence_channels(outputs: list[Channels | None], rank: int) -> list[Channels]:
-    """The channels of the outputs of a layer, both directions side by side."""
+    """Channels of the outputs of a layer, both directions side by side."""
     if any(one is None for one in outputs):
         return []
     ids, positions = (np.concatenate([getattr(one, key).ravel() for one in outputs]) for key in ("ids", "positions"))

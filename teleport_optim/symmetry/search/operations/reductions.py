@@ -11,7 +11,7 @@ __all__ = ["extreme", "norm", "reduce", "spatial"]
 
 
 def spatial(call: Call, analysis: ChannelAnalysis, tags: frozenset[str], num_spatial: int | None = None) -> Result:
-    """A layer that works on the last axes, and on each channel alone."""
+    """Follow a layer that works on the last axes, and on each channel alone."""
     value = call.first
     rank = len(value.shape)
     num_spatial = rank - 2 if num_spatial is None else num_spatial
@@ -34,19 +34,19 @@ def reduce(call: Call, analysis: ChannelAnalysis, tags: frozenset[str]) -> Resul
         channels = tuple(one.map(lambda array: array.squeeze(tuple(axes))) for one in channels)
     if len(call.shapes) == 2 and call.name in ("max", "min"):
         for one in analysis.known(value):
-            if set(one.axes) & set(axes):  # which channel it was is no property of the function
+            if set(one.axes) & set(axes):  # the index that is returned tells which channel it was
                 analysis.classes.pin(one.ids)
         return [channels, channels if analysis.moves_entries else ()]
     return [channels] * len(call.shapes)
 
 
 def norm(call: Call, analysis: ChannelAnalysis) -> Result:
-    """A norm over axes; that of order 0 counts entries and does not grow with them."""
+    """Follow a norm over axes. The norm of order 0 counts entries and does not grow with them."""
     return reduce(call, analysis, HOMOGENEOUS if call["ord"] else NOTHING)
 
 
 def extreme(call: Call, analysis: ChannelAnalysis) -> Result:
-    """max and min: over an axis, over everything, or of two tensors."""
+    """Follow max and min: over an axis, over all axes, or of two tensors."""
     return (
         combined(call, analysis, HOMOGENEOUS)
         if isinstance(call["other"], Value)

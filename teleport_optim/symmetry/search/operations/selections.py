@@ -16,7 +16,7 @@ __all__ = ["cat", "embedding", "index", "select", "split", "take_slice"]
 
 
 def _take(channels: Channels, axis: int, index: Any) -> Channels:
-    """The channels of the positions ``index`` of an axis."""
+    """Take the entries ``index`` of an axis."""
     return channels.map(lambda array: array if array.shape[axis] == 1 else np.take(array, index, axis)).simplified()
 
 
@@ -77,7 +77,7 @@ def cat(call: Call, analysis: ChannelAnalysis) -> Result:
 
 
 def _inserted(analysis: ChannelAnalysis, value: Value, axis: int) -> Value:
-    """A tensor with a new axis of length one."""
+    """Put in a new axis of length one."""
     shape = (*value.shape[:axis], 1, *value.shape[axis:])
     if value.source is not None:
         axes = (*value.source.axes[:axis], None, *value.source.axes[axis:])
@@ -87,7 +87,7 @@ def _inserted(analysis: ChannelAnalysis, value: Value, axis: int) -> Value:
 
 
 def _across(call: Call, analysis: ChannelAnalysis, values: list[Value], axis: int) -> list[Channels]:
-    """The channels on the axes along which nothing is concatenated: all tensors must agree on them."""
+    """Channels on the axes along which nothing is concatenated; all tensors must agree on them."""
     reference: Value | None = None
     shape = tuple(1 if k == axis else size for k, size in enumerate(call.shape))
     parts = []
@@ -106,7 +106,7 @@ def _across(call: Call, analysis: ChannelAnalysis, values: list[Value], axis: in
 
 
 def _joined(analysis: ChannelAnalysis, values: list[Value], axis: int) -> list[Channels]:
-    """The channels that change along the axis of concatenation. Entries that do not move get the unit PINNED."""
+    """Channels that change along the axis of concatenation. Entries that do not move get the id PINNED."""
     own = [[one for one in analysis.known(value) if axis in one.axes] for value in values]
     if not any(own):
         return []
@@ -130,7 +130,7 @@ def _joined(analysis: ChannelAnalysis, values: list[Value], axis: int) -> list[C
 
 
 def _unsigned(analysis: ChannelAnalysis, channels: Channels) -> Channels:
-    """The same channels with new ids, so that their sign is +1."""
+    """Give channels new ids, so that their sign is +1."""
     ids = analysis.classes.new(channels.ids.size).reshape(channels.ids.shape)
     positive = Channels(ids, channels.positions)
     analysis.classes.unite(Channels(ids, channels.positions), channels)
@@ -138,7 +138,7 @@ def _unsigned(analysis: ChannelAnalysis, channels: Channels) -> Channels:
 
 
 def _distinguished(analysis: ChannelAnalysis, channels: Channels) -> Channels:
-    """Channels in which entries that are copies of each other have positions of their own."""
+    """Give entries that are copies of each other positions of their own."""
     if not analysis.moves_entries:
         return channels
     roots, positions, _ = analysis.classes.find(channels.ids, channels.positions)

@@ -28,7 +28,7 @@ from teleport_optim.symmetry.search.recording.watch import Watch, random_states,
 __all__ = ["Session", "leaving_nothing"]
 
 _MAX_DATA = 2**20
-"""Most entries of a buffer whose values are looked at as indices."""
+"""Most entries of an integer buffer whose values are kept, since they may be indices."""
 
 T = TypeVar("T")
 
@@ -84,6 +84,7 @@ class Session:
 
     @property
     def graph(self) -> Graph:
+        """The last graph."""
         return self._recorder.graph
 
     def __enter__(self) -> Session:
@@ -155,7 +156,7 @@ class Session:
         return graph
 
     def kept(self) -> Graph:
-        """Tensors that the copy keeps for its next calls, in which nothing may move; parameters may."""
+        """Pin the tensors that the copy keeps for its next calls, but for parameters."""
         graph = self._recorder.start()
         for leaf in attributes(self._twin) | self._lasting:
             self._recorder.pin(leaf, spares_parameters=True)
@@ -174,7 +175,7 @@ class Session:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let an error, and those from which it comes, keep the lines of the model that it tells of, but not their variables."""
+    """Clear the variables of the lines that an error tells of: they would keep tensors of the search alive."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
