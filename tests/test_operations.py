@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.search import operations
+from teleport_optim.symmetry.search.graph import Call
 from teleport_optim.symmetry.search.operations import entrywise
 from teleport_optim.symmetry.search.operations.call import Rule
 
@@ -284,14 +285,14 @@ def test_every_operation_with_a_rule_is_met_by_some_test_model(monkeypatch: pyte
     met: set[str] = set()
 
     def watched(name: str, rule: Rule) -> Rule:
-        def apply(call: operations.Call, theory: Any) -> Any:
+        def apply(call: Call, analysis: Any) -> Any:
             met.add(name)
-            return rule(call, theory)
+            return rule(call, analysis)
 
         return apply
 
     monkeypatch.setattr(
-        "teleport_optim.symmetry.search.trace.RULES",
+        "teleport_optim.symmetry.search.analyse.RULES",
         {name: watched(name, rule) for name, rule in operations.RULES.items()},
     )
     for factory, make_inputs, _ in MODELS.values():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 from teleport_optim.symmetry.action import act
-from teleport_optim.symmetry.search import trace
+from teleport_optim.symmetry.search import analyse
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -168,15 +168,24 @@ def test_models_without_hidden_channels_have_no_symmetries(model: nn.Module) -> 
     assert find_symmetries(model, torch.randn(2, 3)) == SymmetrySpec()
 
 
-def test_a_form_that_a_rule_does_not_foresee_lets_nothing_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(call: object, theory: object) -> None:
-        raise KeyError("unforeseen")
+@pytest.mark.parametrize("kind", [KeyError, TypeError, AttributeError, ZeroDivisionError])
+def test_an_error_of_a_rule_is_a_mistake_of_ours_and_no_refusal(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(call: object, analysis: object) -> None:
+        raise kind("a mistake")
 
-    model, inputs = mlp(), torch.randn(5, 4)
-    monkeypatch.setitem(trace.RULES, "relu", fail)
-    spec = find_symmetries(model, inputs)
-    assert len(spec) == 0
-    assert "relu could not be followed: KeyError: 'unforeseen'" in reasons_of(spec)["1"]
+    monkeypatch.setitem(analyse.RULES, "relu", fail)
+    with pytest.raises(kind, match="a mistake"):
+        find_symmetries(mlp(), torch.randn(5, 4))
+
+
+def test_an_error_of_the_model_is_told_from_one_of_ours() -> None:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        raise KeyError("of the model")
+
+    with pytest.raises(ValueError, match=r"cannot take example_inputs in evaluation mode: KeyError: 'of the model'"):
+        find_symmetries(Model(forward, a=nn.Linear(3, N)), torch.randn(2, 3))
 
 
 @torch.library.custom_op("teleport_optim_tests::doubled", mutates_args=())

@@ -11,14 +11,14 @@ from enum import IntEnum
 
 from torch import Tensor
 
-from teleport_optim.symmetry.moves import channels_of, move
+from teleport_optim.symmetry.moves import leg_channels, move
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
 __all__ = ["SlotKind", "act", "act_dual", "channel_norms", "transport"]
 
 
 class SlotKind(IntEnum):
-    """How a tensor that belongs to a parameter moves when the parameter does; the value multiplies every degree."""
+    """Kind of a tensor that moves with a parameter; the value multiplies every degree."""
 
     VECTOR = 1
     """Moves like the parameter: a velocity, an average of the iterates."""
@@ -124,4 +124,4 @@ def channel_norms(symmetry: Symmetry, leg: Leg, tensor: Tensor) -> Tensor:
         >>> channel_norms(site, leg, torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
         tensor([25.,  4.])
     """
-    return channels_of(symmetry, leg, tensor).flatten(1).square().sum(dim=1)
+    return leg_channels(symmetry, leg, tensor).flatten(1).square().sum(dim=1)

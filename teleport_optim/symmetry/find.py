@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from teleport_optim.symmetry.groups import GROUPS
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
-from teleport_optim.symmetry.search.analysis import Theory
-from teleport_optim.symmetry.search.permutations import Exchange
-from teleport_optim.symmetry.search.scalings import Multiplication
+from teleport_optim.symmetry.named_tensors import named_tensors
+from teleport_optim.symmetry.search.limits import Limits, SearchStopped, Untraceable
+from teleport_optim.symmetry.search.runs import follow
 from teleport_optim.symmetry.search.sites import symmetries_of
-from teleport_optim.symmetry.search.trace import Limits, SearchStopped, trace
-from teleport_optim.symmetry.search.twin import Untraceable
 from teleport_optim.symmetry.spec import Refusal, Symmetry, SymmetrySpec
 
 __all__ = ["find_symmetries"]
@@ -65,7 +63,7 @@ def find_symmetries(
     Raises:
         TypeError: if ``model`` is not a module, or ``example_inputs`` none of these.
         ValueError: if the model cannot take ``example_inputs``, its own code fails on them, or there is no group of such
-            a name.
+            a name. Any other error is a mistake in this library: please report it.
 
     Cost: Python's part of two forward passes, and as much again: 0.1 to 2 s for the networks of torchvision. A model that
     compares sizes, or asks whether gradients are taken, is followed a few times more.
@@ -86,13 +84,12 @@ def find_symmetries(
         raise ValueError(f"there are no groups {sorted(wanted - set(GROUPS))}, but {sorted(GROUPS)}")
     limits = Limits.of(max_operations, max_seconds)
     inputs = Inputs.of(example_inputs, model)
-    lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
+    lazy = [name for name, tensor in named_tensors(model) if is_lazy(tensor)]
     if lazy:
         reason = "it has no shape yet: run one batch through the model first"
         return SymmetrySpec(refusals=tuple(Refusal(name, reason) for name in lazy))
-    theories = [theory for group in GROUPS if group in wanted for theory in _theories_of(group)]
     try:
-        refusals = trace(model, inputs, theories, pinned=_hooked(model) | _shared_memory(model), limits=limits)
+        analyser = follow(model, inputs, wanted, pinned=_hooked(model) | _shared_memory(model), limits=limits)
     except SearchStopped as error:
         warnings.warn(
             f"no symmetries: {error}. Raise max_operations and max_seconds of find_symmetries; give an optimizer what that "
@@ -103,25 +100,13 @@ def find_symmetries(
     except Untraceable as error:
         return SymmetrySpec(refusals=(Refusal("(root)", str(error)),))
     names: dict[int, list[str]] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         names.setdefault(id(tensor), []).append(name)
     all_names = {own[0]: own for own in names.values()}
     found: list[Symmetry] = []
-    while theories:  # one after the other, since they take much memory
-        found += symmetries_of(theories.pop(0), all_names, include_approximate=include_approximate)
-    return SymmetrySpec(tuple(found), tuple(refusals))
-
-
-def _theories_of(group: str) -> list[Theory]:
-    if group == "permutation":
-        return [Exchange("permutation"), Exchange("heads")]
-    return [Exchange("linear") if group == "linear" else Multiplication(group)]
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, under every name that they have."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    while analyser.analyses:  # one after the other, since they take much memory
+        found += symmetries_of(analyser.analyses.pop(0), all_names, include_approximate=include_approximate)
+    return SymmetrySpec(tuple(found), tuple(analyser.refusals))
 
 
 def _hooked(model: nn.Module) -> dict[str, str]:
@@ -140,7 +125,7 @@ def _shared_memory(model: nn.Module) -> dict[str, str]:
     Views of one flat buffer are not shared as long as they do not overlap; one tensor under two names is a single tensor.
     """
     shared: dict[str, str] = {}
-    unique = {id(tensor): (name, tensor) for name, tensor in reversed([*_tensors(model)])}
+    unique = {id(tensor): (name, tensor) for name, tensor in reversed([*named_tensors(model)])}
     spans = sorted((*_span(tensor), name) for name, tensor in unique.values() if tensor.numel() > 0)
     reach: dict[str, tuple[int, str]] = {}  # on each device, the end of the memory seen so far and what reaches there
     for device, start, end, name in spans:

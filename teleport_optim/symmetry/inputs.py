@@ -15,7 +15,7 @@ __all__ = ["ExampleInputs", "InputWatch", "Inputs", "SilentHook"]
 
 
 class Inputs(NamedTuple):
-    """What a model is called with: ``model(*args, **kwargs)``.
+    """Arguments of a call of a model: ``model(*args, **kwargs)``.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs
-"""What functions take as an example of a model's inputs."""
+"""Forms in which functions take an example of a model's inputs."""
 
 
 def _takes_one(model: nn.Module, example: Mapping[str, Any]) -> bool:
@@ -110,7 +110,7 @@ class InputWatch(SilentHook):
 
     @property
     def inputs(self) -> Inputs | None:
-        """What the module was last called with, on the meta device; None if it was not called.
+        """Arguments of the last call, on the meta device; None if there was no call.
 
         Raises:
             TypeError: if it was called with a tensor that has no shape of the usual kind.

@@ -1,7 +1,7 @@
-"""How one group element moves tensors along the legs of its symmetry.
+"""Movement of tensors by a group element, along the legs of its symmetry.
 
-The one place where legs are applied. :mod:`teleport_optim.symmetry.action` gives it its meanings: the ``kind`` of the tensors is
-+1 for parameters and -1 for gradients, and multiplies the degree of every leg.
+This is the one place where legs are applied. The ``kind`` of the tensors multiplies the degree of every leg: it is +1 for
+parameters and -1 for gradients (:class:`~teleport_optim.symmetry.action.SlotKind`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = [
     "Moved",
     "apply_leg",
     "channel_squares",
-    "channels_of",
+    "leg_channels",
     "move",
     "move_scaling",
     "pick",
@@ -60,7 +60,7 @@ def move(
     return moved
 
 
-def channels_of(
+def leg_channels(
     symmetry: Symmetry, leg: Leg, tensor: Tensor, run_axes: int = 0, first: int = 0, last: int | None = None
 ) -> Tensor:
     """The part of ``tensor`` on which a leg acts, channels first: shape ``[*runs, size, repeat, ...]``.
@@ -76,10 +76,10 @@ def channels_of(
     """
     last = symmetry.size if last is None else last
     outer, axis = _within(leg, tensor, run_axes), run_axes + leg.axis
-    if leg.positions is None:
+    if leg.index_tensor is None:
         block = outer.narrow(axis, leg.offset + first * leg.repeat, (last - first) * leg.repeat)
     else:
-        block = outer.index_select(axis, leg.positions[first * leg.repeat : last * leg.repeat].to(tensor.device))
+        block = outer.index_select(axis, leg.index_tensor[first * leg.repeat : last * leg.repeat].to(tensor.device))
     channels = block.movedim(axis, run_axes)
     shape = channels.shape
     return channels.view(*shape[:run_axes], last - first, leg.repeat, *shape[run_axes + 1 :])
@@ -99,16 +99,16 @@ def _fills_axis(symmetry: Symmetry, leg: Leg, extent: int) -> bool:
 
 def apply_leg(symmetry: Symmetry, leg: Leg, element: Tensor, tensor: Tensor, degree: int) -> Tensor:
     """``tensor`` with ``element`` applied along one leg, out of place."""
-    moved_channels = symmetry.group.act(element, channels_of(symmetry, leg, tensor), degree)
+    moved_channels = symmetry.group.act(element, leg_channels(symmetry, leg, tensor), degree)
     block = moved_channels.flatten(0, 1).movedim(0, leg.axis)
     if _fills_axis(symmetry, leg, tensor.shape[leg.axis]):
         return block.contiguous()
     moved = tensor.clone()
     inner = _within(leg, moved)
-    if leg.positions is None:
+    if leg.index_tensor is None:
         inner.narrow(leg.axis, leg.offset, symmetry.size * leg.repeat).copy_(block)
     else:
-        inner.index_copy_(leg.axis, leg.positions.to(tensor.device), block)
+        inner.index_copy_(leg.axis, leg.index_tensor.to(tensor.device), block)
     return moved
 
 
@@ -168,7 +168,7 @@ class Moved(Mapping[str, Tensor]):
             self._factors[leg.name] = known | {key: known[key] * factor if key in known else factor}
 
     def pick(self, name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``select``, which takes entries of a tensor, takes of a moved one; no others are computed."""
+        """Take entries of a moved tensor by ``select``, which takes them of any tensor; no others are computed."""
         tensor = self._small.get(name, self.tensors[name])
         picked, is_own = select(tensor), False
         for factor in self._factors_of(name):
@@ -202,19 +202,19 @@ class Moved(Mapping[str, Tensor]):
 
 
 def _on_axis(symmetry: Symmetry, leg: Leg, power: Tensor, shape: torch.Size) -> Tensor:
-    """What a scaling multiplies a tensor ``[*runs, *shape]`` by along one leg: factors that go with it.
+    """Factors by which a scaling multiplies a tensor ``[*runs, *shape]`` along one leg.
 
     They have the length of the axis of the leg, and of that on which a slice is taken where there is one.
     """
     run_axes = power.dim() - 1
     axis = run_axes + leg.axis
     along = power if leg.repeat == 1 else power.repeat_interleave(leg.repeat, dim=-1)
-    if leg.positions is not None or along.shape[-1] != shape[axis]:
+    if leg.index_tensor is not None or along.shape[-1] != shape[axis]:
         everywhere = along.new_ones(*power.shape[:-1], shape[axis])
-        if leg.positions is None:
+        if leg.index_tensor is None:
             everywhere[..., leg.offset : leg.offset + along.shape[-1]] = along
         else:
-            everywhere[..., leg.positions.to(along.device)] = along
+            everywhere[..., leg.index_tensor.to(along.device)] = along
         along = everywhere
     along = along.reshape(*power.shape[:-1], *(1,) * leg.axis, -1, *(1,) * (len(shape) - axis - 1))
     if leg.within is None:
@@ -227,12 +227,12 @@ def _on_axis(symmetry: Symmetry, leg: Leg, power: Tensor, shape: torch.Size) -> 
 
 
 def unmoved(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of the same shapes and dtypes, for the price of nothing."""
+    """Tensors of the same shapes and dtypes, without any computation."""
     return tensors.tensors if isinstance(tensors, Moved) else tensors
 
 
 def pick(tensors: Mapping[str, Tensor], name: str, select: Callable[[Tensor], Tensor]) -> Tensor:
-    """What ``select``, which takes entries of a tensor, takes of that of this name."""
+    """Take entries of the tensor of this name by ``select``."""
     return tensors.pick(name, select) if isinstance(tensors, Moved) else select(tensors[name])
 
 
@@ -251,7 +251,7 @@ def channel_squares(symmetry: Symmetry, leg: Leg, tensors: Mapping[str, Tensor],
 
 
 def _channels(symmetry: Symmetry, leg: Leg, run_axes: int, first: int, last: int, tensor: Tensor) -> Tensor:
-    return channels_of(symmetry, leg, tensor, run_axes, first, last)
+    return leg_channels(symmetry, leg, tensor, run_axes, first, last)
 
 
 def _shallow_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

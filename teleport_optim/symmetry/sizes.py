@@ -38,7 +38,7 @@ def _first_shape(inputs: Inputs) -> tuple[int, ...]:
 
 
 def growths(inputs: Inputs) -> Iterator[list[Growth]]:
-    """What may be made longer, with the ways in which it is tried."""
+    """Axes that may be made longer, each with the lengths that are tried, in this order."""
     batch, *lengths = _first_shape(inputs) or (None,)
     if batch is not None:
         yield [Growth(True, batch, batch + 1)]

@@ -27,7 +27,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Leg:
-    """Where and how a group acts on one tensor.
+    """Action of a group on one tensor.
 
     The group acts on the entries ``offset : offset + size * repeat`` of ``axis``. That range is read as ``size``
     channels of ``repeat`` neighbouring entries each (the pixels of a channel after a flatten, say). Entries that lie
@@ -57,8 +57,8 @@ class Leg:
     index: tuple[int, ...] | None = None
 
     @cached_property
-    def positions(self) -> Tensor | None:
-        """``index`` as a tensor."""
+    def index_tensor(self) -> Tensor | None:
+        """``index`` as a tensor; None if there is none."""
         return None if self.index is None else torch.tensor(self.index, dtype=torch.int64)
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class SymmetrySpec:
-    """All symmetries found in a model, and the places where none was found.
+    """Symmetries of a model, and the places where none was found.
 
     Iterating yields the symmetries, in the order in which they act.
 
@@ -167,7 +167,7 @@ class SymmetrySpec:
             for leg in symmetry.legs:
                 if leg.name in reached:
                     inner = reached[leg.name] if leg.within is None else reached[leg.name].narrow(*leg.within)
-                    positions = leg.positions
+                    positions = leg.index_tensor
                     if positions is None:
                         positions = torch.arange(leg.offset, leg.offset + symmetry.size * leg.repeat)
                     inner.index_fill_(leg.axis, positions, True)

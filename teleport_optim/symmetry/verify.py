@@ -17,24 +17,25 @@ from torch.utils._pytree import tree_map_only
 from teleport_optim.symmetry.double_precision import DoublePrecision
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
 from teleport_optim.symmetry.moves import move
-from teleport_optim.symmetry.search.trace import leaves
+from teleport_optim.symmetry.named_tensors import cuda_devices, named_tensors
+from teleport_optim.symmetry.search.recording.tensors import leaves
 from teleport_optim.symmetry.sizes import Growth, grown, growths
 from teleport_optim.symmetry.spec import Element, Refusal, SymmetrySpec
 
 __all__ = ["APPROXIMATE_TOLERANCE", "VerificationReport", "randomise", "verify_symmetries"]
 
 APPROXIMATE_TOLERANCE = 0.05
-"""What a symmetry with ``exact=False`` may change. A wrong symmetry changes the function by about 0.3 and more."""
+"""Largest error of a symmetry with ``exact=False``. A wrong symmetry changes the function by about 0.3 and more."""
 
 _SEED = 0
 _NUM_SEEDS = 4
-"""With how many seeds a model is run that draws from Python's or numpy's random numbers."""
+"""Number of seeds with which a model is run that draws from Python's or numpy's random numbers."""
 _AS_GIVEN = "as given"
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """How much each symmetry changed the function, with its verdict; printing it gives a table.
+    """Error and verdict of each symmetry; printing it gives a table.
 
     Attributes:
         errors: For each site id, the largest relative change of an output or a buffer, in evaluation and in training
@@ -138,7 +139,7 @@ def verify_symmetries(
     )
     generator = generator or torch.Generator().manual_seed(_SEED)
     _check_fit(model, spec)
-    with _kept_random_state(_cuda_devices(model)), torch.no_grad():
+    with _kept_random_state(cuda_devices(model)), torch.no_grad():
         subject = _Subject(model, generator)
         subject.add(_AS_GIVEN, inputs)
         if other_sizes:
@@ -193,7 +194,7 @@ class _Run(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """How the model is run, and what comes of it before it is moved."""
+    """One way in which the model is run, and its results before it is moved."""
 
     name: str
     inputs: Inputs
@@ -214,7 +215,7 @@ class _Subject:
         self._model = model
         self._twin = copy.deepcopy(model).double()
         randomise(self._twin, generator)
-        self._start = {name: tensor.clone() for name, tensor in _tensors(self._twin)}
+        self._start = {name: tensor.clone() for name, tensor in named_tensors(self._twin)}
         self._ways: list[_Way] = []
         self.tried: dict[str, bool] = {}
 
@@ -265,7 +266,7 @@ class _Subject:
         """Whether the model takes ``inputs`` in both modes and then computes the same as ever from those given."""
         given = self._ways[0]
         try:
-            if _cuda_devices(self._model):  # where an index out of range is an error from which no process recovers
+            if cuda_devices(self._model):  # where an index out of range is an error from which no process recovers
                 self._try(copy.deepcopy(self._twin).cpu(), tree_map_only(Tensor, Tensor.cpu, inputs))
             self._try(self._twin, inputs)
             again = _run(self._twin, self._start, given.inputs, is_training=given.is_training)
@@ -281,18 +282,8 @@ class _Subject:
             _run(model, self._start, inputs, is_training=is_training)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    """The CUDA devices whose random state a run of ``model`` may change."""
-    return sorted({tensor.get_device() for _, tensor in _tensors(model) if tensor.is_cuda})
-
-
 def _check_fit(model: nn.Module, spec: SymmetrySpec) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
     for symmetry in spec:
         for leg in symmetry.legs:
             if leg.name not in shapes:
@@ -334,7 +325,7 @@ def _run(
     model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, *, is_training: bool, seed: int = _SEED
 ) -> _Run:
     """The outputs of ``model`` with ``tensors``, and its buffers after the forward pass."""
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         tensor.copy_(tensors[name])
     model.train(is_training)
     torch.manual_seed(seed)

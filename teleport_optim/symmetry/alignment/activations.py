@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from teleport_optim.symmetry.alignment.networks import (
     ROUNDING,
     call,
-    cuda_devices,
 )
 from teleport_optim.symmetry.inputs import ExampleInputs
-from teleport_optim.symmetry.moves import channels_of
+from teleport_optim.symmetry.moves import leg_channels
+from teleport_optim.symmetry.named_tensors import cuda_devices
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["activation_correlations"]
@@ -65,7 +65,7 @@ def activation_correlations(
                 for name, leg in writers[site.id]:
                     for pair in zip(first[name], second[name]):
                         channels = (
-                            channels_of(site, replace(leg, axis=x.dim() + leg.axis), x).flatten(2) for x in pair
+                            leg_channels(site, replace(leg, axis=x.dim() + leg.axis), x).flatten(2) for x in pair
                         )
                         moments.setdefault((site.id, name), _Moments()).add(*channels)
     correlations: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def _writing_layers(site: Symmetry, model: nn.Module) -> Iterator[tuple[str, Leg
 
 
 def _outputs(model: nn.Module, layers: Iterable[str], batch: ExampleInputs) -> dict[str, list[Tensor]]:
-    """What each layer puts out, call by call, while the model runs on one batch."""
+    """Outputs of each layer, call by call, while the model runs on one batch."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -28,7 +28,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """Report of :func:`align`; printing it gives a short table.
+    """Result of :func:`align`; printing it gives a short table.
 
     Attributes:
         spec: The permutation sites.

@@ -13,11 +13,10 @@ from torch import nn
 from teleport_optim.symmetry.alignment.networks import (
     as_batches,
     check_alike,
-    cuda_devices,
-    named_tensors,
     recalibrate_batch_norm,
 )
 from teleport_optim.symmetry.inputs import ExampleInputs
+from teleport_optim.symmetry.named_tensors import cuda_devices, named_tensors
 
 __all__ = ["Barrier", "interpolation_barrier"]
 
@@ -40,7 +39,7 @@ class Barrier:
 
     @property
     def excesses(self) -> tuple[float, ...]:
-        r"""How far each loss lies above the chord, :math:`L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`."""
+        r"""Height of each loss above the chord, :math:`L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`."""
         first, last = self.losses[0], self.losses[-1]
         inner = zip(self.alphas[1:-1], self.losses[1:-1])
         return (0.0, *((loss - first) - alpha * (last - first) for alpha, loss in inner), 0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teleport_optim.symmetry.alignment.networks import ROUNDING
-from teleport_optim.symmetry.moves import channels_of, move
+from teleport_optim.symmetry.moves import leg_channels, move
 from teleport_optim.symmetry.spec import Element, Leg, Symmetry, SymmetrySpec
 
 __all__ = ["Matching", "assignment_solver"]
@@ -98,7 +98,7 @@ class Matching:
         moved, target = self._views(site, element)
         gains = torch.zeros(site.size, site.size, dtype=torch.float64)
         for leg in self._legs[site.id]:
-            first, second = (channels_of(site, leg, tensors[leg.name]).flatten(1) for tensors in (target, moved))
+            first, second = (leg_channels(site, leg, tensors[leg.name]).flatten(1) for tensors in (target, moved))
             gains += first @ second.T
         return gains
 
@@ -135,7 +135,7 @@ class Matching:
 def _entries(symmetry: Symmetry, leg: Leg) -> Tensor:
     """The entries of its axis on which a leg acts, ``[size, repeat]``."""
     length = symmetry.size * leg.repeat
-    entries = torch.arange(leg.offset, leg.offset + length) if leg.positions is None else leg.positions
+    entries = torch.arange(leg.offset, leg.offset + length) if leg.index_tensor is None else leg.index_tensor
     return entries.view(symmetry.size, leg.repeat)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from teleport_optim.symmetry.action import act
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
+from teleport_optim.symmetry.named_tensors import named_tensors
 from teleport_optim.symmetry.spec import Element, SymmetrySpec
 
 __all__ = [
@@ -18,10 +19,8 @@ __all__ = [
     "call",
     "check_alike",
     "check_spec",
-    "cuda_devices",
     "float64_parameters",
     "move_in_place",
-    "named_tensors",
     "recalibrate_batch_norm",
 ]
 
@@ -55,16 +54,6 @@ def as_batches(data: ExampleInputs | Iterable[ExampleInputs]) -> list[ExampleInp
     if not batches:
         raise ValueError("there are no batches: pass at least one, or None")
     return batches
-
-
-def cuda_devices(model: nn.Module) -> list[int]:
-    """The CUDA devices whose random state a run of ``model`` may change."""
-    return sorted({tensor.get_device() for _, tensor in named_tensors(model) if tensor.is_cuda})
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def float64_parameters(model: nn.Module, role: str) -> dict[str, Tensor]:

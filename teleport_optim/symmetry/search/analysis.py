@@ -1,134 +1,139 @@
-"""What each group demands of the channels of a model, operation by operation.
+"""Base class of the analyses, each of which follows one group through a graph.
 
-A :class:`Theory` follows one group through the model. It keeps the labels of every tensor's channels, and learns from each
-operation which channels must move together, which may not move at all and which parameters move along. There are two kinds:
-in one channels are exchanged, in the other each is multiplied by a number of its own.
+A :class:`ChannelAnalysis` keeps the channels of every tensor. From each call it learns which channels must move together, which
+may not move at all and which parameters move along. There are two kinds: in one, channels are exchanged or mixed; in the other,
+each is multiplied by a number of its own. The rules in :mod:`~teleport_optim.symmetry.search.operations` say what a call does by
+a few words that both kinds understand: a sum, a product, a reduction, a normalisation, a function of each entry.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from teleport_optim.symmetry.search.channels import Array, Labels, Units, stretched
+from teleport_optim.symmetry.search.channels import Array, ChannelClasses, Channels, stretched
+from teleport_optim.symmetry.search.graph import Value
 
 __all__ = [
     "EVEN",
     "HOMOGENEOUS",
     "LINEAR",
     "MASK",
-    "MAX_LABELS",
+    "MAX_CHANNELS",
     "NOTHING",
     "ODD",
-    "Letters",
-    "Slot",
-    "Source",
-    "Theory",
-    "Value",
-    "broadcast_letters",
+    "ChannelAnalysis",
+    "Intermediate",
+    "MovingAxis",
+    "Subscripts",
+    "broadcast_subscripts",
     "place",
     "varying",
 ]
 
 LINEAR = frozenset({"linear", "scaling", "sign"})
-"""What commutes with multiplication by one number."""
+"""Tags of linear functions."""
 MASK = frozenset({"scaling", "sign"})
-"""What commutes with an independent factor for each entry, as dropout has."""
+"""Tags of a multiplication by one factor for each entry, as in dropout."""
 HOMOGENEOUS = frozenset({"scaling"})
-"""What commutes with f where f(s x) = s f(x) for positive s."""
+"""Tags of f where f(s x) = s f(x) for positive s."""
 ODD = frozenset({"sign"})
-"""What commutes with f where f(-x) = -f(x)."""
+"""Tags of f where f(-x) = -f(x)."""
 EVEN = frozenset({"even"})
-"""What is known of f where f(-x) = f(x)."""
+"""Tags of f where f(-x) = f(x)."""
 NOTHING: frozenset[str] = frozenset()
-"""Element-wise, and no more."""
+"""Tags of a function of each entry of which nothing else is known."""
 
 
-class Source(NamedTuple):
-    """A parameter, or a view of one that only reorders its axes: the parameter's axis for each axis of the view."""
+@dataclass(frozen=True, eq=False)
+class Intermediate(Value):
+    """A tensor that occurs in the midst of a rule only, with its channels in the analysis to which the rule is applied."""
 
-    name: str
-    axes: tuple[int | None, ...]
+    channels: tuple[Channels, ...] = ()
 
 
-@dataclass
-class Value:
-    """What is known of a tensor.
+class MovingAxis(NamedTuple):
+    """Entries of a parameter that move with channels.
 
     Attributes:
-        shape: Its shape.
-        labels: For each theory, by name, the labels of its channels; none where nothing moves.
-        source: The parameter that it is, if it is one.
-        fill: The number that all its entries are, if they are one.
-        data: Its entries where they depend neither on inputs nor on parameters (index tensors among the buffers).
-        reads_inputs: Whether it depends on the inputs of the model; else it is computed from parameters and constants.
+        name: Name of the parameter.
+        axis: The axis on which the entries lie.
+        within: Axis, start and length of the slice of another axis in which alone they move; None for all of it.
+        ids: Channel of each entry.
+        positions: Position of each entry within its channel.
+        degree: +1 if they are multiplied by the factor of their channel, -1 if they are divided by it, 2 for a variance.
     """
-
-    shape: tuple[int, ...]
-    labels: dict[str, tuple[Labels, ...]] = field(default_factory=dict)
-    source: Source | None = None
-    fill: float | None = None
-    data: Any = None
-    reads_inputs: bool = False
-
-    @property
-    def is_still(self) -> bool:
-        """Whether nothing about the tensor moves, in any theory."""
-        return self.source is None and not any(self.labels.values())
-
-
-class Slot(NamedTuple):
-    """Entries of a parameter that move with units: those of ``axis``, in the slice ``within`` of another axis."""
 
     name: str
     axis: int
     within: tuple[int, int, int] | None
-    units: Array
-    roles: Array
+    ids: Array
+    positions: Array
     degree: int
 
 
 class _Blocks(NamedTuple):
-    """The labels ``[blocks, entries]`` of an axis of a parameter, block by block of its axis ``across``."""
+    """Channels ``[blocks, entries]`` of an axis of a parameter, one row for each block of its axis ``across``."""
 
     across: int
-    labels: Labels
+    channels: Channels
 
 
-MAX_LABELS = 16
+MAX_CHANNELS = 16
+"""Most independent channels of one tensor, which multiply each other where they scale."""
 
-Letters = Sequence[Any]
-"""A name for each axis of a tensor; axes of two tensors with the same name are the same index."""
+Subscripts = Sequence[Any]
+"""Name of each axis of a tensor, as in einsum: axes of two tensors with one name are one index."""
 
 
-class Theory(ABC):
+class ChannelAnalysis(ABC):
     """One group, followed through a model.
 
+    Rules ask it for what its group does, never for its class or name.
+
     Attributes:
-        name: Name of the theory.
-        units: The channels.
-        slots: The parameters that move, and with which channels.
-        changes_numbers: Whether the group changes the entries of tensors, and not only their places.
+        name: Name of the analysis.
+        group: Name of the group.
+        node: Number of the call that is followed.
+        classes: Classes of channels that move together.
+        moving_axes: Axes of parameters that move, and with which channels.
+        passages: Places at which channels are told apart: the number of the place, ids and positions of the channels that
+            pass there, and where they do. Only groups that move entries have some.
+        tied: Ids of channels that stand for whole heads.
+        moves_entries: Whether the group moves entries to other places; otherwise it multiplies each where it is.
+        changes_numbers: Whether the group changes numbers, and not only their places.
+        mixes_channels: Whether each channel becomes a sum of channels.
+        moves_heads: Whether the group exchanges whole heads instead of the channels within them.
+        smallest_site: Fewest channels on which the group does anything.
     """
 
+    moves_entries: ClassVar[bool]
+    smallest_site: ClassVar[int] = 1
     changes_numbers = True
+    mixes_channels = False
+    moves_heads = False
 
-    def __init__(self, name: str, units: Units) -> None:
+    def __init__(self, name: str, classes: ChannelClasses) -> None:
         self.name = name
-        self.units = units
-        self.slots: list[Slot] = []
+        self.group = name
+        self.classes = classes
+        self.moving_axes: list[MovingAxis] = []
+        self.passages: list[tuple[int, Array, Array, Array]] = []
+        self.tied: list[Array] = []
+        self.node = 0
+        self._channels: dict[Value, tuple[Channels, ...]] = {}
         self._data: set[str] = set()
-        self._parameters: dict[str, list[tuple[Labels, ...] | None]] = {}
+        self._parameters: dict[str, list[tuple[Channels, ...] | None]] = {}
         self._blocked: dict[tuple[str, int], _Blocks] = {}
 
     # ------------------------------------------------------------------------------------------------ parameters
 
     def add_parameter(self, name: str, rank: int, *, is_data: bool = False) -> None:
-        """Take up a parameter about whose axes nothing is known yet.
+        """Add a parameter, about whose axes nothing is known yet.
 
         Args:
             name: Its name.
@@ -140,47 +145,47 @@ class Theory(ABC):
             self._data.add(name)
 
     def is_free(self, value: Value, axis: int) -> bool:
-        """Whether an axis is one of a parameter of which nothing is known yet, so that it can be made to fit."""
+        """Whether an axis of a parameter has met no call yet, so that it can still be made to fit."""
         return self.is_unused(value, axis) and value.source is not None and value.source.name not in self._data
 
     def is_unused(self, value: Value, axis: int) -> bool:
-        """Whether an axis is one of a parameter of which nothing is known yet, data or not."""
+        """Whether an axis of a parameter, or of a buffer of data, has met no call yet."""
         if value.source is None:
             return False
         own_axis = value.source.axes[axis]
         return own_axis is not None and self._parameters[value.source.name][own_axis] is None
 
     def can_move(self, value: Value) -> bool:
-        """Whether anything about a tensor moves, or could be made to."""
+        """Whether anything about a tensor moves, or can still be made to."""
         return any(self.is_free(value, axis) for axis in range(len(value.shape))) or bool(self.known(value))
 
-    def bind(self, value: Value, axis: int, labels: Iterable[Labels], *, power: int = 1) -> None:
-        """Let an unused axis move as ``labels`` say, which change along one axis at most; a variance has power 2."""
+    def bind(self, value: Value, axis: int, channels: Iterable[Channels], *, power: int = 1) -> None:
+        """Let an unused axis move as ``channels`` say, which change along one axis at most; a variance has power 2."""
         name, own_axis = self._locate(value, axis)
         bound = []
-        for one in labels:
-            units, roles = (stretched(array.ravel(), (value.shape[axis],)) for array in (one.units, one.roles))
-            self.slots.append(Slot(name, own_axis, None, units, roles, power * one.sign))
+        for one in channels:
+            ids, positions = (stretched(array.ravel(), (value.shape[axis],)) for array in (one.ids, one.positions))
+            self.moving_axes.append(MovingAxis(name, own_axis, None, ids, positions, power * one.sign))
             # who reads a variance sees the factor as often as its power says
-            bound += [Labels(units, roles, one.sign)] * (power if self.changes_numbers else 1)
+            bound += [Channels(ids, positions, one.sign)] * (power if self.changes_numbers else 1)
         self._parameters[name][own_axis] = tuple(bound)
 
     def close(self, value: Value) -> None:
-        """Let the axes that are still free move no more: an operation has used them, and nothing moved there."""
+        """Let the axes that are still free never move: a call has used them, and nothing moved there."""
         for axis in range(len(value.shape)):
             if self.is_unused(value, axis):
                 self.bind(value, axis, [])
 
     def pin_axis(self, value: Value, axis: int) -> None:
-        """Let nothing move along an axis of a parameter, now or when another operation uses it."""
+        """Let nothing move along an axis of a parameter, now or when another call uses it."""
         if value.source is None or value.source.axes[axis] is None:
             return
         name, own_axis = self._locate(value, axis)
         if self.is_unused(value, axis):
             self.bind(value, axis, [])
-        self.fix(self._parameters[name][own_axis] or ())
+        self.pin(self._parameters[name][own_axis] or ())
         if (name, own_axis) in self._blocked:
-            self.units.fix(self._blocked[name, own_axis].labels.units)
+            self.classes.pin(self._blocked[name, own_axis].channels.ids)
 
     @staticmethod
     def _locate(value: Value, axis: int) -> tuple[str, int]:
@@ -189,144 +194,157 @@ class Theory(ABC):
         assert own_axis is not None
         return value.source.name, own_axis
 
-    def bind_blocks(self, value: Value, axis: int, across: int, labels: Labels) -> None:
-        """Let a parameter's ``axis``, in the k-th block of its axis ``across``, move as ``labels[k]`` say.
+    def bind_blocks(self, value: Value, axis: int, across: int, channels: Channels) -> None:
+        """Let a parameter's ``axis``, in the k-th block of its axis ``across``, move as ``channels[k]`` say.
 
-        ``labels`` has two axes: blocks and entries.
+        ``channels`` has two axes: blocks and entries.
         """
         name, axes = value.source if value.source else ("", ())
         own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
         known = self._blocked.get((name, own_axis)) if own_axis is not None else None
-        if known is not None and known.across == own_across and known.labels.units.shape == labels.units.shape:
-            self.units.unite(labels, known.labels)
+        if known is not None and known.across == own_across and known.channels.ids.shape == channels.ids.shape:
+            self.classes.unite(channels, known.channels)
             return
         if own_axis is None or own_across is None or not self.is_free(value, axis):
             self.freeze(value)
-            self.units.fix(labels.units)
+            self.classes.pin(channels.ids)
             return
-        self._blocked[name, own_axis] = _Blocks(own_across, labels)
-        length = value.shape[across] // len(labels.units)
-        for block, (units, roles) in enumerate(zip(labels.units, labels.roles)):
+        self._blocked[name, own_axis] = _Blocks(own_across, channels)
+        length = value.shape[across] // len(channels.ids)
+        for block, (ids, positions) in enumerate(zip(channels.ids, channels.positions)):
             within = (own_across, block * length, length)
-            self.slots.append(Slot(name, own_axis, within, units, roles, labels.sign))
+            self.moving_axes.append(MovingAxis(name, own_axis, within, ids, positions, channels.sign))
         self._parameters[name][own_axis] = ()
 
-    def write(self, value: Value, axis: int) -> tuple[Labels, ...]:
-        """The one-dimensional labels of an axis of a parameter; new channels if it is free."""
+    def write(self, value: Value, axis: int) -> tuple[Channels, ...]:
+        """Look up the channels along one axis of a parameter; if the axis is free, it gets new ones."""
         if self.is_free(value, axis):
-            units = self.units.new(value.shape[axis])
-            self.bind(value, axis, [Labels(units, np.zeros_like(units, dtype=np.uint64))])
+            ids = self.classes.new(value.shape[axis])
+            self.bind(value, axis, [Channels(ids, np.zeros_like(ids, dtype=np.uint64))])
         name, own_axis = self._locate(value, axis)
         return self._parameters[name][own_axis] or ()
 
-    def blocks(self, value: Value, axis: int, across: int) -> Labels | None:
-        """What :meth:`bind_blocks` made of an axis, if it did."""
+    def blocks(self, value: Value, axis: int, across: int) -> Channels | None:
+        """Look up the channels that :meth:`bind_blocks` gave to an axis; None if it did not."""
         name, axes = value.source if value.source else ("", ())
         own_axis, own_across = (axes[k] if axes else None for k in (axis, across))
         known = self._blocked.get((name, own_axis)) if own_axis is not None else None
-        return known.labels if known is not None and known.across == own_across else None
+        return known.channels if known is not None and known.across == own_across else None
 
-    def known(self, value: Value) -> tuple[Labels, ...]:
-        """The labels of a tensor; those of a parameter's free axes are left out."""
+    def known(self, value: Value) -> tuple[Channels, ...]:
+        """Look up the channels of a tensor, without the free axes of a parameter."""
         if value.source is None:
-            return value.labels.get(self.name, ())
+            return value.channels if isinstance(value, Intermediate) else self._channels.get(value, ())
         name, axes = value.source
         rank = len(axes)
         for (owner, _), blocks in self._blocked.items():
-            if owner == name:  # used as a whole, too: what its blocks hold may not move
-                self.units.fix(blocks.labels.units)
+            if owner == name:  # this call uses the parameter as a whole, so that its blocks may not move on their own
+                self.classes.pin(blocks.channels.ids)
         result = []
         for axis, own in enumerate(axes):
             for one in (self._parameters[name][own] or ()) if own is not None else ():
-                result.append(Labels.along(one.units, axis, rank, one.roles, one.sign))
+                result.append(Channels.along(one.ids, axis, rank, one.positions, one.sign))
         return tuple(result)
 
-    def settle(self, value: Value) -> tuple[Labels, ...]:
-        """The labels of a tensor; the free axes of a parameter get new channels."""
+    def is_still(self, value: Value) -> bool:
+        """Whether a tensor is no parameter and has no channels, not even pinned ones."""
+        return value.source is None and not self.known(value)
+
+    def keep(self, value: Value, channels: tuple[Channels, ...]) -> None:
+        """Let a tensor that an operation makes have these channels."""
+        self._channels[value] = channels
+
+    def channels_of(self, value: Value) -> tuple[Channels, ...]:
+        """Look up the channels of a tensor; the free axes of a parameter get new ones."""
         if value.source is not None:
             for axis in range(len(value.shape)):
                 if self.is_free(value, axis):
                     self.write(value, axis)
         return self.known(value)
 
-    def rests(self, value: Value) -> bool:
-        """Whether nothing about a tensor moves any more, so that no operation can tell anything of it."""
+    def is_at_rest(self, value: Value) -> bool:
+        """Whether nothing about a tensor moves, or ever will, so that no rule can learn anything from it."""
         if value.source is None:
-            return all(self.units.are_fixed(one.units) for one in value.labels.get(self.name, ()))
+            return all(self.classes.are_pinned(one.ids) for one in self.known(value))
         axes = self._parameters[value.source.name]
         if any(own is None for own in axes) or any(name == value.source.name for name, _ in self._blocked):
             return False
-        return all(self.units.are_fixed(one.units) for own in axes for one in own or ())
+        return all(self.classes.are_pinned(one.ids) for own in axes for one in own or ())
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no parameter moves, and none can be made to, so that nothing is left to be found."""
+        """Whether no parameter moves, and none can be made to, so that there is nothing left to find."""
         if any(own is None for axes in self._parameters.values() for own in axes):
             return False
-        return all(self.units.are_fixed(slot.units) for slot in self.slots)
+        return all(self.classes.are_pinned(moving_axis.ids) for moving_axis in self.moving_axes)
 
     def freeze(self, value: Value) -> None:
         """Let nothing about a tensor move."""
-        for labels in self.settle(value):
-            self.units.fix(labels.units)
+        for channels in self.channels_of(value):
+            self.classes.pin(channels.ids)
 
     # ------------------------------------------------------------------------------------------------ operations
 
     @abstractmethod
-    def add(
-        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
-    ) -> tuple[Labels, ...]:
-        """A sum, or another function of several tensors that has the properties ``tags`` in all of them together."""
+    def add(self, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Channels, ...]:
+        """Follow a sum, or another function of several tensors that has ``tags`` in all of them together."""
 
     @abstractmethod
     def product(
-        self, node: int, one: Value, letters_one: Letters, other: Value, letters_other: Letters, letters: Letters
-    ) -> tuple[Labels, ...]:
-        """The sum over all indices that are not among ``letters`` of a product of two tensors."""
+        self,
+        one: Value,
+        subscripts_one: Subscripts,
+        other: Value,
+        subscripts_other: Subscripts,
+        subscripts: Subscripts,
+    ) -> tuple[Channels, ...]:
+        """Follow a product of two tensors, summed over all indices that are not among ``subscripts``, as in einsum."""
 
     @abstractmethod
-    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
-        """A symmetric function over ``axes``, which keep length one."""
+    def reduce(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+        """Follow a symmetric function over ``axes``, which keep length one."""
 
     @abstractmethod
-    def confine(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
-        """``labels`` that no longer change along ``axes``, along which the operation mixes entries in ways of its own."""
+    def collapse_axes(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
+        """Let channels not change along ``axes``, along which a call mixes entries in a way of its own."""
 
     @abstractmethod
-    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
-        """Subtract a mean over ``axes`` and divide by a norm over them, or only divide."""
+    def normalise(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+        """Follow a division by a norm over ``axes``, perhaps after a mean over them is subtracted."""
 
     @abstractmethod
-    def hold(self, node: int, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> None:
-        """Let channels move only where their position along ``axes`` stays the same."""
+    def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
+        """Let channels move only to places with the same index on ``axes``."""
 
-    def elementwise(self, node: int, value: Value, tags: frozenset[str]) -> tuple[Labels, ...]:
-        """A function of each entry."""
-        labels = self.settle(value)
+    def elementwise(self, value: Value, tags: frozenset[str]) -> tuple[Channels, ...]:
+        """Follow a function of each entry."""
+        channels = self.channels_of(value)
         if self.lets_through(tags):
-            return labels
+            return channels
         if not ("even" in tags and self.name == "sign"):
-            self.fix(labels)
+            self.pin(channels)
         return ()
 
-    def multiply(self, node: int, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Labels, ...]:
-        """The product, entry by entry, of tensors that broadcast to ``shape``."""
-        letters = [broadcast_letters(value, shape, side) for side, value in enumerate((one, other))]
-        return self.product(node, one, letters[0], other, letters[1], range(len(shape)))
+    def multiply(self, one: Value, other: Value, shape: tuple[int, ...]) -> tuple[Channels, ...]:
+        """Follow a product, entry by entry, of two tensors that broadcast to ``shape``."""
+        subscripts = [broadcast_subscripts(value, shape, side) for side, value in enumerate((one, other))]
+        return self.product(one, subscripts[0], other, subscripts[1], range(len(shape)))
 
     @abstractmethod
-    def record(self, node: int, labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
-        """Remember that channels pass through a node of the graph; returns the labels that can move on."""
+    def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
+        """Note that channels pass through an output of the present call; returns those that can move on."""
 
     def lets_through(self, tags: frozenset[str]) -> bool:
+        """Whether channels pass through a function with these tags."""
         return self.name in tags
 
-    def fix(self, labels: Iterable[Labels]) -> None:
-        for one in labels:
-            self.units.fix(one.units)
+    def pin(self, channels: Iterable[Channels]) -> None:
+        """Let channels never move."""
+        for one in channels:
+            self.classes.pin(one.ids)
 
 
-def broadcast_letters(value: Value, shape: Sequence[int], side: int) -> list[Any]:
+def broadcast_subscripts(value: Value, shape: Sequence[int], side: int) -> list[Any]:
     """The axes of the result with which the axes of a tensor are aligned; those that are broadcast get a name of their own."""
     offset = len(shape) - len(value.shape)
     return [
@@ -335,20 +353,20 @@ def broadcast_letters(value: Value, shape: Sequence[int], side: int) -> list[Any
     ]
 
 
-def place(labels: Labels, letters: Letters, target: Letters) -> Labels:
-    """Labels whose axes are named ``letters``, on a tensor whose axes are named ``target``."""
+def place(channels: Channels, subscripts: Subscripts, target: Subscripts) -> Channels:
+    """Channels whose axes are named ``subscripts``, on a tensor whose axes are named ``target``."""
     target = list(target)
-    order = [letters.index(letter) if letter in letters else None for letter in target]
+    order = [subscripts.index(subscript) if subscript in subscripts else None for subscript in target]
     kept = [axis for axis in order if axis is not None]
-    dropped = [axis for axis in range(labels.rank) if axis not in kept]
+    dropped = [axis for axis in range(channels.rank) if axis not in kept]
 
     def move(array: Array) -> Array:
         shape = [1 if axis is None else array.shape[axis] for axis in order]
         return array.transpose([*kept, *dropped]).reshape(shape)
 
-    return labels.map(move)
+    return channels.map(move)
 
 
 def varying(entry: Any) -> set[Any]:
-    """The names of the axes along which labels change."""
+    """The names of the axes along which channels change."""
     return {entry[-1][axis] for axis in entry[0].axes}

@@ -8,249 +8,257 @@ from typing import Any
 import numpy as np
 
 from teleport_optim.symmetry.search.analysis import (
-    MAX_LABELS,
-    Letters,
-    Theory,
-    Value,
-    broadcast_letters,
+    MAX_CHANNELS,
+    ChannelAnalysis,
+    Intermediate,
+    Subscripts,
+    broadcast_subscripts,
     place,
     varying,
 )
-from teleport_optim.symmetry.search.channels import Array, Labels, Units, coordinates, mix
+from teleport_optim.symmetry.search.channels import Array, ChannelClasses, Channels, coordinates, mix
+from teleport_optim.symmetry.search.graph import Value
 
-__all__ = ["Exchange"]
+__all__ = ["PermutationAnalysis"]
+
+_MAX_OUTPUTS = 2**16
+"""Most outputs of a call; it keeps the numbers of places apart."""
 
 
-class Exchange(Theory):
-    """Channels are exchanged or mixed: permutations, permutations of whole heads, and general linear maps.
+class PermutationAnalysis(ChannelAnalysis):
+    """Analysis of a group that exchanges or mixes channels: permutations, also of whole heads, and general linear maps.
 
-    Two channels can be exchanged if they pass through the same nodes of the graph, with the same roles. So each node that
-    channels pass through is recorded, and where an operation tells positions apart, the position too.
+    Two channels can be exchanged if they pass through the same calls, with the same positions. So each call that channels pass
+    through is noted, and where a call tells places on an axis apart, the place too.
 
     Args:
         name: ``"permutation"``, ``"heads"`` or ``"linear"``.
-
-    Attributes:
-        records: Of each node, its number, the units and roles that pass, and the positions that it tells apart.
-        tied: Units that stand for whole heads.
-        moves_heads: Whether heads are exchanged instead of the channels within them.
     """
 
+    moves_entries = True
+    smallest_site = 2
+
     def __init__(self, name: str) -> None:
-        super().__init__(name, Units(parity_matters=name == "linear", use_roles=True))
-        self.records: list[tuple[int, Array, Array, Array]] = []
-        self.tied: list[Array] = []
-        self._recorded: set[tuple[bytes, bytes]] = set()
-        self._is_linear = self.changes_numbers = name == "linear"
+        super().__init__(name, ChannelClasses(parity_matters=name == "linear", use_positions=True))
+        self.changes_numbers = self.mixes_channels = name == "linear"
         self.moves_heads = name == "heads"
+        self.group = "permutation" if self.moves_heads else name
+        self._noted: set[tuple[bytes, bytes]] = set()
 
     def lets_through(self, tags: frozenset[str]) -> bool:
-        return not self._is_linear or "linear" in tags
+        return not self.mixes_channels or "linear" in tags
 
-    def record(self, node: int, labels: tuple[Labels, ...]) -> tuple[Labels, ...]:
-        moving = tuple(one for one in labels if one.axes)
-        self.fix(
-            one for one in labels if not one.axes
-        )  # a channel that is a tensor by itself has no other to change with
+    def note_passage(self, output: int, channels: tuple[Channels, ...]) -> tuple[Channels, ...]:
+        moving = tuple(one for one in channels if one.axes)
+        # a channel that is a whole tensor has no other to be exchanged with
+        self.pin(one for one in channels if not one.axes)
         for number, one in enumerate(moving):
-            key = (one.units.tobytes(), one.roles.tobytes())
-            if key in self._recorded:  # they have passed a place together before: this one tells no two of them apart
+            key = (one.ids.tobytes(), one.positions.tobytes())
+            if key in self._noted:  # they have passed another call together, which tells as much
                 continue
-            self._recorded.add(key)
+            self._noted.add(key)
             nowhere = np.zeros([1] * one.rank, np.uint64)
-            self.records.append((node * MAX_LABELS + number, one.units, one.roles, nowhere))
+            place = (self.node * _MAX_OUTPUTS + output) * MAX_CHANNELS + number
+            self.passages.append((place, one.ids, one.positions, nowhere))
         return moving
 
-    def hold(self, node: int, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> None:
-        where = [axis for axis in axes if axis in labels.axes]
+    def pin_positions(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> None:
+        where = [axis for axis in axes if axis in channels.axes]
         if where:
-            self.records.append(
-                (node, labels.units, labels.roles, mix(*where, coordinates(shape, where)) | np.uint64(1))
+            self.passages.append(
+                (self.node, channels.ids, channels.positions, mix(*where, coordinates(shape, where)) | np.uint64(1))
             )
 
-    def confine(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
-        if not set(axes) & set(labels.axes):
-            return labels
-        return self._tie(labels, axes, shape)
+    def collapse_axes(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
+        if not set(axes) & set(channels.axes):
+            return channels
+        return self._tie(channels, axes, shape)
 
-    def _tie(self, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
-        """Let the entries along ``axes`` move as one, each in its place."""
-        gone = [axis for axis in labels.axes if axis in axes]
-        kept = [1 if axis in gone else size for axis, size in enumerate(labels.units.shape)]
-        tied = Labels(self.units.new(int(np.prod(kept))).reshape(kept), np.zeros(kept, np.uint64), labels.sign)
-        rows, roles, places = (
-            _in_rows(array, gone) for array in (labels.units, labels.roles, tied.spread(shape, gone).roles)
+    def _tie(self, channels: Channels, axes: Sequence[int], shape: Sequence[int]) -> Channels:
+        """Let the entries along ``axes`` move as one channel, each at its own position."""
+        gone = [axis for axis in channels.axes if axis in axes]
+        kept = [1 if axis in gone else size for axis, size in enumerate(channels.ids.shape)]
+        tied = Channels(self.classes.new(int(np.prod(kept))).reshape(kept), np.zeros(kept, np.uint64), channels.sign)
+        rows, positions, places = (
+            _in_rows(array, gone) for array in (channels.ids, channels.positions, tied.spread(shape, gone).positions)
         )
         _, first, inverse = np.unique(rows[0], return_index=True, return_inverse=True)
-        # a unit may lie in several places (pixels), but in the same for each row
+        # a channel may lie in several places (pixels), but these must be the same in each row
         is_alike = np.array_equal(rows, rows[:, first][:, inverse]) and np.array_equal(
-            roles, np.broadcast_to(roles[:1], roles.shape)
+            positions, np.broadcast_to(positions[:1], positions.shape)
         )
         if is_alike and (np.diff(np.sort(rows[:, first], axis=1), axis=1) != 0).all():
-            own = Labels(rows[:, first], np.zeros_like(rows[:, first], dtype=np.uint64), labels.sign)
-            whole = np.broadcast_to(tied.units.reshape(-1, 1), own.units.shape)
-            self.units.unite(own, Labels(whole, np.broadcast_to(places[:1, first], whole.shape), labels.sign))
+            own = Channels(rows[:, first], np.zeros_like(rows[:, first], dtype=np.uint64), channels.sign)
+            whole = np.broadcast_to(tied.ids.reshape(-1, 1), own.ids.shape)
+            self.classes.unite(own, Channels(whole, np.broadcast_to(places[:1, first], whole.shape), channels.sign))
         else:
-            self.fix([labels, tied])
+            self.pin([channels, tied])
         return tied
 
-    def add(
-        self, node: int, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]
-    ) -> tuple[Labels, ...]:
+    def add(self, values: Sequence[Value], shape: tuple[int, ...], tags: frozenset[str]) -> tuple[Channels, ...]:
         if not self.lets_through(tags):
             for value in values:
                 self.freeze(value)
             return ()
-        if self._is_linear:  # zero is the one constant that a linear map keeps
+        if self.mixes_channels:  # zero is the one constant that a linear map keeps
             values = [value for value in values if value.fill != 0.0] or values[:1]
         result = values[0]
         for value in values[1:]:
-            letters = [broadcast_letters(one, shape, side) for side, one in enumerate((result, value))]
-            labels = self._combine(node, result, letters[0], value, letters[1], range(len(shape)), is_sum=True)
-            result = Value(shape, {self.name: labels}, fill=None)
-        return self.settle(result)
+            subscripts = [broadcast_subscripts(one, shape, side) for side, one in enumerate((result, value))]
+            channels = self._combine(result, subscripts[0], value, subscripts[1], range(len(shape)), is_sum=True)
+            result = Intermediate(shape, channels=channels, fill=None)
+        return self.channels_of(result)
 
     def product(
-        self, node: int, one: Value, letters_one: Letters, other: Value, letters_other: Letters, letters: Letters
-    ) -> tuple[Labels, ...]:
-        return self._combine(node, one, letters_one, other, letters_other, letters)
+        self,
+        one: Value,
+        subscripts_one: Subscripts,
+        other: Value,
+        subscripts_other: Subscripts,
+        subscripts: Subscripts,
+    ) -> tuple[Channels, ...]:
+        return self._combine(one, subscripts_one, other, subscripts_other, subscripts)
 
     def _combine(
         self,
-        node: int,
         one: Value,
-        letters_one: Letters,
+        subscripts_one: Subscripts,
         other: Value,
-        letters_other: Letters,
-        letters: Letters,
+        subscripts_other: Subscripts,
+        subscripts: Subscripts,
         *,
         is_sum: bool = False,
-    ) -> tuple[Labels, ...]:
-        letters_one, letters_other, letters = list(letters_one), list(letters_other), list(letters)
-        self._fit(one, letters_one, other, letters_other, letters)
-        self._fit(other, letters_other, one, letters_one, letters)
+    ) -> tuple[Channels, ...]:
+        subscripts_one, subscripts_other, subscripts = list(subscripts_one), list(subscripts_other), list(subscripts)
+        self._fit(one, subscripts_one, other, subscripts_other, subscripts)
+        self._fit(other, subscripts_other, one, subscripts_one, subscripts)
         sides = [
-            [(labels, value, own) for labels in self.known(value)]
-            for value, own in ((one, letters_one), (other, letters_other))
+            [(channels, value, own) for channels in self.known(value)]
+            for value, own in ((one, subscripts_one), (other, subscripts_other))
         ]
-        opposites = ((other, letters_other), (one, letters_one))
+        opposites = ((other, subscripts_other), (one, subscripts_one))
         result = []
         for number, side in enumerate(sides):
             for entry in side:
                 met = [second for second in sides[1 - number] if varying(entry) & varying(second)]
                 rivals = [first for first in side if met and varying(first) & varying(met[0])]
-                if not met and is_sum and self._is_linear:
-                    self.fix([entry[0]])
+                if not met and is_sum and self.mixes_channels:
+                    self.pin([entry[0]])
                 elif not met:
-                    result += self._alone(node, entry, *opposites[number], letters)
+                    result += self._alone(entry, *opposites[number], subscripts)
                 elif len(met) > 1 or len(rivals) > 1:
-                    self.units.fix(entry[0].units)
+                    self.classes.pin(entry[0].ids)
                 elif number == 0:
-                    result += self._pair(node, entry, met[0], letters, is_sum=is_sum)
+                    result += self._pair(entry, met[0], subscripts, is_sum=is_sum)
         return tuple(result)
 
-    def _fit(self, value: Value, own: list[Any], other: Value, others: list[Any], letters: list[Any]) -> None:
-        """Make the free axes of a parameter fit the tensor that it meets."""
+    def _fit(self, value: Value, own: list[Any], other: Value, others: list[Any], subscripts: list[Any]) -> None:
+        """Bind the free axes of a parameter to the channels of the tensor that it meets."""
         if value.source is None:
             return
-        for axis, letter in enumerate(own):
+        for axis, subscript in enumerate(own):
             if value.shape[axis] == 1 or not self.is_free(value, axis):
                 continue
-            if letter not in others:
-                if letter in letters:
+            if subscript not in others:
+                if subscript in subscripts:
                     self.write(value, axis)
                 continue
-            there = others.index(letter)
+            there = others.index(subscript)
             if self.is_free(other, there):
                 self.write(other, there)
                 if not self.is_free(value, axis):  # they are one parameter
                     continue
-            met = [labels for labels in self.known(other) if there in labels.axes]
+            met = [channels for channels in self.known(other) if there in channels.axes]
             if len(met) == 1 and met[0].axes == (there,):
-                self.bind(value, axis, [met[0] if letter in letters else met[0].dual()])
+                self.bind(value, axis, [met[0] if subscript in subscripts else met[0].dual()])
             elif met:
                 self.write(value, axis)
 
-    def _alone(self, node: int, entry: Any, other: Value, others: list[Any], letters: list[Any]) -> list[Labels]:
-        """What becomes of labels that meet nothing that moves in the other tensor."""
-        labels, value, own = entry
+    def _alone(self, entry: Any, other: Value, others: list[Any], subscripts: list[Any]) -> list[Channels]:
+        """Follow channels that meet nothing that moves in the other tensor."""
+        channels, value, own = entry
         names = varying(entry)
-        if other.fill is None or self._is_linear:
+        if other.fill is None or self.mixes_channels:
             met = [own.index(name) for name in names if name in others]
-            self.hold(node, labels, met, value.shape)
-        kept = names & set(letters)
+            self.pin_positions(channels, met, value.shape)
+        kept = names & set(subscripts)
         if kept == names:
-            return [place(labels, own, letters)]
-        return self._sum_out(node, labels, [own.index(name) for name in names - kept], value.shape, own, letters)
+            return [place(channels, own, subscripts)]
+        return self._sum_out(channels, [own.index(name) for name in names - kept], value.shape, own, subscripts)
 
     def _sum_out(
-        self, node: int, labels: Labels, axes: list[int], shape: Sequence[int], own: list[Any], letters: list[Any]
-    ) -> list[Labels]:
-        """What is left of labels after a sum over ``axes``."""
-        kept = [axis for axis in labels.axes if axis not in axes]
+        self,
+        channels: Channels,
+        axes: list[int],
+        shape: Sequence[int],
+        own: list[Any],
+        subscripts: list[Any],
+    ) -> list[Channels]:
+        """Follow channels through a sum over ``axes``."""
+        kept = [axis for axis in channels.axes if axis not in axes]
         if kept and self.moves_heads:
-            tied = self._tie(labels, axes, shape)
-            self.tied.append(tied.units.ravel())
-            return [place(tied, own, letters)]
-        self.hold(node, labels, kept, shape)
+            tied = self._tie(channels, axes, shape)
+            self.tied.append(tied.ids.ravel())
+            return [place(tied, own, subscripts)]
+        self.pin_positions(channels, kept, shape)
         return []
 
-    def _pair(self, node: int, first: Any, second: Any, letters: list[Any], *, is_sum: bool) -> list[Labels]:
-        """Let the labels of two tensors move alike, and tell what becomes of them."""
+    def _pair(self, first: Any, second: Any, subscripts: list[Any], *, is_sum: bool) -> list[Channels]:
+        """Let the channels of two tensors move alike, and follow them into the product."""
         names = [varying(entry) for entry in (first, second)]
         if not (names[0] <= names[1] or names[1] <= names[0]):
-            self.fix([first[0], second[0]])
+            self.pin([first[0], second[0]])
             return []
         large, small = (first, second) if names[1] <= names[0] else (second, first)
-        labels, value, own = large
+        channels, value, own = large
         extra = [own.index(name) for name in varying(large) - varying(small)]
         spread = place(small[0], small[2], own).spread(value.shape, extra)
-        contracted = [own.index(name) for name in varying(large) if name not in letters]
-        is_contraction = bool(varying(small) - set(letters))
-        self.units.unite(labels, spread.dual() if is_contraction else spread)
-        if self._is_linear and not is_sum and not is_contraction:
-            self.fix([labels])
+        contracted = [own.index(name) for name in varying(large) if name not in subscripts]
+        is_contraction = bool(varying(small) - set(subscripts))
+        self.classes.unite(channels, spread.dual() if is_contraction else spread)
+        if self.mixes_channels and not is_sum and not is_contraction:
+            self.pin([channels])
         if not contracted:
-            return [place(labels, own, letters)]
-        return self._sum_out(node, labels, contracted, value.shape, own, letters)
+            return [place(channels, own, subscripts)]
+        return self._sum_out(channels, contracted, value.shape, own, subscripts)
 
-    def reduce(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
-        result: list[Labels] = []
+    def reduce(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
+        result: list[Channels] = []
         own = list(range(len(value.shape)))
-        for labels in self.settle(value):
-            gone = [axis for axis in labels.axes if axis in axes]
-            if self._is_linear and (gone or "linear" not in tags):
-                self.fix([labels])
+        for channels in self.channels_of(value):
+            gone = [axis for axis in channels.axes if axis in axes]
+            if self.mixes_channels and (gone or "linear" not in tags):
+                self.pin([channels])
             elif not gone:
-                result.append(labels)
+                result.append(channels)
             else:
-                result += self._sum_out(node, labels, gone, value.shape, own, own)
+                result += self._sum_out(channels, gone, value.shape, own, own)
         return tuple(result)
 
-    def normalise(self, node: int, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Labels, ...]:
+    def normalise(self, value: Value, axes: Sequence[int], tags: frozenset[str]) -> tuple[Channels, ...]:
         result = []
-        for labels in self.settle(value):
-            inside = set(labels.axes) & set(axes)
-            if self._is_linear:
-                self.fix([labels])
-            elif inside and inside != set(labels.axes):
-                result += self._regroup(node, labels, sorted(inside), value.shape)
+        for channels in self.channels_of(value):
+            inside = set(channels.axes) & set(axes)
+            if self.mixes_channels:
+                self.pin([channels])
+            elif inside and inside != set(channels.axes):
+                result += self._regroup(channels, sorted(inside), value.shape)
             else:
-                result.append(labels)
+                result.append(channels)
         return tuple(result)
 
-    def _regroup(self, node: int, labels: Labels, inside: list[int], shape: Sequence[int]) -> list[Labels]:
-        """Keep channels within the group with which they are normalised, or exchange whole groups."""
-        outside = [axis for axis in labels.axes if axis not in inside]
+    def _regroup(self, channels: Channels, inside: list[int], shape: Sequence[int]) -> list[Channels]:
+        """Keep channels within the group with which they are normalised, or move whole groups."""
+        outside = [axis for axis in channels.axes if axis not in inside]
         if self.moves_heads:
-            tied = self._tie(labels, inside, shape)
-            self.tied.append(tied.units.ravel())
+            tied = self._tie(channels, inside, shape)
+            self.tied.append(tied.ids.ravel())
         else:
-            self.hold(node, labels, outside, shape)
-        return [labels]
+            self.pin_positions(channels, outside, shape)
+        return [channels]
 
 
 def _in_rows(array: Array, axes: Sequence[int]) -> Array:
-    """An array with ``axes`` flattened into columns and all others into rows."""
+    """Flatten ``axes`` of an array into columns and all others into rows."""
     others = [axis for axis in range(array.ndim) if axis not in axes]
     return array.transpose([*others, *axes]).reshape(int(np.prod([array.shape[axis] for axis in others])), -1)

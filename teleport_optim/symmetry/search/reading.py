@@ -1,35 +1,39 @@
-"""Which entries of its parameters a model reads, and whether that depends on the sizes of its inputs."""
+"""Entries of parameters that a model reads, and the path that it takes.
+
+Both may depend on the sizes of the inputs: a table of positions is read up to the length of a sequence. Entries that no run reads
+do not move, since longer inputs may read them.
+"""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from teleport_optim.symmetry.search.analysis import Theory, Value
-from teleport_optim.symmetry.search.channels import Array, Labels
-from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS, Call
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis
+from teleport_optim.symmetry.search.channels import Array, Channels
+from teleport_optim.symmetry.search.graph import Call, Graph, Value
+from teleport_optim.symmetry.search.operations import SELECTIONS, VIEWS
 
-__all__ = ["Readings", "Scout"]
+__all__ = ["Path", "Readings"]
 
 Choice = tuple[str, tuple[int, ...], str]
-"""A choice of entries along an axis: the operation, the shape of the tensor, and what else the operation takes."""
+"""Choice of entries along an axis: the operation, the shape of the tensor, and the other arguments."""
 
 
 @dataclass
 class _Reading:
-    """What is read of a tensor that is computed from parameters alone.
+    """Parts that are read of a tensor that is computed from parameters alone.
 
     Attributes:
         value: The tensor.
-        parts: What was taken from it.
-        is_whole: Whether an operation reads all of it.
+        parts: The tensors that were taken from it.
+        is_whole: Whether a call reads all of it.
     """
 
     value: Value
@@ -38,14 +42,14 @@ class _Reading:
 
 
 class Readings:
-    """What the operations of a model read of what is computed from its parameters alone.
+    """Parts that calls read of the parameters, and of tensors that are computed from parameters alone.
 
     Args:
-        theories: The groups.
+        analyses: The groups.
     """
 
-    def __init__(self, theories: Sequence[Theory]) -> None:
-        self._theories = theories
+    def __init__(self, analyses: Sequence[ChannelAnalysis]) -> None:
+        self._analyses = analyses
         self._readings: dict[Any, _Reading] = {}
         self._choices: dict[Choice, list[tuple[Value, int]]] = {}
 
@@ -53,122 +57,104 @@ class Readings:
         key = value.source.name if value.source is not None else id(value)
         return self._readings.setdefault(key, _Reading(value))
 
-    def note(self, call: Call, values: Sequence[Value], results: Sequence[Value]) -> None:
-        """Take note of what an operation reads.
-
-        Args:
-            call: The operation.
-            values: Its tensors.
-            results: The tensors that it returns.
-        """
-        for position, value in enumerate(values):
-            if value.reads_inputs or value.is_still:
+    def note(self, call: Call) -> None:
+        """Note which tensors a call reads, and which parts."""
+        written = {write.output for write in call.writes}
+        results = [result for number, result in enumerate(call.results) if number not in written]
+        for number, value in enumerate(call.values):
+            if value.reads_inputs or self._is_still(value):
                 continue
-            if position > 0 or call.name not in SELECTIONS:
+            if number > 0 or call.name not in SELECTIONS:
                 self._of(value).is_whole = True
                 continue
             self._of(value).parts += results
             if isinstance(call["dim"], int):
-                choice = _choice(call.name, value.shape, call.arguments)
-                self._choices.setdefault(choice, []).append((value, call["dim"] % len(value.shape)))
+                self._choices.setdefault(_choice(call), []).append((value, call["dim"] % max(len(value.shape), 1)))
+
+    def _is_still(self, value: Value) -> bool:
+        return all(analysis.is_still(value) for analysis in self._analyses)
 
     def note_use(self, value: Value) -> None:
-        """Take note that all of a tensor is used in a way that is no operation."""
-        if not value.reads_inputs and not value.is_still:
+        """Note that something else than a call uses all of a tensor."""
+        if not value.reads_inputs and not self._is_still(value):
             self._of(value).is_whole = True
 
     def pin_unread(self) -> None:
-        """Let the entries of parameters that nothing reads not move: longer inputs may read them."""
+        """Pin the entries of parameters that nothing reads: longer inputs may read them."""
         for reading in self._readings.values():
             if reading.is_whole or not reading.parts:
                 continue
-            for theory in self._theories:
-                unread = np.setdiff1d(_units(theory.known(reading.value)), self._units_read(theory, reading))
-                theory.units.fix(unread)
+            for analysis in self._analyses:
+                unread = np.setdiff1d(_ids(analysis.known(reading.value)), self._ids_read(analysis, reading))
+                analysis.classes.pin(unread)
 
-    def _units_read(self, theory: Theory, reading: _Reading) -> Array:
+    def _ids_read(self, analysis: ChannelAnalysis, reading: _Reading) -> Array:
         if reading.is_whole:
-            return _units(theory.known(reading.value))
+            return _ids(analysis.known(reading.value))
         parts = [self._readings.get(id(part)) for part in reading.parts]
-        return np.concatenate([_units(()), *(self._units_read(theory, part) for part in parts if part is not None)])
+        return np.concatenate([_ids(()), *(self._ids_read(analysis, part) for part in parts if part is not None)])
 
     def pin_choices(self, choices: Iterable[Choice]) -> None:
-        """Let nothing move along the axes of parameters along which ``choices`` are made."""
+        """Pin the channels along the axes of parameters on which ``choices`` are made."""
         for choice in choices:
             for value, axis in self._choices.get(choice, []):
-                for theory in self._theories:
-                    theory.fix(one for one in theory.settle(value) if axis in one.axes)
+                for analysis in self._analyses:
+                    analysis.pin(one for one in analysis.channels_of(value) if axis in one.axes)
 
 
-def _units(labels: Iterable[Labels]) -> Array:
-    """The units in ``labels``, in one row."""
-    return np.concatenate([np.zeros(0, np.int64), *(one.units.ravel() for one in labels)])
+def _ids(channels: Iterable[Channels]) -> Array:
+    """Ids of all channels, in one row."""
+    return np.concatenate([np.zeros(0, np.int64), *(one.ids.ravel() for one in channels)])
 
 
-def _choice(name: str, shape: Sequence[int], arguments: Mapping[str, Any]) -> Choice:
-    return name, tuple(shape), str([_plain(given) for given in arguments.values()])
+def _choice(call: Call) -> Choice:
+    return call.name, call.first.shape, str([_plain(given) for given in call.arguments.values()])
 
 
 def _plain(given: Any) -> Any:
-    """An argument with nothing but its place where it is a tensor."""
+    """Argument with None in place of each tensor."""
     if isinstance(given, (list, tuple)):
         return [_plain(entry) for entry in given]
-    return None if isinstance(given, (Tensor, Value)) else given
+    return None if isinstance(given, Value) else given
 
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]
-"""The shapes of a tensor before and after a view."""
+"""Shapes of a tensor before and after a view."""
 
 
-class Scout:
-    """Takes note of a model's path and of what it chooses from its parameters, and no more.
+class Path:
+    """Path of a run: its operations without their sizes, and the choices that it makes from its parameters.
 
     Attributes:
-        parameters: The parameters that it reads.
-        choices: What is taken by its numbers from what does not depend on the inputs.
-        num_operations: The number of operations.
+        parameters: Names of the parameters and buffers that it reads.
+        choices: Selections, by numbers, from tensors that do not depend on the inputs.
+        num_operations: Number of operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.parameters: set[str] = set()
         self.choices: set[Choice] = set()
         self.num_operations = 0
         self._steps: set[tuple[Any, ...]] = set()
         self._views: list[_View] = []
-        self._last: tuple[Any, ...] = ()
-        self._last_read: tuple[str, ...] = ()
+        last: tuple[Any, ...] = ()
+        last_read: tuple[str, ...] = ()
+        for call in graph.calls:
+            self.num_operations += 1
+            read = tuple(value.name for value in call.values if value.name is not None)
+            if read:
+                self.parameters.update(read)
+                last_read = read
+            step = (call.name, *map(len, call.shapes))
+            self._steps.add((last_read, last, step))
+            last = step
+            if call.name in VIEWS and call.values and call.shapes:
+                self._views.append((call.first.shape, call.shape))
+            if call.name in SELECTIONS and not any(value.reads_inputs for value in call.values):
+                self.choices.add(_choice(call))
 
-    def note(
-        self,
-        name: str,
-        values: Sequence[Value],
-        read: tuple[str, ...],
-        arguments: Mapping[str, Any],
-        shapes: Sequence[Sequence[int]],
-    ) -> None:
-        """Take note of an operation.
-
-        Args:
-            name: Its name.
-            values: Its tensors, as far as the inputs and parameters tell.
-            read: The names of the parameters among them.
-            arguments: What it takes.
-            shapes: The shapes of what it returns.
-        """
-        self.num_operations += 1
-        if read:
-            self.parameters.update(read)
-            self._last_read = read
-        step = (name, *map(len, shapes))
-        self._steps.add((self._last_read, self._last, step))
-        self._last = step
-        if name in VIEWS and values and shapes:
-            self._views.append((tuple(values[0].shape), tuple(shapes[0])))
-        if name in SELECTIONS and values and not any(value.reads_inputs for value in values):
-            self.choices.add(_choice(name, values[0].shape, arguments))
-
-    def differs(self, other: Scout) -> bool:
-        """Whether the path with inputs of other sizes tells anything else than this one.
+    def differs(self, other: Path) -> bool:
+        """Whether an analysis of this path can tell anything else than one of ``other``, with inputs of other sizes.
 
         How often a loop runs does not count. A view counts where the places between which it spreads an axis, whose size is
         the same with both inputs, depend on the sizes.
@@ -188,7 +174,7 @@ def _spreads_otherwise(one: _View, two: _View) -> bool:
 
 
 def _cuts(old: Sequence[int], new: Sequence[int]) -> list[list[Fraction]]:
-    """For each axis before a view, where the axes after it begin in its midst."""
+    """Cuts of each axis before a view: the places in its midst where an axis after the view begins."""
     ends = sorted(set(itertools.accumulate(reversed(new), operator.mul)))
     steps = [*itertools.accumulate(reversed(old), operator.mul, initial=1)][-2::-1]
     return [[Fraction(end, step) for end in ends if step < end < step * size] for size, step in zip(old, steps)]

@@ -1,4 +1,4 @@
-"""From what a theory has learned to the symmetries of a spec."""
+"""Solve for sites: gather the channels that an analysis has left free into the symmetries of a spec."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from teleport_optim.symmetry.groups import GROUPS
-from teleport_optim.symmetry.search.analysis import Slot, Theory
-from teleport_optim.symmetry.search.channels import FIXED, Array, mix
-from teleport_optim.symmetry.search.permutations import Exchange
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis, MovingAxis
+from teleport_optim.symmetry.search.channels import PINNED, Array, mix
 from teleport_optim.symmetry.spec import Leg, Symmetry
 
 __all__ = ["symmetries_of"]
@@ -19,51 +18,54 @@ __all__ = ["symmetries_of"]
 
 @dataclass
 class _Entries:
-    """The entries of a slot.
+    """Entries of a moving axis.
 
     Attributes:
-        slot: The slot.
-        roots: The class of each entry.
-        roles: What tells the entries of one class apart: their role in it, and what their unit passes through by itself.
-        degrees: The degree of each entry.
+        moving_axis: The moving axis.
+        roots: Class of each entry.
+        positions: Hash that tells the entries of one class apart: of the position in it and of the calls that the channel of the
+            entry passes through by itself.
+        degrees: Degree of each entry.
     """
 
-    slot: Slot
+    moving_axis: MovingAxis
     roots: Array
-    roles: Array
+    positions: Array
     degrees: Array
 
 
-def symmetries_of(theory: Theory, names: Mapping[str, Sequence[str]], *, include_approximate: bool) -> list[Symmetry]:
-    """The symmetries that a theory has found.
+def symmetries_of(
+    analysis: ChannelAnalysis, names: Mapping[str, Sequence[str]], *, include_approximate: bool
+) -> list[Symmetry]:
+    """Make symmetries of the channels that an analysis has left free.
 
     Args:
-        theory: The theory, after a trace.
+        analysis: The analysis, after the last graph.
         names: For each parameter, all names under which the model has it.
-        include_approximate: Whether to return those that hold only up to the eps of a normalisation, too.
+        include_approximate: Whether to return also those that hold only up to the eps of a normalisation.
     """
-    if not theory.slots:
+    if not analysis.moving_axes:
         return []
-    slots, signatures = _signatures(theory)
-    roots = _in_order(np.concatenate([slot.roots for slot in slots]))
-    can_move = (roots != FIXED) & ~theory.units.is_fixed(roots)
+    moving_axes, signatures = _signatures(analysis)
+    roots = _in_order(np.concatenate([moving_axis.roots for moving_axis in moving_axes]))
+    can_move = (roots != PINNED) & ~analysis.classes.is_pinned(roots)
     if not include_approximate:
-        can_move &= ~theory.units.is_inexact(roots)
-    if isinstance(theory, Exchange) and theory.moves_heads:
-        tied = np.concatenate([np.zeros(0, np.int64), *theory.tied])
-        can_move &= np.isin(roots, theory.units.find(tied)[0])
+        can_move &= ~analysis.classes.is_approximate(roots)
+    if analysis.moves_heads:
+        tied = np.concatenate([np.zeros(0, np.int64), *analysis.tied])
+        can_move &= np.isin(roots, analysis.classes.find(tied)[0])
     roots = roots[can_move]
-    site_of, channel_of, sizes = _sites(roots, signatures, len(theory.units))
+    site_of, channel_of, sizes = _sites(roots, signatures, len(analysis.classes))
     legs: list[list[Leg]] = [[] for _ in sizes]
-    for slot in slots:
-        own = site_of[slot.roots]
+    for moving_axis in moving_axes:
+        own = site_of[moving_axis.roots]
         for site in [own.item(0)] if _is_constant(own) else _in_order(own).tolist():
             if site >= 0:
-                legs[site] += _legs(slot, np.flatnonzero(own == site), channel_of, sizes[site], names)
-    is_exact = ~np.isin(np.arange(len(sizes)), site_of[roots[theory.units.is_inexact(roots)]])
-    least = 2 if isinstance(theory, Exchange) else 1
+                legs[site] += _legs(moving_axis, np.flatnonzero(own == site), channel_of, sizes[site], names)
+    is_exact = ~np.isin(np.arange(len(sizes)), site_of[roots[analysis.classes.is_approximate(roots)]])
+    least = analysis.smallest_site
     found = [(tuple(own), size, exact) for own, size, exact in zip(legs, sizes, is_exact.tolist()) if size >= least]
-    return _named(theory, found)
+    return _named(analysis, found)
 
 
 def _is_constant(values: Array) -> bool:
@@ -71,18 +73,18 @@ def _is_constant(values: Array) -> bool:
 
 
 def _in_order(values: Array) -> Array:
-    """The different values in the order in which they first appear."""
+    """Different values in the order in which they first appear."""
     unique, first = np.unique(values, return_index=True)
     return unique[np.argsort(first)]
 
 
-def _sites(roots: Array, signatures: Array, num_units: int) -> tuple[Array, Array, list[int]]:
-    """For each class the number of its site and its own number there, -1 if it has none; and the sizes of the sites."""
+def _sites(roots: Array, signatures: Array, num_channels: int) -> tuple[Array, Array, list[int]]:
+    """Number of the site of each class and its own number there, -1 if it has none; and the sizes of the sites."""
     order = _in_order(signatures[roots])
-    _, position, inverse = np.unique(signatures[roots], return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(position))
+    _, first, inverse = np.unique(signatures[roots], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
     site = rank[inverse]
-    site_of, channel_of = np.full(num_units, -1), np.full(num_units, -1)
+    site_of, channel_of = np.full(num_channels, -1), np.full(num_channels, -1)
     site_of[roots] = site
     sizes = np.bincount(site, minlength=len(order))
     by_site = np.argsort(site, kind="stable")
@@ -90,65 +92,66 @@ def _sites(roots: Array, signatures: Array, num_units: int) -> tuple[Array, Arra
     return site_of, channel_of, sizes.tolist()
 
 
-def _signatures(theory: Theory) -> tuple[list[_Entries], Array]:
-    """The entries of all slots; and for each class a hash of where it occurs, equal for classes that form a site.
+def _signatures(analysis: ChannelAnalysis) -> tuple[list[_Entries], Array]:
+    """The entries of all moving_axes; and for each class a hash of where it occurs, equal for classes that form a site.
 
-    Channels that are exchanged must pass through the same nodes in the same roles. What each unit passes through before it was
+    Channels that are exchanged must pass through the same nodes in the same positions. What each unit passes through before it was
     found to move together with others tells the members of a class apart (queries from keys in a packed projection).
     """
-    slots = theory.slots
-    sizes = [slot.units.size for slot in slots]
+    moving_axes = analysis.moving_axes
+    sizes = [moving_axis.ids.size for moving_axis in moving_axes]
     parts: list[tuple[Array, ...]] = [
         (
-            np.repeat(np.arange(len(slots)), sizes),
-            np.concatenate([slot.units for slot in slots]),
-            np.concatenate([slot.roles for slot in slots]),
+            np.repeat(np.arange(len(moving_axes)), sizes),
+            np.concatenate([moving_axis.ids for moving_axis in moving_axes]),
+            np.concatenate([moving_axis.positions for moving_axis in moving_axes]),
             np.zeros(sum(sizes), np.uint64),
         )
     ]
-    is_exchange = isinstance(theory, Exchange)
-    for record in theory.records if isinstance(theory, Exchange) else ():
-        place = (np.asarray(1 << 50 | record[0]), *record[1:])
+    for passage in analysis.passages:
+        place = (np.asarray(1 << 50 | passage[0]), *passage[1:])
         shape = np.broadcast_shapes(*(array.shape for array in place[1:]))
         parts.append(tuple(np.broadcast_to(array, shape).ravel() for array in place))
-    node, units, roles, where = (np.concatenate(column) for column in zip(*parts))
+    node, ids, positions, where = (np.concatenate(column) for column in zip(*parts))
     del parts  # as large as all the rest
-    roots, roles_in_class, signs = theory.units.find(units, roles)
+    roots, positions_in_class, signs = analysis.classes.find(ids, positions)
     degrees = signs.astype(np.int64)
     ends = np.cumsum(sizes)
-    degrees[: sum(sizes)] *= np.repeat([slot.degree for slot in slots], sizes)
-    signatures = np.zeros(len(theory.units), dtype=np.uint64)
-    own = np.zeros_like(roles)
-    if is_exchange:
-        np.add.at(signatures, units, mix(node, roles, where))
-        own = mix(roles_in_class, signatures[units])
-        _fix_copies(theory, roots, mix(node, roots, own), where == 0)
+    degrees[: sum(sizes)] *= np.repeat([moving_axis.degree for moving_axis in moving_axes], sizes)
+    signatures = np.zeros(len(analysis.classes), dtype=np.uint64)
+    own = np.zeros_like(positions)
+    if analysis.moves_entries:
+        np.add.at(signatures, ids, mix(node, positions, where))
+        own = mix(positions_in_class, signatures[ids])
+        _pin_copies(analysis, roots, mix(node, roots, own), where == 0)
         signatures = np.zeros_like(signatures)
     np.add.at(signatures, roots, mix(node, own, where, degrees))
     spans = [slice(end - size, end) for size, end in zip(sizes, ends.tolist())]
-    return [_Entries(slot, roots[k], own[k], degrees[k]) for slot, k in zip(slots, spans)], signatures
+    return [
+        _Entries(moving_axis, roots[k], own[k], degrees[k]) for moving_axis, k in zip(moving_axes, spans)
+    ], signatures
 
 
-def _fix_copies(theory: Theory, roots: Array, keys: Array, is_counted: Array) -> None:
-    """Let classes that have two entries with one role in a tensor move no more: which is which cannot be told."""
+def _pin_copies(analysis: ChannelAnalysis, roots: Array, keys: Array, is_counted: Array) -> None:
+    """Pin classes that have two entries with one position in a tensor: nothing tells which is which."""
     order = np.flatnonzero(is_counted)[np.argsort(keys[is_counted])]
     is_copy = keys[order][1:] == keys[order][:-1]
     if is_copy.any():
-        theory.units.fix(roots[order[1:][is_copy]])
+        analysis.classes.pin(roots[order[1:][is_copy]])
 
 
 def _legs(
     entries: _Entries, members: Array, channel_of: Array, size: int, names: Mapping[str, Sequence[str]]
 ) -> list[Leg]:
-    """The legs of a site on one slot: entries that move alike, in the order of their roles for every channel."""
-    slot = entries.slot
-    channels, roles = channel_of[entries.roots[members]], entries.roles[members]
+    """The legs of a site on one moving_axis: entries that move alike, in the order of their positions for every channel."""
+    moving_axis = entries.moving_axis
+    numbers, positions = channel_of[entries.roots[members]], entries.positions[members]
     if len(members) == size:
-        index = members[np.argsort(channels)].reshape(size, 1)
+        index = members[np.argsort(numbers)].reshape(size, 1)
     else:
-        first = _in_order(roles[channels == 0])
-        ranks = np.argsort(first)[np.searchsorted(np.sort(first), roles)]
-        index = members[np.lexsort((members, ranks, channels))].reshape(size, -1)
+        first = _in_order(positions[numbers == 0])
+        ranks = np.argsort(first)[np.searchsorted(np.sort(first), positions)]
+        index = members[np.lexsort((members, ranks, numbers))].reshape(size, -1)
     columns = index[0]
     legs = []
     for run in _runs(columns, entries.degrees[columns]):
@@ -156,33 +159,33 @@ def _legs(
         is_range = bool((flat[1:] == flat[:-1] + 1).all())
         shape: dict[str, Any] = {"offset": int(flat[0])} if is_range else {"index": tuple(flat.tolist())}
         degree = int(entries.degrees[columns[run[0]]])
-        legs += [Leg(name, slot.axis, degree, len(run), within=slot.within, **shape) for name in names[slot.name]]
+        legs += [
+            Leg(name, moving_axis.axis, degree, len(run), within=moving_axis.within, **shape)
+            for name in names[moving_axis.name]
+        ]
     return legs
 
 
 def _runs(columns: Array, degrees: Array) -> list[list[int]]:
-    """Entries of the first channel that go into one leg: those of one degree that lie side by side, or all of one degree."""
+    """Split the entries of a channel into runs, one for each leg: neighbours of one degree."""
     runs: list[list[int]] = []
-    for position in range(len(columns)):
-        if runs and degrees[runs[-1][-1]] == degrees[position] and columns[position] == columns[runs[-1][-1]] + 1:
-            runs[-1].append(position)
+    for column in range(len(columns)):
+        if runs and degrees[runs[-1][-1]] == degrees[column] and columns[column] == columns[runs[-1][-1]] + 1:
+            runs[-1].append(column)
         else:
-            runs.append([position])
+            runs.append([column])
     return runs
 
 
 def _owner(name: str) -> str:
-    """The layer to which a tensor belongs, or its own name if it is a parameter by itself."""
+    """Layer to which a tensor belongs, or its own name if it is a parameter by itself."""
     layer, _, last = name.rpartition(".")
     return layer if layer and last.startswith(("weight", "bias", "in_proj", "running")) else name
 
 
-_GROUP_OF = {"heads": "permutation"}
-
-
-def _named(theory: Theory, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> list[Symmetry]:
-    """The sites with their ids: the module of the first writer, the group, and a number where that is not enough."""
-    group = GROUPS[_GROUP_OF.get(theory.name, theory.name)]
+def _named(analysis: ChannelAnalysis, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> list[Symmetry]:
+    """Give sites their ids: the module of the first writer, the analysis, and a number where that is not enough."""
+    group = GROUPS[analysis.group]
     oriented = []
     for legs, size, is_exact in sites:
         if legs[0].degree < 0:
@@ -197,6 +200,6 @@ def _named(theory: Theory, sites: list[tuple[tuple[Leg, ...], int, bool]]) -> li
     for module, legs, size, is_exact in oriented:
         number = numbers.get(module, 0)
         numbers[module] = number + 1
-        name = f"{module}:{theory.name}" + (f"[{number}]" if counts[module] > 1 else "")
+        name = f"{module}:{analysis.name}" + (f"[{number}]" if counts[module] > 1 else "")
         result.append(Symmetry(name, group, size, legs, is_exact))
     return result

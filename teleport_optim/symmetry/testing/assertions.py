@@ -24,13 +24,14 @@ from teleport_optim.symmetry import (
 )
 from teleport_optim.symmetry.action import act, act_dual
 from teleport_optim.symmetry.inputs import ExampleInputs, Inputs
+from teleport_optim.symmetry.named_tensors import cuda_devices, named_tensors
 from teleport_optim.symmetry.verify import randomise
 
 __all__ = ["Loss", "assert_equivariant_gradient", "assert_invariant", "assert_optimizer_equivariant"]
 
 _SEED = 0
 _MAX_REFUSALS = 5
-"""How many refusals a message lists."""
+"""Most refusals that a message lists."""
 
 Loss = Callable[[Any], Tensor]
 
@@ -268,7 +269,7 @@ def _generic_twin(model: nn.Module, inputs: ExampleInputs, spec: SymmetrySpec) -
     values: Inputs = tree_map_only(
         Tensor, lambda value: value.double() if value.is_floating_point() else value, Inputs.of(inputs)
     )
-    devices = sorted({tensor.get_device() for tensor in _tensors(model).values() if tensor.is_cuda})
+    devices = cuda_devices(model)
     with torch.random.fork_rng(devices):
         twin = copy.deepcopy(model).double().train()
         for module in twin.modules():
@@ -278,19 +279,14 @@ def _generic_twin(model: nn.Module, inputs: ExampleInputs, spec: SymmetrySpec) -
                 module.dropout = 0.0
         with torch.no_grad():
             randomise(twin, torch.Generator().manual_seed(_SEED))
-        yield twin, {name: tensor.detach().clone() for name, tensor in _tensors(twin).items()}, values
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, under every name that they have."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        yield twin, {name: tensor.detach().clone() for name, tensor in named_tensors(twin)}, values
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """Write ``tensors`` into a model; its parameters, under every name that they have, which train."""
     torch.manual_seed(_SEED)
     with torch.no_grad():
-        for name, tensor in _tensors(model).items():
+        for name, tensor in named_tensors(model):
             tensor.copy_(tensors[name])
     return {name: value for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
 

@@ -18,7 +18,7 @@ from teleport_optim.symmetry.testing.sequential import seeds
 __all__ = ["PrintedElement", "example_inputs", "group_elements"]
 
 _MAX_MOVED = 16
-"""Of a group element, how many channels (entries of a matrix) are drawn at most."""
+"""Most channels of a group element (entries of a matrix) that are drawn."""
 _MAX_PRINTED = 32
 """Up to how many entries a tensor prints whole; of larger ones those print that are not the identity's."""
 

@@ -34,7 +34,7 @@ __all__ = ["modules"]
 
 @dataclass(frozen=True)
 class _Stream:
-    """What flows from block to block: images ``[batch, width, height, height]``, or vectors with ``width`` last."""
+    """Tensor that flows from block to block: images ``[batch, width, height, height]``, or vectors with ``width`` last."""
 
     kind: str
     width: int

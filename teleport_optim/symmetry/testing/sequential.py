@@ -140,7 +140,7 @@ def _pixel_shuffle(draw: st.DrawFn, shape: tuple[int, ...]) -> nn.Module:
 
 
 def _layers_after(shape: tuple[int, ...]) -> list[_Layer]:
-    """What may follow an activation of this shape. Layers that write channels come more often."""
+    """Layers that may follow an activation of this shape. Those that write channels come more often."""
     choices: list[_Layer] = [_pointwise, _pointwise, _linear, _norm, _channel_prelu, _flatten_axes]
     if len(shape) == 2:
         choices += [_linear, _unflatten]

@@ -1,15 +1,22 @@
-"""What each operation of a traced model demands of the channels that pass through it.
+"""Rules of operations: conditions on the channels that pass through them.
 
-A rule takes a :class:`Call` and a theory, tells the theory what must hold, and returns the labels of each tensor that the
-operation gives. Operations are named as in PyTorch's ATen, without the overload. What is not in :data:`RULES` is followed
-through the operations that it is made of, if it is made of others; else it lets nothing through.
+A rule takes a call and an analysis, tells the analysis what must hold, and returns the channels of each result. It asks the
+analysis for what its group does (``moves_entries``, say), never for its class. Operations are named as in PyTorch's ATen, without
+the overload. An operation that is not in :data:`RULES` is followed through the operations of which torch makes it; if there are
+none, it lets nothing through.
+
+To add an operation, write its rule in one of these files, name it in :data:`RULES`, and give tests/test_operations.py a model
+with it: there every symmetry found is verified by numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-from teleport_optim.symmetry.search.analysis import EVEN, HOMOGENEOUS, LINEAR, MASK, NOTHING, ODD, Value
+from teleport_optim.symmetry.search.analysis import EVEN, HOMOGENEOUS, LINEAR, MASK, NOTHING, ODD
+from teleport_optim.symmetry.search.graph import Call, Source
 from teleport_optim.symmetry.search.operations import (
     convolutions,
     entrywise,
@@ -20,9 +27,9 @@ from teleport_optim.symmetry.search.operations import (
     reductions,
     selections,
 )
-from teleport_optim.symmetry.search.operations.call import Call, Rule, axes_of, values_in
+from teleport_optim.symmetry.search.operations.call import Rule, axes_of
 
-__all__ = ["COPIES", "CREATIONS", "RULES", "SELECTIONS", "VIEWS", "Call", "source_view", "values_in"]
+__all__ = ["COPIES", "CREATIONS", "RULES", "SELECTIONS", "VIEWS", "fill_of", "source_view"]
 
 
 def _names(text: str, rule: Rule) -> dict[str, Rule]:
@@ -142,10 +149,24 @@ RULES: dict[str, Rule] = {
 """The rule of every known operation."""
 
 
-def source_view(call: Call) -> Value | None:
-    """A parameter with its axes in another order, or with axes of length one put in or taken out; None for all else."""
-    value = next(values_in(call.arguments), None)
-    if value is None or value.source is None or len(list(values_in(call.arguments))) != 1:
+def fill_of(name: str, arguments: Mapping[str, Any]) -> float | None:
+    """The one number that all entries of a new tensor are, where the call tells it."""
+    if name in ("zeros", "zeros_like", "new_zeros", "zero_"):
+        return 0.0
+    if name in ("ones", "ones_like", "new_ones"):
+        return 1.0
+    key = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "fill_": "value"}.get(name)
+    fill = None if key is None else arguments.get(key)
+    return float(fill) if isinstance(fill, (int, float)) else None
+
+
+def source_view(call: Call) -> Source | None:
+    """Source of a result that is a parameter with its axes in another order, or with axes of length one put in or taken out.
+
+    None for all other calls.
+    """
+    value = next(iter(call.values), None)
+    if value is None or value.source is None or len(call.values) != 1:
         return None
     axes: list[int | None] = list(value.source.axes)
     if call.name in COPIES:
@@ -165,4 +186,4 @@ def source_view(call: Call) -> Value | None:
         axes = [axis if old == new else None for axis, old, new in zip(axes, own, call.shape)]
     else:
         return None
-    return Value(call.shape, source=value.source._replace(axes=tuple(axes)))
+    return value.source._replace(axes=tuple(axes))

@@ -1,66 +1,35 @@
-"""One operation of a traced model, as rules see it, and what several of them need."""
+"""Helpers that several rules share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from teleport_optim.symmetry.search.analysis import Theory, Value
-from teleport_optim.symmetry.search.channels import Labels
+from teleport_optim.symmetry.search.analysis import ChannelAnalysis, Intermediate
+from teleport_optim.symmetry.search.channels import Channels
+from teleport_optim.symmetry.search.graph import Call, Value
 
-__all__ = ["Call", "Result", "Rule", "aligned", "as_value", "axes_of", "bind_axis", "opaque", "relabelled", "values_in"]
-
-
-Result = list[tuple[Labels, ...]]
-
-
-@dataclass
-class Call:
-    """One operation of a traced model.
-
-    Attributes:
-        name: Name of the operation.
-        node: Its number in the graph.
-        arguments: Arguments by the names of the schema; a :class:`Value` in place of each tensor.
-        shapes: Shapes of the tensors that it returns.
-    """
-
-    name: str
-    node: int
-    arguments: dict[str, Any]
-    shapes: list[tuple[int, ...]]
-
-    def __getitem__(self, key: str) -> Any:
-        return self.arguments.get(key)
-
-    @property
-    def first(self) -> Value:
-        """The first tensor."""
-        return next(values_in(self.arguments))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the first tensor that it returns."""
-        return self.shapes[0]
+__all__ = [
+    "Result",
+    "Rule",
+    "aligned",
+    "as_value",
+    "axes_of",
+    "bind_axis",
+    "opaque",
+    "with_channels",
+]
 
 
-Rule = Callable[[Call, Theory], Result]
+Result = list[tuple[Channels, ...]]
 
 
-def values_in(argument: Any) -> Iterator[Value]:
-    """The tensors in an argument, with those in lists and dictionaries."""
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, dict):
-        for value in argument.values():
-            yield from values_in(value)
-    elif isinstance(argument, (list, tuple)):
-        for value in argument:
-            yield from values_in(value)
+Rule = Callable[[Call, ChannelAnalysis], Result]
 
 
 def as_value(argument: Any) -> Value:
+    """Make a tensor of a number."""
     if isinstance(argument, Value):
         return argument
     return Value((), fill=float(argument) if isinstance(argument, (int, float)) else None)
@@ -73,56 +42,62 @@ def axes_of(argument: Any, rank: int) -> list[int]:
     return [axis % max(rank, 1) for axis in ([argument] if isinstance(argument, int) else argument)]
 
 
-def relabelled(value: Value, theory: Theory, labels: Sequence[Labels], shape: Sequence[int] | None = None) -> Value:
-    return Value(tuple(value.shape if shape is None else shape), {theory.name: tuple(labels)})
+def with_channels(value: Value, channels: Sequence[Channels], shape: Sequence[int] | None = None) -> Intermediate:
+    """Make a tensor of the shape of ``value``, or of another shape, with these channels."""
+    return Intermediate(tuple(value.shape if shape is None else shape), channels=tuple(channels))
 
 
-def aligned(value: Value, axis: int, shape: Sequence[int]) -> Value:
-    """A tensor with one axis as one of ``shape`` that has it at ``axis``."""
+def aligned(value: Value, analysis: ChannelAnalysis, axis: int, shape: Sequence[int]) -> Value:
+    """Make of a tensor with one axis one of ``shape`` that has it at ``axis``."""
     assert len(value.shape) == 1
     if value.source is not None:
         axes = tuple(value.source.axes[0] if k == axis else None for k in range(len(shape)))
         return replace(value, shape=tuple(shape), source=value.source._replace(axes=axes))
-    labels = {
-        name: tuple(Labels.along(one.units, axis, len(shape), one.roles, one.sign) for one in own)
-        for name, own in value.labels.items()
-    }
-    return replace(value, shape=tuple(shape), labels=labels)
+    channels = tuple(
+        Channels.along(one.ids, axis, len(shape), one.positions, one.sign) for one in analysis.known(value)
+    )
+    return Intermediate(tuple(shape), channels=channels, fill=value.fill)
 
 
-def opaque(call: Call, theory: Theory) -> Result:
-    """What is not understood: nothing that goes in moves."""
-    for value in values_in(call.arguments):
-        theory.freeze(value)
+def opaque(call: Call, analysis: ChannelAnalysis) -> Result:
+    """Let nothing move that goes into a call: the rule does not cover this form of the operation."""
+    for value in call.values:
+        analysis.freeze(value)
     return [()] * len(call.shapes)
 
 
 def bind_axis(
-    theory: Theory, value: Value, axis: int, labels: Sequence[Labels], *, power: int = 1, is_updated: bool = False
+    analysis: ChannelAnalysis,
+    value: Value,
+    axis: int,
+    channels: Sequence[Channels],
+    *,
+    power: int = 1,
+    is_updated: bool = False,
 ) -> None:
-    """Let an axis of a parameter move as ``labels`` say, whether it is free or not.
+    """Let an axis of a parameter move as ``channels`` say; if it is not free, unite them with those it has.
 
     Args:
-        theory: The group.
-        value: The parameter. What is none, or has no such axis, does not move.
+        analysis: The group.
+        value: The parameter. A tensor that is none does not move.
         axis: The axis.
-        labels: How it is to move.
+        channels: How it is to move.
         power: The degree.
         is_updated: Whether the operation itself writes the tensor, which then moves although it is a buffer.
     """
-    if theory.is_free(value, axis) or (is_updated and theory.is_unused(value, axis)):
-        theory.bind(value, axis, labels, power=power)
+    if analysis.is_free(value, axis) or (is_updated and analysis.is_unused(value, axis)):
+        analysis.bind(value, axis, channels, power=power)
         return
     if value.source is None or value.source.axes[axis] is None:
-        theory.freeze(value)
-        theory.fix(labels)
+        analysis.freeze(value)
+        analysis.pin(channels)
         return
-    if theory.is_unused(value, axis):
-        theory.bind(value, axis, [])
-    known = theory.write(value, axis)
-    wanted = [one for one in labels for _ in range(power if theory.changes_numbers else 1)]
+    if analysis.is_unused(value, axis):
+        analysis.bind(value, axis, [])
+    known = analysis.write(value, axis)
+    wanted = [one for one in channels for _ in range(power if analysis.changes_numbers else 1)]
     if len(known) != len(wanted):
-        theory.fix([*known, *labels])
+        analysis.pin([*known, *channels])
         return
     for one, other in zip(known, wanted):
-        theory.units.unite(one, other)
+        analysis.classes.unite(one, other)

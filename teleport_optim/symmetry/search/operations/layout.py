@@ -7,10 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, Theory
-from teleport_optim.symmetry.search.channels import Labels
-from teleport_optim.symmetry.search.operations.call import Call, Result, axes_of, opaque
-from teleport_optim.symmetry.search.permutations import Exchange
+from teleport_optim.symmetry.search.analysis import LINEAR, NOTHING, ChannelAnalysis
+from teleport_optim.symmetry.search.channels import Channels
+from teleport_optim.symmetry.search.graph import Call
+from teleport_optim.symmetry.search.operations.call import Result, axes_of, opaque
 
 __all__ = [
     "axis_order",
@@ -23,45 +23,45 @@ __all__ = [
     "repeat",
     "repeat_interleave",
     "reshape",
-    "reshape_labels",
+    "reshape_channels",
     "roll",
     "squeeze",
     "unsqueeze",
 ]
 
 
-def reshape_labels(
-    theory: Theory, labels: Sequence[Labels], old: Sequence[int], new: Sequence[int]
-) -> tuple[Labels, ...]:
-    """Labels after a reshape. Where it mixes the axes of two of them, none moves any more."""
-    moved = [one.reshape(old, new) for one in labels]
-    result: list[Labels] = []
-    for one, after in zip(labels, moved):
+def reshape_channels(
+    analysis: ChannelAnalysis, channels: Sequence[Channels], old: Sequence[int], new: Sequence[int]
+) -> tuple[Channels, ...]:
+    """Follow channels through a reshape. Where it mixes the axes of two of them, none moves any more."""
+    moved = [one.reshape(old, new) for one in channels]
+    result: list[Channels] = []
+    for one, after in zip(channels, moved):
         axes = set(after.axes) if after is not None else set()
-        is_mixed = isinstance(theory, Exchange) and any(
+        is_mixed = analysis.moves_entries and any(
             other is not None and other is not after and set(other.axes) & axes for other in moved
         )
         if after is None or is_mixed:
-            theory.units.fix(one.units)
+            analysis.classes.pin(one.ids)
         else:
             result.append(after)
     return tuple(result)
 
 
-def reshape(call: Call, theory: Theory) -> Result:
+def reshape(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
-    if call["dtype"] is not None and (theory.changes_numbers or call.shape != value.shape):
-        return opaque(call, theory)  # the same bytes, read as other numbers
-    return [reshape_labels(theory, theory.settle(value), value.shape, call.shape)]
+    if call["dtype"] is not None and (analysis.changes_numbers or call.shape != value.shape):
+        return opaque(call, analysis)  # the same bytes are read as other numbers
+    return [reshape_channels(analysis, analysis.channels_of(value), value.shape, call.shape)]
 
 
-def permute(call: Call, theory: Theory) -> Result:
+def permute(call: Call, analysis: ChannelAnalysis) -> Result:
     order = axis_order(call)
-    return [tuple(one.permute(order) for one in theory.settle(call.first))]
+    return [tuple(one.permute(order) for one in analysis.channels_of(call.first))]
 
 
 def axis_order(call: Call) -> list[int]:
-    """The axes of the input in the order of the output."""
+    """Axes of the input in the order of the output."""
     rank = len(call.first.shape)
     order = list(range(rank))
     if call.name == "permute":
@@ -84,65 +84,65 @@ def axis_order(call: Call) -> list[int]:
     return order
 
 
-def expand(call: Call, theory: Theory) -> Result:
+def expand(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
-    return [tuple(_widened(one, len(call.shape)) for one in theory.settle(value))]
+    return [tuple(_widened(one, len(call.shape)) for one in analysis.channels_of(value))]
 
 
-def _widened(labels: Labels, rank: int) -> Labels:
-    return labels.map(lambda array: array.reshape((1,) * (rank - array.ndim) + array.shape))
+def _widened(channels: Channels, rank: int) -> Channels:
+    return channels.map(lambda array: array.reshape((1,) * (rank - array.ndim) + array.shape))
 
 
-def repeat(call: Call, theory: Theory) -> Result:
-    """Copies side by side: as an axis of copies in front of each axis, flattened into it."""
+def repeat(call: Call, analysis: ChannelAnalysis) -> Result:
+    """Follow copies side by side: each axis gets an axis of copies in front, which is flattened into it."""
     value, rank = call.first, len(call.shape)
     own = (1,) * (rank - len(value.shape)) + value.shape
     times = [new // old if old else 1 for new, old in zip(call.shape, own)]
     shape = [size for pair in zip(times, own) for size in pair]
-    labels = [_widened(one, rank) for one in theory.settle(value)]
-    spread = [one.map(lambda array: np.expand_dims(array, list(range(0, 2 * rank, 2)))) for one in labels]
-    return [reshape_labels(theory, spread, shape, call.shape)]
+    channels = [_widened(one, rank) for one in analysis.channels_of(value)]
+    spread = [one.map(lambda array: np.expand_dims(array, list(range(0, 2 * rank, 2)))) for one in channels]
+    return [reshape_channels(analysis, spread, shape, call.shape)]
 
 
-def repeat_interleave(call: Call, theory: Theory) -> Result:
+def repeat_interleave(call: Call, analysis: ChannelAnalysis) -> Result:
     value, axis = call.first, call["dim"]
     if axis is None or not isinstance(call["repeats"], int):
-        return opaque(call, theory)
+        return opaque(call, analysis)
     axis %= len(value.shape)
     shape = [*value.shape[: axis + 1], call["repeats"], *value.shape[axis + 1 :]]
-    labels = [one.map(lambda array: np.expand_dims(array, axis + 1)) for one in theory.settle(value)]
-    return [reshape_labels(theory, labels, shape, call.shape)]
+    channels = [one.map(lambda array: np.expand_dims(array, axis + 1)) for one in analysis.channels_of(value)]
+    return [reshape_channels(analysis, channels, shape, call.shape)]
 
 
-def flip(call: Call, theory: Theory) -> Result:
+def flip(call: Call, analysis: ChannelAnalysis) -> Result:
     axes = axes_of(call["dims"], len(call.shape))
-    return [tuple(one.map(lambda array: np.flip(array, tuple(axes))) for one in theory.settle(call.first))]
+    return [tuple(one.map(lambda array: np.flip(array, tuple(axes))) for one in analysis.channels_of(call.first))]
 
 
-def roll(call: Call, theory: Theory) -> Result:
+def roll(call: Call, analysis: ChannelAnalysis) -> Result:
     axes, shifts = call["dims"], call["shifts"]
     if not axes:
-        return opaque(call, theory)
+        return opaque(call, analysis)
     rank = len(call.shape)
     shifts, axes = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (shifts, axes))
     axes = [axis % rank for axis in axes]
-    return [tuple(one.map(lambda array: np.roll(array, shifts, axes)) for one in theory.settle(call.first))]
+    return [tuple(one.map(lambda array: np.roll(array, shifts, axes)) for one in analysis.channels_of(call.first))]
 
 
-def squeeze(call: Call, theory: Theory) -> Result:
+def squeeze(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
     gone = [axis for axis in axes_of(call["dim"], len(value.shape)) if value.shape[axis] == 1]
     if call["dim"] is not None and not value.shape:
         gone = []
-    return [tuple(one.map(lambda array: array.squeeze(tuple(gone))) for one in theory.settle(value))]
+    return [tuple(one.map(lambda array: array.squeeze(tuple(gone))) for one in analysis.channels_of(value))]
 
 
-def unsqueeze(call: Call, theory: Theory) -> Result:
+def unsqueeze(call: Call, analysis: ChannelAnalysis) -> Result:
     axis = call["dim"] % len(call.shape)
-    return [tuple(one.map(lambda array: np.expand_dims(array, axis)) for one in theory.settle(call.first))]
+    return [tuple(one.map(lambda array: np.expand_dims(array, axis)) for one in analysis.channels_of(call.first))]
 
 
-def pad(call: Call, theory: Theory) -> Result:
+def pad(call: Call, analysis: ChannelAnalysis) -> Result:
     value, padding = call.first, list(call["pad"])
     mode = call["mode"]
     rank, num_axes = len(value.shape), len(padding) // 2
@@ -151,9 +151,9 @@ def pad(call: Call, theory: Theory) -> Result:
     )
     padded = [k for k in range(rank) if before[k] or after[k]]
     is_zero = mode == "constant" and not call["value"]
-    labels = theory.elementwise(call.node, value, LINEAR if is_zero or mode != "constant" else NOTHING)
+    channels = analysis.elementwise(value, LINEAR if is_zero or mode != "constant" else NOTHING)
     result = []
-    for one in labels:
+    for one in channels:
         inside = [k for k in padded if k in one.axes]
         if not inside:
             result.append(one)
@@ -161,31 +161,31 @@ def pad(call: Call, theory: Theory) -> Result:
             widths = [(before[k], after[k]) if k in inside else (0, 0) for k in range(rank)]
             result.append(one.map(partial(np.pad, pad_width=widths)))
         else:
-            result.append(theory.confine(one, inside, value.shape))
+            result.append(analysis.collapse_axes(one, inside, value.shape))
     return [tuple(result)]
 
 
-def pixel_shuffle(call: Call, theory: Theory) -> Result:
+def pixel_shuffle(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
-    *batch, channels, height, width = value.shape
+    *batch, num_channels, height, width = value.shape
     r = call["upscale_factor"] or call["downscale_factor"]
     n = len(batch)
     if call.name == "pixel_shuffle":
-        middle = [*batch, channels // r**2, r, r, height, width]
+        middle = [*batch, num_channels // r**2, r, r, height, width]
         order = [*range(n), n, n + 3, n + 1, n + 4, n + 2]
     else:
-        middle = [*batch, channels, height // r, r, width // r, r]
+        middle = [*batch, num_channels, height // r, r, width // r, r]
         order = [*range(n), n, n + 2, n + 4, n + 1, n + 3]
-    labels = reshape_labels(theory, theory.settle(value), value.shape, middle)
-    moved = [one.permute(order) for one in labels]
-    return [reshape_labels(theory, moved, [middle[k] for k in order], call.shape)]
+    channels = reshape_channels(analysis, analysis.channels_of(value), value.shape, middle)
+    moved = [one.permute(order) for one in channels]
+    return [reshape_channels(analysis, moved, [middle[k] for k in order], call.shape)]
 
 
-def channel_shuffle(call: Call, theory: Theory) -> Result:
+def channel_shuffle(call: Call, analysis: ChannelAnalysis) -> Result:
     value, groups = call.first, call["groups"]
-    batch, channels, *spatial = value.shape
-    middle = [batch, groups, channels // groups, *spatial]
+    batch, num_channels, *spatial = value.shape
+    middle = [batch, groups, num_channels // groups, *spatial]
     order = [0, 2, 1, *range(3, len(middle))]
-    labels = reshape_labels(theory, theory.settle(value), value.shape, middle)
-    moved = [one.permute(order) for one in labels]
-    return [reshape_labels(theory, moved, [middle[k] for k in order], call.shape)]
+    channels = reshape_channels(analysis, analysis.channels_of(value), value.shape, middle)
+    moved = [one.permute(order) for one in channels]
+    return [reshape_channels(analysis, moved, [middle[k] for k in order], call.shape)]

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from teleport_optim.symmetry.search.analysis import LINEAR, Theory, Value
-from teleport_optim.symmetry.search.channels import FIXED, Labels, mix
-from teleport_optim.symmetry.search.operations.call import Call, Result, axes_of, opaque
-from teleport_optim.symmetry.search.permutations import Exchange
+from teleport_optim.symmetry.search.analysis import LINEAR, ChannelAnalysis, Intermediate
+from teleport_optim.symmetry.search.channels import PINNED, Channels, mix
+from teleport_optim.symmetry.search.graph import Call, Value
+from teleport_optim.symmetry.search.operations.call import Result, axes_of, opaque
 
 __all__ = ["cat", "embedding", "index", "select", "split", "take_slice"]
 
 
-def _take(labels: Labels, axis: int, index: Any) -> Labels:
-    """The labels of the positions ``index`` of an axis."""
-    return labels.map(lambda array: array if array.shape[axis] == 1 else np.take(array, index, axis)).settled()
+def _take(channels: Channels, axis: int, index: Any) -> Channels:
+    """Take the entries ``index`` of an axis."""
+    return channels.map(lambda array: array if array.shape[axis] == 1 else np.take(array, index, axis)).simplified()
 
 
-def take_slice(call: Call, theory: Theory) -> Result:
+def take_slice(call: Call, analysis: ChannelAnalysis) -> Result:
     value, axis = call.first, (call["dim"] or 0) % len(call.first.shape)
     size = value.shape[axis]
     if call.name == "narrow":
@@ -30,24 +30,24 @@ def take_slice(call: Call, theory: Theory) -> Result:
         start, step = call["start"], call["step"] or 1
         index = np.arange(size)[start : call["end"] : step]
     if index is None:
-        return opaque(call, theory)
-    return [tuple(_take(one, axis, index) for one in theory.settle(value))]
+        return opaque(call, analysis)
+    return [tuple(_take(one, axis, index) for one in analysis.channels_of(value))]
 
 
-def select(call: Call, theory: Theory) -> Result:
+def select(call: Call, analysis: ChannelAnalysis) -> Result:
     value, axis = call.first, (call["dim"] or 0) % len(call.first.shape)
-    labels = [_take(one, axis, [call["index"]]) for one in theory.settle(value)]
-    return [tuple(one.map(lambda array: array.squeeze(axis)) for one in labels)]
+    channels = [_take(one, axis, [call["index"]]) for one in analysis.channels_of(value)]
+    return [tuple(one.map(lambda array: array.squeeze(axis)) for one in channels)]
 
 
-def split(call: Call, theory: Theory) -> Result:
+def split(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
     axis = (call["dim"] or 0) % len(value.shape)
-    labels = theory.settle(value)
+    channels = analysis.channels_of(value)
     result, start = [], 0
     for shape in call.shapes:
         size = 1 if call.name == "unbind" else shape[axis]
-        parts = [_take(one, axis, np.arange(start, start + size)) for one in labels]
+        parts = [_take(one, axis, np.arange(start, start + size)) for one in channels]
         if call.name == "unbind":
             parts = [one.map(lambda array: array.squeeze(axis)) for one in parts]
         result.append(tuple(parts))
@@ -55,39 +55,39 @@ def split(call: Call, theory: Theory) -> Result:
     return result
 
 
-def cat(call: Call, theory: Theory) -> Result:
+def cat(call: Call, analysis: ChannelAnalysis) -> Result:
     values, rank = list(call["tensors"]), len(call.shape)
     axis = (call["dim"] or 0) % rank
     if call.name == "stack":
-        values = [_inserted(theory, value, axis) for value in values]
+        values = [_inserted(analysis, value, axis) for value in values]
     values = [value for value in values if len(value.shape) == rank]  # empty vectors are passed over
     for value in values:
         if value.source is None or value.source.axes[axis] is None:
             continue
         if value.shape[axis] > 1:
-            theory.write(value, axis)
-        elif theory.is_free(value, axis):
-            theory.bind(value, axis, [])
+            analysis.write(value, axis)
+        elif analysis.is_free(value, axis):
+            analysis.bind(value, axis, [])
         else:  # a single entry, which would have to be told from the others
-            for one in theory.write(value, axis):
-                theory.units.fix(one.units)
-    labels = _across(call, theory, values, axis)
-    joined = _joined(theory, values, axis)
-    return [(*labels, *joined)]
+            for one in analysis.write(value, axis):
+                analysis.classes.pin(one.ids)
+    channels = _across(call, analysis, values, axis)
+    joined = _joined(analysis, values, axis)
+    return [(*channels, *joined)]
 
 
-def _inserted(theory: Theory, value: Value, axis: int) -> Value:
-    """A tensor with a new axis of length one."""
+def _inserted(analysis: ChannelAnalysis, value: Value, axis: int) -> Value:
+    """Put in a new axis of length one."""
     shape = (*value.shape[:axis], 1, *value.shape[axis:])
     if value.source is not None:
         axes = (*value.source.axes[:axis], None, *value.source.axes[axis:])
         return replace(value, shape=shape, source=value.source._replace(axes=axes))
-    labels = [one.map(lambda array: np.expand_dims(array, axis)) for one in theory.known(value)]
-    return Value(shape, {theory.name: tuple(labels)}, fill=value.fill)
+    channels = [one.map(lambda array: np.expand_dims(array, axis)) for one in analysis.known(value)]
+    return Intermediate(shape, channels=tuple(channels), fill=value.fill)
 
 
-def _across(call: Call, theory: Theory, values: list[Value], axis: int) -> list[Labels]:
-    """The labels on the axes along which nothing is concatenated: all tensors must agree on them."""
+def _across(call: Call, analysis: ChannelAnalysis, values: list[Value], axis: int) -> list[Channels]:
+    """Channels on the axes along which nothing is concatenated; all tensors must agree on them."""
     reference: Value | None = None
     shape = tuple(1 if k == axis else size for k, size in enumerate(call.shape))
     parts = []
@@ -96,66 +96,66 @@ def _across(call: Call, theory: Theory, values: list[Value], axis: int) -> list[
             axes = tuple(None if k == axis else own for k, own in enumerate(value.source.axes))
             parts.append(replace(value, shape=shape, source=value.source._replace(axes=axes)))
         else:
-            labels = [one for one in theory.known(value) if axis not in one.axes]
-            parts.append(Value(shape, {theory.name: tuple(labels)}, fill=value.fill))
+            channels = [one for one in analysis.known(value) if axis not in one.axes]
+            parts.append(Intermediate(shape, channels=tuple(channels), fill=value.fill))
     for part in sorted(parts, key=lambda part: part.source is not None):
         reference = (
-            part
-            if reference is None
-            else Value(shape, {theory.name: theory.add(call.node, [reference, part], shape, LINEAR)})
+            part if reference is None else Intermediate(shape, channels=analysis.add([reference, part], shape, LINEAR))
         )
-    return list(theory.settle(reference)) if reference is not None else []
+    return list(analysis.channels_of(reference)) if reference is not None else []
 
 
-def _joined(theory: Theory, values: list[Value], axis: int) -> list[Labels]:
-    """The labels that change along the axis of concatenation. Entries that do not move get the unit FIXED."""
-    own = [[one for one in theory.known(value) if axis in one.axes] for value in values]
+def _joined(analysis: ChannelAnalysis, values: list[Value], axis: int) -> list[Channels]:
+    """Channels that change along the axis of concatenation. Entries that do not move get the id PINNED."""
+    own = [[one for one in analysis.known(value) if axis in one.axes] for value in values]
     if not any(own):
         return []
-    if any(len(labels) > 1 for labels in own):
-        for labels in own:
-            for one in labels:
-                theory.units.fix(one.units)
+    if any(len(channels) > 1 for channels in own):
+        for channels in own:
+            for one in channels:
+                analysis.classes.pin(one.ids)
         return []
-    other_axes = sorted({k for labels in own for one in labels for k in one.axes} - {axis})
+    other_axes = sorted({k for channels in own for one in channels for k in one.axes} - {axis})
     pieces = []
-    for value, labels in zip(values, own):
+    for value, channels in zip(values, own):
         shape = [size if k == axis or k in other_axes else 1 for k, size in enumerate(value.shape)]
-        if labels:
-            one = labels[0].spread(value.shape, [axis, *other_axes])
-            one = one if one.sign == 1 else _unsigned(theory, one)
+        if channels:
+            one = channels[0].spread(value.shape, [axis, *other_axes])
+            one = one if one.sign == 1 else _unsigned(analysis, one)
         else:
-            one = Labels(np.full(shape, FIXED), np.zeros(shape, np.uint64))
+            one = Channels(np.full(shape, PINNED), np.zeros(shape, np.uint64))
         pieces.append(one)
-    units, roles = (np.concatenate([getattr(one, key) for one in pieces], axis) for key in ("units", "roles"))
-    return [_distinguished(theory, Labels(units, roles)).settled()]
+    ids, positions = (np.concatenate([getattr(one, key) for one in pieces], axis) for key in ("ids", "positions"))
+    return [_distinguished(analysis, Channels(ids, positions)).simplified()]
 
 
-def _unsigned(theory: Theory, labels: Labels) -> Labels:
-    """The same labels with new units, so that their sign is +1."""
-    units = theory.units.new(labels.units.size).reshape(labels.units.shape)
-    positive = Labels(units, labels.roles)
-    theory.units.unite(Labels(units, labels.roles), labels)
+def _unsigned(analysis: ChannelAnalysis, channels: Channels) -> Channels:
+    """Give channels new ids, so that their sign is +1."""
+    ids = analysis.classes.new(channels.ids.size).reshape(channels.ids.shape)
+    positive = Channels(ids, channels.positions)
+    analysis.classes.unite(Channels(ids, channels.positions), channels)
     return positive
 
 
-def _distinguished(theory: Theory, labels: Labels) -> Labels:
-    """Labels in which entries that are copies of each other have roles of their own."""
-    if not isinstance(theory, Exchange):
-        return labels
-    roots, roles, _ = theory.units.find(labels.units, labels.roles)
-    keys = mix(roots, roles).ravel()
+def _distinguished(analysis: ChannelAnalysis, channels: Channels) -> Channels:
+    """Give entries that are copies of each other positions of their own."""
+    if not analysis.moves_entries:
+        return channels
+    roots, positions, _ = analysis.classes.find(channels.ids, channels.positions)
+    keys = mix(roots, positions).ravel()
     order = np.argsort(keys, kind="stable")
     _, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
     if counts.max(initial=1) == 1:
-        return labels
+        return channels
     occurrence = np.empty(len(keys), np.int64)
     occurrence[order] = np.arange(len(keys)) - np.repeat(starts, counts)
-    copies = occurrence.reshape(labels.units.shape)
-    return Labels(labels.units, np.where(copies > 0, mix(labels.roles, 7, copies), labels.roles), labels.sign)
+    copies = occurrence.reshape(channels.ids.shape)
+    return Channels(
+        channels.ids, np.where(copies > 0, mix(channels.positions, 7, copies), channels.positions), channels.sign
+    )
 
 
-def index(call: Call, theory: Theory) -> Result:
+def index(call: Call, analysis: ChannelAnalysis) -> Result:
     value = call.first
     indices = [call["index"]] if call.name == "index_select" else list(call["indices"])
     axes = (
@@ -165,37 +165,37 @@ def index(call: Call, theory: Theory) -> Result:
     )
     rank = len(value.shape)
     if len(axes) != 1 and axes != list(range(axes[0], axes[0] + len(axes))):
-        return opaque(call, theory)
+        return opaque(call, analysis)
     given = [index for index in indices if index is not None]
     for index in given:
-        theory.freeze(index)
+        analysis.freeze(index)
     num_new = len(call.shape) - (rank - len(axes))
     result = []
     for axis in range(rank):
-        if axis in axes and theory.is_free(value, axis):
-            theory.bind(value, axis, [])
-    for one in theory.settle(value):
+        if axis in axes and analysis.is_free(value, axis):
+            analysis.bind(value, axis, [])
+    for one in analysis.channels_of(value):
         if not set(axes) & set(one.axes):
             kept = one.map(lambda array: array.squeeze(tuple(axes)))
             result.append(kept.map(lambda array: np.expand_dims(array, tuple(range(axes[0], axes[0] + num_new)))))
         elif len(axes) == 1 and given[0].data is not None and given[0].data.dtype.kind == "i":
             result.append(
-                _distinguished(theory, one.map(lambda array: np.take(array, given[0].data, axes[0]))).settled()
+                _distinguished(analysis, one.map(lambda array: np.take(array, given[0].data, axes[0]))).simplified()
             )
         else:
-            theory.units.fix(one.units)
+            analysis.classes.pin(one.ids)
     return [tuple(result)]
 
 
-def embedding(call: Call, theory: Theory) -> Result:
+def embedding(call: Call, analysis: ChannelAnalysis) -> Result:
     weight, indices = call["weight"], call["indices"]
-    theory.freeze(indices)
-    if theory.is_free(weight, 0):
-        theory.bind(weight, 0, [])
-    labels = []
-    for one in theory.settle(weight):
+    analysis.freeze(indices)
+    if analysis.is_free(weight, 0):
+        analysis.bind(weight, 0, [])
+    channels = []
+    for one in analysis.channels_of(weight):
         if one.axes and 0 in one.axes:
-            theory.units.fix(one.units)
+            analysis.classes.pin(one.ids)
         else:
-            labels.append(one.map(lambda array: array.reshape((1,) * (len(call.shape) - 1) + (-1,))))
-    return [tuple(labels)]
+            channels.append(one.map(lambda array: array.reshape((1,) * (len(call.shape) - 1) + (-1,))))
+    return [tuple(channels)]

@@ -1,8 +1,8 @@
-"""Everything outside a model that running it may change, put back as it was.
+"""State outside a model that its code may change, put back as it was.
 
-A model runs on a copy in a search, but its code reaches further: caches of ``functools``, dictionaries and counters of modules
-and classes, lists in closures. What can be reached from its code is noted before the search and restored after it. What the
-search can still be seen in is found by its tensors, which do not outlive it.
+A search runs a copy of the model, but the code reaches further: caches of ``functools``, dictionaries and counters of modules
+and classes, lists in closures. State that the code can reach is noted before the search and restored after it. Other traces of
+the search are found by its tensors, none of which may outlive it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LISTS = (list, deque)
 
 
 HOOKS = frozenset(key for key in vars(nn.Module()) if "hooks" in key)
-"""The attributes in which a module keeps its hooks."""
+"""Attributes in which a module keeps its hooks."""
 
 
 def is_users(kind: Any) -> bool:
@@ -55,8 +55,7 @@ def is_users(kind: Any) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep random states as they are, and warnings of the model for its own run; collect no garbage, which takes longer than
-    the search."""
+    """Keep random states, keep warnings of the model for its own run, and collect no garbage, which takes longer than a search."""
     is_collecting = gc.isenabled()
     gc.disable()
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models may draw from
@@ -74,7 +73,7 @@ def quiet() -> Iterator[None]:
 
 
 class Surroundings:
-    """The state that the code of some objects can reach, as it is now.
+    """State that the code of some objects can reach, as it is now.
 
     Only the user's code and other libraries' is looked into, not Python's and torch's. With other threads at work, only what
     holds tensors of the search is restored, since the rest may be theirs.
@@ -274,18 +273,18 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, Tensor, n
 
 
 def _table_of(cache: Any) -> dict[Any, Any] | None:
-    """The dictionary in which CPython keeps the results of a function; None if it cannot be found."""
+    """Find the dictionary in which CPython keeps the results of a function; None if that fails."""
     referents = gc.get_referents(
         cache
     )  # the results first, which may be dictionaries, too; then the table, the function
-    position = next((k for k, x in enumerate(referents) if x is cache.__wrapped__), 0)
-    table = referents[position - 1] if position else None
+    place = next((k for k, x in enumerate(referents) if x is cache.__wrapped__), 0)
+    table = referents[place - 1] if place else None
     is_table = type(table) is dict and len(table) == cache.cache_info().currsize
     return table if is_table else None
 
 
 def _linked(cache: Any, table: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    """The keys and results of a cache of bounded size, which hides results from its table."""
+    """Keys and results of a cache of bounded size, whose table hides the results."""
     referents = gc.get_referents(cache)
     start = next(k for k, x in enumerate(referents) if x is table) if table else 0
     return [(referents[k], referents[k + 1]) for k in range(1, start - 2, 3)]
@@ -297,7 +296,7 @@ def _entries_of(cache: Any) -> list[Any]:
 
 
 def _remove_entries(cache: Any, keep: frozenset[Any]) -> list[Any]:
-    """Take from a cache what it has come to hold; returns it, as far as it can be seen."""
+    """Remove the new entries of a cache; returns them, as far as they can be seen."""
     table = _table_of(cache)
     if table is None or not keep:
         taken = list(gc.get_referents(cache))
@@ -307,7 +306,7 @@ def _remove_entries(cache: Any, keep: frozenset[Any]) -> list[Any]:
 
 
 def drop_survivors(made: Sequence[ref[Tensor]]) -> list[str]:
-    """Take tensors of a search from where they are still held, after it; returns the types of what cannot be cleared."""
+    """Clear all that still holds tensors of a search after it; returns the types of objects that cannot be cleared."""
     if not _alive(made):
         return []
     gc.collect()
@@ -334,7 +333,7 @@ def _is_orphan(holder: Any) -> bool:
 
 
 def _clear_holders(survivors: list[Any], own: set[int], depth: int = 3) -> None:
-    """Clear what holds ``survivors``; ``own`` are the ids of our own lists, which hold them, too."""
+    """Clear all that holds ``survivors``; ``own`` are the ids of our own lists, which hold them, too."""
     gone = {id(tensor) for tensor in survivors}
     holders = gc.get_referrers(*survivors)
     tuples: list[Any] = []
@@ -371,7 +370,7 @@ def _clear(holder: Any, gone: set[int]) -> None:
 
 
 def _forget(cache: Any, gone: set[int]) -> None:
-    """Take from a cache the results that are gone."""
+    """Remove from a cache the results that are gone."""
     table = _table_of(cache)
     if table is None:
         cache.cache_clear()

@@ -1,4 +1,4 @@
-"""A copy of a model in which a search can run: tensors have no data, and what the copy keeps does not reach the model."""
+"""Copies of a model for a search: their tensors have no data, and what they keep does not reach the model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from teleport_optim.symmetry.search.isolation import HOOKS, is_users
+from teleport_optim.symmetry.search.limits import Untraceable
+from teleport_optim.symmetry.search.recording.isolation import HOOKS, is_users
 
-__all__ = ["Scripted", "Untraceable", "slots_of", "twin_of"]
+__all__ = ["Scripted", "slot_attributes", "twin_of"]
 
 _ATOMIC = (
     type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType, ModuleType, Enum, range,
@@ -36,16 +37,12 @@ _MAX_BYTES = 2**16
 T = TypeVar("T")
 
 
-class Untraceable(ValueError):
-    """The model cannot be followed; the message says why."""
-
-
 class Scripted(nn.Module):
-    """A stand-in for a scripted module, which can be called but neither copied nor hooked.
+    """Stand-in for a scripted module, which can be called but neither copied nor hooked.
 
     Attributes:
         original: The scripted module.
-        around: A context for the call, with the name of the module.
+        call: Takes the scripted module and the arguments of a call; None until the copy is watched.
     """
 
     def __init__(self, original: torch.jit.ScriptModule, call: Callable[..., Any] | None = None) -> None:
@@ -62,7 +59,7 @@ class Scripted(nn.Module):
 
 
 class _Drawn:
-    """A stand-in for a Python generator, which cannot be copied, and which would be drawn from."""
+    """Stand-in for a Python generator, which cannot be copied, and which a run would use up."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -93,7 +90,7 @@ def twin_of(model: T, memo: dict[int, Any], fake: Callable[[Tensor], Tensor]) ->
 
 
 class _Copier:
-    """Copies a structure; what occurs in several places is one object in the copy, too."""
+    """Copies a structure; an object in several places is one object in the copy, too."""
 
     def __init__(self, memo: dict[int, Any], fake: Callable[[Tensor], Tensor]) -> None:
         self._memo = memo
@@ -171,9 +168,9 @@ class _Copier:
         return new
 
     def _object(self, value: Any) -> Any:
-        """A copy of an object of a plain class of the user's; other objects are shared."""
+        """Copy an object of a plain class of the user's; share all others."""
         kind = type(value)
-        slots = [name for own in kind.__mro__ for name in slots_of(own)]
+        attributes = [name for own in kind.__mro__ for name in slot_attributes(own)]
         special = ("__reduce__", "__reduce_ex__", "__getstate__")
         is_plain = all(getattr(kind, name) is getattr(object, name) for name in special)
         if not is_plain or not is_users(kind) or hasattr(kind, "__deepcopy__") or hasattr(kind, "__del__"):
@@ -183,7 +180,7 @@ class _Copier:
         except TypeError:  # it is laid out by C, as dictionaries and exceptions are
             return value
         self._memo[id(value)] = new
-        for name in slots:
+        for name in attributes:
             if hasattr(value, name):
                 object.__setattr__(new, name, self(getattr(value, name)))
         if hasattr(value, "__dict__"):
@@ -191,8 +188,8 @@ class _Copier:
         return new
 
 
-def slots_of(kind: type) -> list[str]:
-    """The attributes that a class of its own keeps outside the dictionaries of its objects."""
+def slot_attributes(kind: type) -> list[str]:
+    """Attributes that a class keeps outside the dictionaries of its objects."""
     names = vars(kind).get("__slots__", ())
     names = [names] if isinstance(names, str) else list(names)
     return [name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
@@ -203,7 +200,7 @@ def _is_named_tuple(value: Any) -> bool:
 
 
 def _array(array: Any) -> Any:
-    """A copy of a small array; a large one as it is, but not to be written."""
+    """Copy a small array; a large one is shared, but cannot be written."""
     if array.dtype == object:
         return array
     if array.nbytes <= _MAX_BYTES:

@@ -1,7 +1,7 @@
-"""Tensors without data, and what operations make of them.
+"""Tensors without data, and the results of operations on them.
 
-torch's fake tensors tell shapes, types and memory of results, at a tenth of a millisecond for each operation. A model does the
-same operation over and over, so that what it makes of tensors of some shapes is looked up.
+torch's fake tensors tell shapes, types and memory of results, at a tenth of a millisecond for each operation. A model repeats
+the same operations, so that results for tensors of the same shapes are looked up.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
-__all__ = ["Fakes"]
+__all__ = ["DATA_DEPENDENT", "Fakes"]
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+"""Errors of an operation whose result, or its shape, depends on data that are not there."""
 
 
 class _Layout(NamedTuple):
-    """All of a tensor but its entries.
+    """Layout of a tensor: all about it but its entries.
 
     Attributes:
         shape: Its shape.
@@ -36,7 +44,7 @@ class _Layout(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A tensor that an operation returns: one of its tensors, a view of one, or a new one."""
+    """Result of an operation: number ``same`` of its tensors, a view of number ``view``, or a new tensor."""
 
     same: int | None
     view: int | None
@@ -47,15 +55,15 @@ _UNSTEADY = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, to
 
 
 class Fakes:
-    """The tensors of one search.
+    """Tensors without data of one search.
 
     Attributes:
         mode: torch's mode for them.
         made: A weak reference to each tensor, by which it is found whether one outlives the search.
     """
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.made: list[ref[Tensor]] = []
         self._of_real: dict[int, tuple[Tensor, Tensor]] = {}
         self._reals: dict[int, Tensor] = {}
@@ -68,7 +76,7 @@ class Fakes:
         return isinstance(value, FakeTensor) and value.fake_mode is self.mode
 
     def empty(self, like: Tensor, device: torch.device | None = None) -> Tensor:
-        """A tensor without data of the shape and strides of another one; a parameter for a parameter."""
+        """Make a tensor without data of the shape and strides of another one; a parameter for a parameter."""
         if like.layout != torch.strided or type(like) not in (Tensor, nn.Parameter) or like.is_quantized:
             fake: Tensor = self.mode.from_tensor(like)
         else:
@@ -78,21 +86,13 @@ class Fakes:
         self._keep(fake)
         return fake
 
-    def blank(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor without data of the usual strides."""
-        with torch._C._DisableTorchDispatch():
-            like = torch.empty(shape, dtype=dtype, device="meta")
-        fake = self._new(None, _Layout(tuple(shape), like.stride(), 0, dtype, device))
-        self._keep(fake)
-        return fake
-
     def stand_for(self, real: Tensor, fake: Tensor) -> None:
-        """Let a tensor of the model be taken for one without data wherever an operation meets it."""
+        """Let ``fake`` take the place of a tensor of the model wherever an operation meets that."""
         self._of_real[id(real)] = (real, fake)
         self._reals.setdefault(id(fake), real)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The tensor without data for a real one; operations would write to the real one."""
+        """Tensor without data that takes the place of a real one, to which operations would write."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in self._of_real:
@@ -100,11 +100,11 @@ class Fakes:
         return self._of_real[id(tensor)][1]
 
     def real(self, fake: Tensor) -> Tensor | None:
-        """The real tensor for which one without data stands, if it does."""
+        """Real tensor whose place one without data takes; None if there is none."""
         return self._reals.get(id(fake))
 
     def layout(self, tensor: Tensor) -> int:
-        """A number for all that determines what operations make of a tensor; -1 if they have to be asked."""
+        """Number of the layout of a tensor, on which results depend; -1 if results cannot be looked up."""
         if not isinstance(tensor, FakeTensor) or tensor.constant is not None or tensor.layout != torch.strided:
             return -1
         if tensor.dtype.is_complex or tensor.is_quantized:
@@ -121,7 +121,7 @@ class Fakes:
         key: Hashable,
         layouts: Sequence[int],
     ) -> Any:
-        """The result of an operation, looked up if it has been computed for tensors of such layouts.
+        """Run an operation, or look its result up if it has run on tensors of such layouts.
 
         Args:
             func: The operation.
@@ -149,7 +149,7 @@ class Fakes:
         return result
 
     def _select(self, tensor: FakeTensor, dim: int, index: int) -> Tensor:
-        """A view of one entry along an axis; loops over time select another one in each step."""
+        """Make a view of one entry along an axis. Loops over time select another entry in each step, so that no look-up helps."""
         dim, index = range(tensor.dim())[dim], range(tensor.shape[dim])[index]
         shape, stride = list(tensor.shape), list(tensor.stride())
         del shape[dim]

@@ -1,4 +1,4 @@
-"""What a model asks for beside tensors: grad mode, sizes, hooks, backward passes of its own, random numbers.
+"""Questions of a model to torch and Python: grad mode, sizes, hooks, backward passes of its own, random numbers.
 
 The answers decide what a model computes although no operation shows them. A :class:`Watch` hears of the questions, so that the
 search can follow the model once more with another answer, and only then.
@@ -27,7 +27,7 @@ __all__ = ["Watch", "between", "other_sizes", "random_states", "sizes_of"]
 
 _Pin = Callable[[Any, str], None]
 _INSIDE = ("torch", "teleport_optim.symmetry")
-"""Packages whose own questions do not count: they do not change what is computed."""
+"""Packages whose own questions do not count, since they do not change the result."""
 
 _CUSTOM_BACKWARD = "{} has a backward pass of its own, whose gradients may not move with the parameters"
 _HOOKED = "a hook in the forward pass may change its gradient"
@@ -37,7 +37,7 @@ class Watch(TorchFunctionMode):
     """Hears of a model's questions while it is followed.
 
     Args:
-        pin: Takes a tree of tensors and a reason, and lets nothing about them move.
+        pin: Takes a tree of tensors and a reason, and notes that nothing about them may move.
         sizes: The sizes of the batch and of a sequence, whose uses count.
         stand_in: Gives a tensor without data for one with data.
 
@@ -82,6 +82,7 @@ class Watch(TorchFunctionMode):
         while self._restore:
             self._restore.pop()()
         self._wrapped.clear()
+        self._answers.clear()  # methods of this object, a cycle that would keep all tensors until garbage is collected
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = self._answers.get(func)
