@@ -137,7 +137,7 @@ def plot(lines: dict[str, dict[str, Barrier]], path: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(lines), 3.4), table="constrained")
+    figure = Figure(figsize=(4.6 * len(lines), 3.4), layout="constrained")
     panels = figure.subplots(1, len(lines), squeeze=False)[0]
     for axes, (network, own) in zip(panels, lines.items()):
         for name, line in own.items():

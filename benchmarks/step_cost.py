@@ -145,7 +145,7 @@ def plot_growth(path: Path) -> None:
     """Draw how the cost of ours and of fused AdamW grows with the number of parameters, and with depth at a fixed width."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), table="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     sizes, depths = figure.subplots(1, 2)
     names = (_REFERENCE, "ours, rows only", "ours")
     for axes, label, models in (

@@ -100,7 +100,7 @@ def plot(results: Sequence[TaskResult], path: Path) -> None:
 
     columns = min(4, len(results) + 1)
     rows = math.ceil((len(results) + 1) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), table="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     names = list(results[0].runs)
     for axes, result in zip(grid, results):

@@ -134,7 +134,7 @@ def plot(comparisons: Sequence[tuple[str, Sequence[Contender]]], path: str | Pat
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4 * len(comparisons), 5.0), table="constrained")
+    figure = Figure(figsize=(5.4 * len(comparisons), 5.0), layout="constrained")
     axes = figure.subplots(2, len(comparisons), squeeze=False, sharex=True, sharey="row", height_ratios=(4, 1))
     for (title, contenders), (upper, lower) in zip(comparisons, axes.T):
         for contender, colour in zip(contenders, _COLOURS):

@@ -34,7 +34,7 @@ def draw_learning_curve(run_dir: Path) -> Path:
         "outer step": [float(report.step) for report in log],
         "core-minutes" if is_on_cpu else "device-minutes": core_minutes(log, sessions),
     }
-    figure = Figure(figsize=(9.0, 5.4), table="constrained")
+    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row", squeeze=False)
     for column, (label, where) in enumerate(places.items()):
         above, below = axes[0, column], axes[1, column]
