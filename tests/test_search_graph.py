@@ -16,12 +16,12 @@ from teleport_optim.symmetry.inputs import Inputs
 from teleport_optim.symmetry.search import analyse, permutations, scalings
 from teleport_optim.symmetry.search.analyse import Analyser
 from teleport_optim.symmetry.search.graph import Call, Graph, Pin, Value, Write
-from teleport_optim.symmetry.search.runs import record
+from teleport_optim.symmetry.search.record import record
 from teleport_optim.symmetry.search.sites import symmetries_of
 from teleport_optim.symmetry.spec import Symmetry
 
 PACKAGE = Path(teleport_optim.symmetry.__file__).parent
-RECORDING = {"search/record.py": "TorchDispatchMode", "search/recording/fakes.py": "FakeTensorMode"}
+RECORDING = {"search/recording/recorder.py": "TorchDispatchMode", "search/recording/fakes.py": "FakeTensorMode"}
 
 
 def symmetries(graph: Graph, *groups: str) -> list[Symmetry]:

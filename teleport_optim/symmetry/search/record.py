@@ -1,309 +1,270 @@
-"""Record what a model computes, as a graph of plain calls.
+"""Record a model: call a copy of it, without data, and keep each call as a graph.
 
-The model is copied with tensors that have a shape but no data (torch's fake tensors), so that a run costs no arithmetic and no
-memory, and the model itself does not run. Each operation is seen as torch dispatches it. This is the only file that hooks into
-torch's dispatcher.
+The copy has tensors with a shape but no data (torch's fake tensors), so that a call costs no arithmetic and no memory, and the
+model itself does not run. All that its code could change elsewhere is put back. The machinery is in
+:mod:`~teleport_optim.symmetry.search.recording`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from teleport_optim.symmetry.search.graph import Call, Graph, Parameter, Pin, Value, Write
+from teleport_optim.symmetry.inputs import Inputs
+from teleport_optim.symmetry.named_tensors import named_tensors
+from teleport_optim.symmetry.search.graph import Graph, Parameter, Source, Value
 from teleport_optim.symmetry.search.limits import Limits, Untraceable
-from teleport_optim.symmetry.search.operations import COPIES, fill_of, source_view
-from teleport_optim.symmetry.search.recording.fakes import DATA_DEPENDENT, Fakes
-from teleport_optim.symmetry.search.recording.operation import Operation
-from teleport_optim.symmetry.spec import Refusal
+from teleport_optim.symmetry.search.recording.fakes import Fakes
+from teleport_optim.symmetry.search.recording.isolation import Surroundings, drop_survivors, quiet
+from teleport_optim.symmetry.search.recording.modules import watch_modules
+from teleport_optim.symmetry.search.recording.recorder import Recorder
+from teleport_optim.symmetry.search.recording.tensors import attributes, leaves, tensors_in
+from teleport_optim.symmetry.search.recording.twin import twin_of
+from teleport_optim.symmetry.search.recording.watch import Watch, random_states, sizes_of
 
-__all__ = ["Recorder"]
+__all__ = ["Session", "leaving_nothing", "record"]
 
-_NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm"})
-_ASSIGNS_DATA = "_has_compatible_shallow_copy_type"
-"""Operation that an assignment to ``.data`` asks for; the assignment itself is no operation."""
-_LIFTS = frozenset({"lift", "lift_fresh"})
-_GROUPED_PRODUCT = "_grouped_mm"
-"""Product of experts, of which torch tells the shape for some types only."""
-_CHECK_INTERVAL = 32
-"""Number of operations after which the limits are checked again: to ask for the time costs as much as some operations."""
+_MAX_DATA = 2**20
+"""Most entries of an integer buffer whose values are kept, since they may be indices."""
+
+T = TypeVar("T")
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hears of every operation and adds it to the present graph.
-
-    What is known of a tensor outlives a graph, since a model may keep tensors from one run to the next.
+def record(model: nn.Module, inputs: Inputs, *, is_training: bool = False) -> Graph:
+    """Record what a model computes, with inputs of these shapes, in one mode.
 
     Args:
-        fakes: Makes tensors without data.
-        limits: Most operations and seconds.
-        names: Names of the parameters and buffers of the copy, by the ids of their tensors.
+        model: The model; it is not changed and not run.
+        inputs: Its inputs; only their shapes matter.
+        is_training: Whether in training mode.
 
-    Attributes:
-        graph: The present graph.
-        module: Name of the module that runs.
-        is_paused: Whether operations pass unheard.
+    Raises:
+        Untraceable: if the model cannot be followed; and whatever the code of the model raises.
+
+    Example:
+        >>> print(record(nn.Sequential(nn.Linear(3, 8), nn.ReLU()), Inputs.of(torch.ones(2, 3))))
+        %0 = input [2, 3]
+        %1 = linear(%0, 0.weight, 0.bias) [2, 8]  # 0
+        %2 = relu(%1) [2, 8]  # 1
+        return %2
     """
 
-    def __init__(self, fakes: Fakes, limits: Limits, names: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.fakes = fakes
-        self.graph = Graph()
-        self.module = ""
-        self.is_paused = False
-        self._names = names
+    def run(fakes: Fakes) -> Graph:
+        limits = Limits.of(2**62, float("inf"))
+        with Session(model, inputs, fakes, limits, {}) as session, session.in_mode(is_training):
+            return session.run(inputs)
+
+    return leaving_nothing(run)
+
+
+def leaving_nothing(work: Callable[[Fakes], T]) -> T:
+    """Do some work with tensors without data, and let none of them outlive it.
+
+    Args:
+        work: Takes the maker of these tensors. Its result may not hold any.
+    """
+    fakes = Fakes()
+    try:
+        return work(fakes)
+    except BaseException as error:
+        _clear_frames(error)
+        raise
+    finally:
+        made = fakes.made
+        del fakes
+        holders = drop_survivors(made)
+        if holders:
+            warnings.warn(
+                f"{', '.join(holders)}: objects of these types hold on to tensors without data, with which find_symmetries has "
+                "called the model. Where the model keeps them for its next calls, let it make them anew",
+                stacklevel=4,
+            )
+
+
+class Session:
+    """A copy of a model that can be called, each call recorded as a graph; use it as a context.
+
+    Args:
+        model: The model, which is neither run nor changed.
+        inputs: Its inputs.
+        fakes: Makes tensors without data.
+        limits: Most operations and seconds.
+        pinned: Parameters and buffers that may not move, with the reason.
+
+    Attributes:
+        graph: The last graph. First it has the parameters and what is refused before a run; after a run that fails, the calls
+            until then; in the end, after the context, the tensors that the model has put elsewhere.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, fakes: Fakes, limits: Limits, pinned: Mapping[str, str]
+    ) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._fakes = fakes
         self._limits = limits
-        self._num_operations = 0
-        self._operations: dict[Any, Operation] = {}
-        self._known: dict[int, tuple[Tensor, Value]] = {}
-        self._aliases: dict[int, list[Tensor]] = {}
-        self._lasting: list[Pin] = []
+        self._pinned = pinned
+        self._exit = ExitStack()
 
-    def start(self) -> Graph:
-        """Begin a new graph of the same model."""
-        self.graph = Graph(self.graph.parameters, steps=list(self._lasting))
-        self.module = ""
-        return self.graph
+    @property
+    def graph(self) -> Graph:
+        """The last graph."""
+        return self._recorder.graph
 
-    # ---------------------------------------------------------------------------------------------------- tensors
+    def __enter__(self) -> Session:
+        model = self._model
+        with ExitStack() as stack:
+            for context in (_untouched_state(), quiet(), torch.inference_mode()):
+                stack.enter_context(context)
+            originals = dict(named_tensors(model))
+            self._device = next((tensor.device for tensor in originals.values()), torch.device("cpu"))
+            memo: dict[int, Any] = {}
+            names: dict[int, str] = {}
+            for name, tensor in originals.items():
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = self._fakes.empty(tensor)
+                    names[id(memo[id(tensor)])] = name
+            self._twin, shared = twin_of(model, memo, self._fakes.of)
+            self._recorder = Recorder(self._fakes, self._limits, names)
+            shared_inputs = self._copy(self._inputs)[2]
+            _introduce_parameters(self._recorder, self._twin, originals, names, _constants(model), self._pinned)
+            watch_modules(self._recorder, self._twin, dict(model.named_modules()))
+            self._lasting = attributes(self._twin)
+            surroundings = Surroundings([*model.modules(), *shared, *shared_inputs], self._fakes.is_ours)
+            stack.callback(self._restore, surroundings)
+            self._exit = stack.pop_all()
+        return self
 
-    def introduce(self, tensor: Tensor, value: Value) -> None:
-        """Tell which value a tensor is."""
-        self._known[id(tensor)] = (tensor, value)
-        self._aliases.setdefault(_storage_of(tensor), []).append(tensor)
+    def __exit__(self, *error: Any) -> None:
+        self._exit.close()
 
-    def introduce_input(self, tensor: Tensor) -> None:
-        """Add an input to the graph."""
-        value = self._new(tensor, reads_inputs=True)
-        self.graph.inputs.append(value)
-        self.introduce(tensor, value)
+    def _restore(self, surroundings: Surroundings) -> None:
+        taken = surroundings.restore()
+        self._recorder.start()
+        for leaf in tensors_in(taken):
+            self._recorder.pin(leaf)
 
-    def introduce_parameter(self, tensor: Tensor, original: Tensor, parameter: Parameter) -> None:
-        """Add a parameter to the graphs; ``original`` is the model's own tensor, which closures may hold."""
-        assert parameter.value.name is not None
-        self.graph.parameters[parameter.value.name] = parameter
-        self.introduce(tensor, parameter.value)
-        self.introduce(original, parameter.value)
+    @contextmanager
+    def in_mode(self, is_training: bool) -> Iterator[Watch]:
+        """Put the copy in a mode; the watch hears what it asks for there.
 
-    def value(self, tensor: Tensor) -> Value:
-        """Look up the value of a tensor."""
-        if id(tensor) not in self._known:
-            self._introduce_foreign(tensor)
-        value = self._known[id(tensor)][1]
-        if value.source is not None:
-            self.graph.used.add(value.source.name)
-        return value
+        Raises:
+            Untraceable: if it draws random numbers of Python or numpy.
+        """
+        self._twin.train(is_training)
+        states = random_states(self._twin)
+        sizes = frozenset(size for size in sizes_of(self._inputs) or () if size is not None)
+        with Watch(self._recorder.pin, sizes, self._fakes.of) as watch:
+            yield watch
+        if random_states(self._twin) != states:
+            mode = "training" if is_training else "evaluation"
+            raise Untraceable(
+                f"it draws from Python's or numpy's random numbers in {mode} mode, on which its path may depend: draw with "
+                f"torch, on tensors"
+            )
 
-    def _introduce_foreign(self, tensor: Tensor) -> None:
-        """Introduce a tensor that no recorded operation made; what it was made of may not move, in this graph and later ones."""
-        real = self.fakes.real(tensor)
-        storage = _storage_of(tensor if real is None else real)
-        # it may be a view of a parameter that was made before the recording, or computed from one
-        relatives = [*self._aliases.get(storage, []), *_computed_from(real)]
-        known = tuple(self._known[id(one)][1] for one in relatives if id(one) in self._known)
-        if known:
-            self._lasting.append(Pin(known))
-            self.graph.steps.append(self._lasting[-1])
-        self.introduce(tensor, self._new(tensor, reads_inputs=any(value.reads_inputs for value in known)))
+    def run(self, inputs: Inputs) -> Graph:
+        """Call the copy. What it returns are the outputs of the graph.
 
-    def _new(self, tensor: Tensor, **facts: Any) -> Value:
-        is_discrete = not (tensor.is_floating_point() or tensor.is_complex())
-        return Value(tuple(tensor.shape), self._names.get(id(tensor)), is_discrete=is_discrete, **facts)
+        Raises:
+            Untraceable: if it returns an object into which one cannot look; and whatever the code of the model raises.
+        """
+        values, tensors, _ = self._copy(inputs)
+        recorder = self._recorder
+        graph = recorder.start()
+        for tensor in tensors:
+            recorder.introduce_input(tensor)
+        with self._fakes.mode, recorder:
+            output = self._twin(*values.args, **values.kwargs)
+        graph.outputs += [recorder.value(leaf) for leaf in leaves(output)]
+        return graph
 
-    def pin(self, tree: Any, reason: str = "", *, spares_parameters: bool = False) -> None:
-        """Note that nothing about the tensors in ``tree`` may move, and why."""
-        values = tuple(self.value(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-        if values:
-            self.graph.steps.append(Pin(values, reason, self.module, spares_parameters))
+    def kept(self) -> Graph:
+        """Pin the tensors that the copy keeps for its next calls, but for parameters."""
+        graph = self._recorder.start()
+        for leaf in attributes(self._twin) | self._lasting:
+            self._recorder.pin(leaf, spares_parameters=True)
+        return graph
 
-    def refuse(self, name: str, reason: str) -> None:
-        """Note a module or parameter through which nothing passes."""
-        self.graph.steps.append(Refusal(name, reason))
-
-    # ------------------------------------------------------------------------------------------------- operations
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "prim":  # torch asks for facts about a tensor, such as its device
-            return func(*args, **kwargs)
-        self._num_operations += 1
-        if self._num_operations % _CHECK_INTERVAL == 0:
-            self._limits.check(self._num_operations)
-        operation = self._operations.get(func)
-        if operation is None:
-            operation = self._operations[func] = Operation.of(func)
+    def _copy(self, inputs: Inputs) -> tuple[Inputs, list[Tensor], list[object]]:
+        """Inputs without data, their tensors, and the objects that they share with the given ones."""
         tensors: list[Tensor] = []
-        key: list[Any] = []
-        if (
-            operation.name in _LIFTS
-        ):  # of a tensor that the code has just written down: its entries are known, and stay so
-            tensors += [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        else:
-            args, kwargs = self._without_data(args, tensors, key), self._without_data(kwargs, tensors, key)
-        if self.is_paused:
-            return func(*args, **kwargs)
-        if operation.name == _ASSIGNS_DATA:
-            self.pin(tensors, "another tensor is put in the place of a tensor by an assignment to its .data")
-            return func(*args, **kwargs)
-        if not operation.is_known and tensors and operation.is_composite:
-            with self:  # torch leaves a mode while it is heard
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        values = list(map(self.value, tensors))
-        result = self._result(func, operation, args, kwargs, tensors, key)
-        leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
-        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._record(operation, args, kwargs, values, outputs)
-        return result
 
-    def _without_data(self, tree: Any, tensors: list[Tensor], key: list[Any]) -> Any:
-        """Replace all tensors by such without data; ``tensors`` gets these, ``key`` all other arguments."""
-        if isinstance(tree, Tensor):
-            fake = self.fakes.of(tree)
-            tensors.append(fake)
-            key.append(Tensor)
-            return fake
-        if isinstance(tree, (list, tuple)):
-            key += (type(tree), len(tree))
-            entries = [self._without_data(entry, tensors, key) for entry in tree]
-            return entries if isinstance(tree, list) else tuple(entries)
-        if isinstance(tree, dict):
-            key += (dict, *tree)
-            return {name: self._without_data(entry, tensors, key) for name, entry in tree.items()}
-        key += (type(tree), tree)
-        return tree
+        def fake(tensor: Tensor) -> Tensor:
+            tensors.append(self._fakes.empty(tensor, self._device))
+            return tensors[-1]
 
-    def _result(
-        self, func: Any, operation: Operation, args: Any, kwargs: Any, tensors: list[Tensor], key: list[Any]
-    ) -> Any:
-        def compute() -> Any:
-            if (
-                operation.name in _NORMALISATIONS
-            ):  # torch would decompose it, which takes most of the time of a recording
-                return torch.empty_like(args[0])
-            if operation.name == _GROUPED_PRODUCT:
-                return _grouped_product(*args, **kwargs)
-            try:
-                return func(*args, **kwargs)
-            except DATA_DEPENDENT:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                if operation.is_known or operation.is_composite:
-                    raise
-                name = operation.name.rpartition("::")[2]
-                raise Untraceable(f"{name} does not tell what it returns for tensors without data ({error})") from error
-
-        layouts = [self.fakes.layout(tensor) for tensor in tensors]
-        try:
-            return self.fakes.run(func, args, compute, tensors, tuple(key), layouts)
-        except TypeError:
-            if _is_hashable(key):
-                raise
-        return compute()  # an argument that cannot be a key, so that no result can be looked up
-
-    def _record(self, operation: Operation, args: Any, kwargs: Any, values: list[Value], outputs: list[Tensor]) -> None:
-        """Add an operation to the graph, and the values of its results to what is known."""
-        arguments = {name: self._as_values(given) for name, given in operation.arguments(args, kwargs).items()}
-        targets = operation.targets(args, kwargs)
-        if outputs and not targets and len(values) == 1 and values[0].source is not None:
-            call = Call(operation.name, arguments, (self._new(outputs[0]),), self.module)
-            source = source_view(call)
-            if source is not None:
-                view = self._new(outputs[0], source=source)
-                self.introduce(outputs[0], view)
-                self.graph.steps.append(replace(call, results=(view,)))
-                return
-        reads_inputs = any(value.reads_inputs for value in values)
-        origin = values[0] if values and operation.name in COPIES else None
-        fill, data = (origin.fill, origin.data) if origin is not None else (fill_of(operation.name, arguments), None)
-        results, writes = [], []
-        for number, output in enumerate(outputs):
-            is_written = any(output is target for target in targets)
-            value = self._new(output, reads_inputs=reads_inputs, fill=fill, data=None if is_written else data)
-            if is_written:
-                writes.append(self._write(output, value, number))
-                value = writes[-1].after
-            else:
-                self.introduce(output, value)
-            results.append(value)
-        for target in targets:
-            if not any(target is output for output in outputs):
-                writes.append(self._write(target, self._new(target, reads_inputs=reads_inputs), None))
-        self.graph.steps.append(Call(operation.name, arguments, tuple(results), self.module, tuple(writes)))
-
-    def _as_values(self, argument: Any) -> Any:
-        if isinstance(argument, Tensor):
-            return self._known[id(argument)][1]
-        if isinstance(argument, (list, tuple)):
-            return [self._as_values(entry) for entry in argument]
-        return argument
-
-    def _write(self, tensor: Tensor, value: Value, output: int | None) -> Write:
-        """Note that an operation has written a tensor, which is ``value`` from now on, if it is no parameter."""
-        before = self.value(tensor)
-        shared = []
-        for other in self._aliases[_storage_of(tensor)]:
-            if other is tensor:
-                continue
-            old = new = self.value(other)
-            reads_inputs = old.reads_inputs or value.reads_inputs
-            if old.fill is not None or old.data is not None or old.reads_inputs != reads_inputs:
-                new = replace(old, fill=None, data=None, reads_inputs=reads_inputs)
-                self._known[id(other)] = (other, new)
-            shared.append((old, new))
-        if before.source is None:
-            self._known[id(tensor)] = (tensor, value)
-        return Write(before, self._known[id(tensor)][1], tuple(shared), output)
+        values, shared = twin_of(inputs, {}, fake)
+        return values, tensors, shared
 
 
-def _grouped_product(
-    one: Tensor,
-    other: Tensor,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Result of a product of experts, without data: the rows of a matrix, or its columns, are in groups."""
-    shape = [one.shape[-2], other.shape[-1]]
-    if one.dim() == other.dim():
-        shape.insert(0, one.shape[0] if one.dim() == 3 or offs is None else offs.shape[0])
-    return one.new_empty(shape, dtype=out_dtype or one.dtype)
+def _clear_frames(error: BaseException | None) -> None:
+    """Clear the variables of the lines that an error tells of: they would keep tensors of the search alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
-def _storage_of(tensor: Tensor) -> int:
-    """Number of the memory of a tensor; its own id where it has none of the usual kind."""
+@contextmanager
+def _untouched_state() -> Iterator[None]:
+    """Change some settings of torch, and put them back.
+
+    The fast path for attention would be one operation that nothing is known of. Distributions would check their parameters,
+    which have no data. torch would log errors of tensors without data, which are raised, too.
+    """
+    is_checked = Distribution._validate_args
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    is_silent, log.disabled = log.disabled, True
+    Distribution.set_default_validate_args(False)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):
-        return id(tensor)
+        yield
+    finally:
+        Distribution.set_default_validate_args(is_checked)
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+        log.disabled = is_silent
 
 
-def _is_hashable(key: list[Any]) -> bool:
-    try:
-        hash(tuple(key))
-    except TypeError:
-        return False
-    return True
+def _constants(model: nn.Module) -> dict[str, Any]:
+    """Buffers that do not move: integers, with their values where these are known, and those that a state dict leaves out."""
+    constants: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            is_integer = buffer.dtype in (torch.int32, torch.int64)
+            if is_integer and not buffer.is_meta and buffer.numel() <= _MAX_DATA:
+                constants[name] = buffer.detach().cpu().numpy()
+            elif is_integer or name.rpartition(".")[2] in module._non_persistent_buffers_set:
+                constants[name] = None
+    return constants
 
 
-def _computed_from(tensor: Tensor | None) -> list[Tensor]:
-    """Parameters from which a tensor was computed, as far as autograd knows."""
-    found: list[Tensor] = []
-    queue = [None if tensor is None else tensor.grad_fn]
-    seen: set[Any] = set()
-    while queue:
-        node: Any = queue.pop()
-        if node is None or node in seen:
+def _introduce_parameters(
+    recorder: Recorder,
+    twin: nn.Module,
+    originals: Mapping[str, Tensor],
+    names: Mapping[int, str],
+    constants: Mapping[str, Any],
+    pinned: Mapping[str, str],
+) -> None:
+    for tensor in [*twin.parameters(), *twin.buffers()]:
+        name = names.get(id(tensor))
+        if name is None:  # it hides in an object that the model does not list
             continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        queue += [function for function, _ in node.next_functions]
-    return found
+        recorder.fakes.stand_for(originals[name], tensor)  # closures hold on to the tensors of the model itself
+        is_real = tensor.is_floating_point() or tensor.is_complex()
+        shape = tuple(tensor.shape)
+        if name in constants:
+            recorder.introduce(tensor, Value(shape, name, data=constants[name], is_discrete=not is_real))
+            continue
+        value = Value(shape, name, Source(name, tuple(range(tensor.dim()))), is_discrete=not is_real)
+        is_data = not isinstance(tensor, nn.Parameter) or not is_real
+        recorder.introduce_parameter(tensor, originals[name], Parameter(value, is_data, pinned.get(name, "")))

@@ -14,41 +14,14 @@ from teleport_optim.symmetry.search.analyse import Analyser
 from teleport_optim.symmetry.search.graph import Graph
 from teleport_optim.symmetry.search.limits import Limits, SearchStopped, Untraceable
 from teleport_optim.symmetry.search.reading import Path
+from teleport_optim.symmetry.search.record import Session, leaving_nothing
 from teleport_optim.symmetry.search.recording.fakes import DATA_DEPENDENT, Fakes
-from teleport_optim.symmetry.search.recording.session import Session, leaving_nothing
 from teleport_optim.symmetry.search.recording.watch import Watch, between, other_sizes
 
-__all__ = ["follow", "record"]
+__all__ = ["follow"]
 
 _LONG = 3000
 """Operations from which on a model is followed with smaller inputs only."""
-
-
-def record(model: nn.Module, inputs: Inputs, *, is_training: bool = False) -> Graph:
-    """Record what a model computes, with inputs of these shapes, in one mode.
-
-    Args:
-        model: The model; it is not changed and not run.
-        inputs: Its inputs; only their shapes matter.
-        is_training: Whether in training mode.
-
-    Raises:
-        Untraceable: if the model cannot be followed; and whatever the code of the model raises.
-
-    Example:
-        >>> print(record(nn.Sequential(nn.Linear(3, 8), nn.ReLU()), Inputs.of(torch.ones(2, 3))))
-        %0 = input [2, 3]
-        %1 = linear(%0, 0.weight, 0.bias) [2, 8]  # 0
-        %2 = relu(%1) [2, 8]  # 1
-        return %2
-    """
-
-    def run(fakes: Fakes) -> Graph:
-        limits = Limits.of(2**62, float("inf"))
-        with Session(model, inputs, fakes, limits, {}) as session, session.in_mode(is_training):
-            return session.run(inputs)
-
-    return leaving_nothing(run)
 
 
 def follow(

@@ -13,7 +13,7 @@ from teleport_optim.symmetry.inputs import SilentHook
 from teleport_optim.symmetry.search.recording.twin import Scripted
 
 if TYPE_CHECKING:
-    from teleport_optim.symmetry.search.record import Recorder
+    from teleport_optim.symmetry.search.recording.recorder import Recorder
 
 __all__ = ["watch_modules"]
 
