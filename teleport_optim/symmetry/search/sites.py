@@ -93,10 +93,10 @@ def _sites(roots: Array, signatures: Array, num_channels: int) -> tuple[Array, A
 
 
 def _signatures(analysis: ChannelAnalysis) -> tuple[list[_Entries], Array]:
-    """The entries of all moving_axes; and for each class a hash of where it occurs, equal for classes that form a site.
+    """Entries of all moving axes; and a hash for each class of the places where it occurs, equal for classes of one site.
 
-    Channels that are exchanged must pass through the same nodes in the same positions. What each unit passes through before it was
-    found to move together with others tells the members of a class apart (queries from keys in a packed projection).
+    Channels that are exchanged must pass through the same calls in the same positions. The calls that a channel passes through by
+    itself tell the members of its class apart (queries from keys in a packed projection).
     """
     moving_axes = analysis.moving_axes
     sizes = [moving_axis.ids.size for moving_axis in moving_axes]

@@ -80,11 +80,11 @@ class Surroundings:
 
     Args:
         roots: The objects: modules, containers, functions.
-        is_trace: Whether an object belongs to the search.
+        is_ours: Whether an object belongs to the search.
     """
 
-    def __init__(self, roots: Iterable[object], is_trace: Callable[[object], bool]) -> None:
-        self._is_trace = is_trace
+    def __init__(self, roots: Iterable[object], is_ours: Callable[[object], bool]) -> None:
+        self._is_ours = is_ours
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any], bool]] = []
         self._lists: list[tuple[Any, list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
@@ -211,8 +211,8 @@ class Surroundings:
         is_alone = threading.active_count() == 1
         taken: list[Any] = []
 
-        def is_ours(new: Any) -> bool:
-            return is_alone or self._is_trace(new)
+        def may_remove(new: Any) -> bool:
+            return is_alone or self._is_ours(new)
 
         for container, before, is_namespace in self._dicts:
             if len(container) == len(before) and all(a is b for a, b in zip(container.values(), before.values())):
@@ -222,7 +222,7 @@ class Surroundings:
             new = {key: entry for key, entry in now.items() if key not in before or entry is not before[key]}
             if is_namespace:  # what was imported or defined meanwhile is there to stay
                 new = {key: x for key, x in new.items() if not isinstance(x, (ModuleType, type, FunctionType))}
-            new = {key: entry for key, entry in new.items() if is_ours(entry)}
+            new = {key: entry for key, entry in new.items() if may_remove(entry)}
             taken += new.values()
             for key in new:
                 if key in before:
@@ -237,12 +237,12 @@ class Surroundings:
             if len(entries) != len(own) or any(a is not b for a, b in zip(entries, own)):
                 known = set(map(id, own))
                 new_entries = [entry for entry in entries if id(entry) not in known]
-                if is_alone or any(map(self._is_trace, new_entries)):
+                if is_alone or any(map(self._is_ours, new_entries)):
                     taken += new_entries
                     entries.clear()
                     entries.extend(own)
         for members, own_members in self._sets:
-            added = {member for member in members - own_members if is_ours(member)}
+            added = {member for member in members - own_members if may_remove(member)}
             taken += added
             members -= added
             if is_alone:
@@ -250,14 +250,14 @@ class Surroundings:
         for kind, attributes in self._classes:
             for key, entry in list(vars(kind).items()):
                 is_known = key in attributes
-                if (not is_known or entry is not attributes[key]) and is_ours(entry) and not key.startswith("__"):
+                if (not is_known or entry is not attributes[key]) and may_remove(entry) and not key.startswith("__"):
                     taken.append(entry)
                     if is_known:
                         setattr(kind, key, attributes[key])
                     else:
                         delattr(kind, key)
         for cell, content in self._cells:
-            if cell.cell_contents is not content and is_ours(cell.cell_contents):
+            if cell.cell_contents is not content and may_remove(cell.cell_contents):
                 taken.append(cell.cell_contents)
                 cell.cell_contents = content
         for cache, misses, keys in self._caches:
