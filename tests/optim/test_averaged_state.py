@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
-import torch
 from torch import nn
 
 from teleport_optim import LearnedTeleportOptimizer, OptimizerStateError
 from tests.helpers.averages import trained
 from tests.helpers.classification import X, Y, network, train
-from tests.helpers.comparing import same_weights, weights_of
+from tests.helpers.comparing import same_weights, through_file, weights_of
 from tests.helpers.expected_warnings import OPEN_ENDED_SAVED
 
 pytestmark = OPEN_ENDED_SAVED
@@ -27,10 +25,7 @@ def test_a_run_resumes_bit_for_bit_from_either_mode(
     model, optimizer = trained(40, **options)
     if is_eval:
         optimizer.eval()
-    stream = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, stream)
-    stream.seek(0)
-    saved = torch.load(stream, weights_only=True)
+    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     other = network(seed=3)
     resumed = LearnedTeleportOptimizer.for_model(other, **options)
     loads = [(other, "model"), (resumed, "optimizer")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from teleport_optim import LearnedTeleportOptimizer, MetaOptimizer
 from teleport_optim.optim.schedule import TELEPORT_INTERVAL
 from tests.helpers.classification import X, Y, network, train
+from tests.helpers.comparing import through_file
 from tests.helpers.expected_warnings import OF_OURS
 
 pytestmark = OF_OURS
@@ -131,10 +131,7 @@ def test_a_state_dict_continues_bit_for_bit(make: Callable[..., Optimizer], step
     model = network()
     optimizer = make(model.parameters())
     train(model, optimizer, step)
-    stream = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict()), stream)
-    stream.seek(0)
-    weights, state = torch.load(stream, weights_only=True)
+    weights, state = through_file((model.state_dict(), optimizer.state_dict()))
     other = network(seed=9)
     other.load_state_dict(weights)
     resumed = make(other.parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.testing._internal.common_optimizers import OptimizerInfo
 
 from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.state import OptimizerStateError
+from tests.helpers.comparing import through_file
 from tests.helpers.expected_warnings import OF_OURS
 from tests.helpers.torch_infos import (
     OURS,
@@ -97,10 +97,7 @@ def test_can_load_older_state_dict(info: OptimizerInfo, kwargs: dict[str, Any]) 
 @every_input
 def test_save_load_equality_with_weights_only(info: OptimizerInfo, kwargs: dict[str, Any]) -> None:
     params, optimizer = state_after(info, kwargs)
-    stream = io.BytesIO()
-    torch.save(optimizer.state_dict(), stream)
-    stream.seek(0)
-    loaded = torch.load(stream, weights_only=True)
+    loaded = through_file(optimizer.state_dict())
     assert_identical(loaded, optimizer.state_dict())
     other = make(info, params, kwargs)
     other.load_state_dict(loaded)
