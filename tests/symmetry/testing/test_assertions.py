@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,9 @@ from teleport_optim.testing import (
     modules,
     sequential_models,
 )
+from tests.helpers.paths import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs" / "testing.md"
+DOCS = ROOT / "docs" / "testing.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.MULTILINE | re.DOTALL)
 INPUTS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 quick = settings(max_examples=15, deadline=None, database=None, derandomize=True)

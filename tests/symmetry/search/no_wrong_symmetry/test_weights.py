@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_models import Model, build, conv, param
-from strategies import reasons_of
 from torch import Tensor, nn
 
 from teleport_optim import LearnedTeleportOptimizer, act, act_dual
 from teleport_optim.optim.parameters import ParameterTable
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from tests.helpers.odd_models import Model, build, conv, param
+from tests.helpers.specs import reasons_of
 
 N = 6
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import Model
-from strategies import reasons_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.profiler import ProfilerActivity, profile
@@ -19,6 +17,8 @@ from teleport_optim import LearnedTeleportOptimizer
 from teleport_optim.optim.kernels.native import are_plain
 from teleport_optim.symmetry import find_symmetries
 from teleport_optim.symmetry.inputs import InputWatch
+from tests.helpers.odd_models import Model
+from tests.helpers.specs import reasons_of
 
 
 def mlp() -> nn.Sequential:

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from odd_models import Model
-from strategies import reasons_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from teleport_optim.symmetry import find_symmetries
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers.odd_models import Model
+from tests.helpers.paths import ROOT
+from tests.helpers.specs import reasons_of
 
 
 @functools.cache
