@@ -11,6 +11,8 @@ from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmet
 from teleport_optim.testing import Sample, sequential_models
 from tests.helpers.specs import legs_of
 
+pytestmark = pytest.mark.private_torch
+
 ModelFactory = Callable[[], nn.Module]
 
 

@@ -18,7 +18,9 @@ from teleport_optim.symmetry.search.graph import Call, Graph, Pin, Value, Write
 from teleport_optim.symmetry.search.runs import record
 from teleport_optim.symmetry.search.sites import symmetries_of
 from teleport_optim.symmetry.spec import Symmetry
-from tests.helpers.odd_models import Model
+from tests.helpers.small_models import Model
+
+pytestmark = pytest.mark.private_torch
 
 PACKAGE = Path(teleport_optim.symmetry.__file__).parent
 RECORDING = {"search/record.py": "TorchDispatchMode", "search/recording/fakes.py": "FakeTensorMode"}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
-from tests.helpers.odd_models import Model
+from tests.helpers.small_models import Model
 from tests.helpers.specs import reasons_of
+
+pytestmark = pytest.mark.private_torch
 
 
 def deep(num_layers: int) -> nn.Module:
