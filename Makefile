@@ -14,7 +14,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m private_torch tests/optim tests/meta_training
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m private_torch tests/optim tests/symmetry tests/meta_training
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
@@ -36,5 +36,5 @@ $(VENV)/.ready-%: $(SOURCES)
 .venv-oldest/.ready: $(SOURCES)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --editable '.[alignment,cli,testing]' expecttest pytest pytest-xdist \
-		'torch==2.9.0' 'torchvision==0.24.0'
+		'torch==2.9.0' 'torchvision==0.24.0' 'transformers>=5.24'
 	touch $@

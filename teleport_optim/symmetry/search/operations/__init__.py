@@ -5,8 +5,8 @@ analysis for what its group does (``moves_entries``, say), never for its class. 
 the overload. An operation that is not in :data:`RULES` is followed through the operations of which torch makes it; if there are
 none, it lets nothing through.
 
-To add an operation, write its rule in one of these files, name it in :data:`RULES`, and give tests/test_operations.py a model
-with it: there every symmetry found is verified by numbers.
+To add an operation, write its rule in one of these files, name it in :data:`RULES`, and give
+tests/symmetry/search/test_operations.py a model with it: there every symmetry found is verified by numbers.
 """
 
 from __future__ import annotations

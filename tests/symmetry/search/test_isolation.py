@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from odd_models import Model
-from strategies import reasons_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from teleport_optim.symmetry import find_symmetries
+from tests.helpers.paths import ROOT
+from tests.helpers.small_models import Model
+from tests.helpers.specs import reasons_of
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.private_torch
 
 
 @functools.cache
@@ -160,74 +160,76 @@ def test_garbage_is_collected_again_afterwards() -> None:
         gc.enable()
 
 
+TWO_MODELS = """
+import collections, functools, itertools, random, sys
+import numpy as np, torch
+from torch import nn
+
+CALLS, HISTORY, SEEN, RECENT = 0, [], set(), collections.deque(maxlen=3)
+RNG, NP_RNG = random.Random(1), np.random.default_rng(2)
+GENERATOR = torch.Generator().manual_seed(4)
+STATISTICS = np.zeros(3)
+
+@functools.lru_cache
+def registry():
+    return {}
+
+def counting():
+    total = 0
+    def count():
+        nonlocal total
+        total += 1
+        return total
+    return count
+
+COUNT = counting()
+
+class Helper:
+    step = 0
+    def __init__(self): self.log = []
+    def __call__(self, x):
+        Helper.step += 1
+        self.log.append(tuple(x.shape))
+        return x * (1 + len(self.log))
+
+HELPER = Helper()
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.ticks = itertools.count()
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        HISTORY.append(x.shape[0]); SEEN.add(CALLS); RECENT.append(CALLS)
+        registry()[CALLS] = True
+        STATISTICS[:] += 1
+        x = x * (1 + RNG.random() + NP_RNG.random() + next(self.ticks) + COUNT())
+        return HELPER(self.b(self.n(self.a(x)).relu()))
+
+torch.manual_seed(0)
+random.seed(5)
+models = [Net(), Net()]
+x = torch.randn(5, 4)
+if sys.argv[1] == "search":
+    from teleport_optim import find_symmetries
+    registry()["mine"] = 1
+    for model in models:
+        assert len(find_symmetries(model, x)) > 0
+else:
+    registry()["mine"] = 1
+outputs = [model(x).sum().item() for model in models]
+print(CALLS, HISTORY, SEEN, list(RECENT), registry(), STATISTICS, Helper.step, HELPER.log, outputs)
+print([b.tolist() for model in models for b in model.buffers()], random.random(), torch.rand(1, generator=GENERATOR))
+"""
+"""A script that calls two models with all kinds of counters; with the argument ``search``, after a search in each."""
+
+
 def test_a_process_behaves_the_same_after_a_search(tmp_path: Path) -> None:
     """Counters, generators and iterators of the user's, in a process of one thread."""
     script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-        import collections, functools, itertools, random, sys
-        import numpy as np, torch
-        from torch import nn
-
-        CALLS, HISTORY, SEEN, RECENT = 0, [], set(), collections.deque(maxlen=3)
-        RNG, NP_RNG = random.Random(1), np.random.default_rng(2)
-        GENERATOR = torch.Generator().manual_seed(4)
-        STATISTICS = np.zeros(3)
-
-        @functools.lru_cache
-        def registry():
-            return {}
-
-        def counting():
-            total = 0
-            def count():
-                nonlocal total
-                total += 1
-                return total
-            return count
-
-        COUNT = counting()
-
-        class Helper:
-            step = 0
-            def __init__(self): self.log = []
-            def __call__(self, x):
-                Helper.step += 1
-                self.log.append(tuple(x.shape))
-                return x * (1 + len(self.log))
-
-        HELPER = Helper()
-
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.a, self.n, self.b = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
-                self.ticks = itertools.count()
-            def forward(self, x):
-                global CALLS
-                CALLS += 1
-                HISTORY.append(x.shape[0]); SEEN.add(CALLS); RECENT.append(CALLS)
-                registry()[CALLS] = True
-                STATISTICS[:] += 1
-                x = x * (1 + RNG.random() + NP_RNG.random() + next(self.ticks) + COUNT())
-                return HELPER(self.b(self.n(self.a(x)).relu()))
-
-        torch.manual_seed(0)
-        random.seed(5)
-        models = [Net(), Net()]
-        x = torch.randn(5, 4)
-        if sys.argv[1] == "search":
-            from teleport_optim import find_symmetries
-            registry()["mine"] = 1
-            for model in models:
-                assert len(find_symmetries(model, x)) > 0
-        else:
-            registry()["mine"] = 1
-        outputs = [model(x).sum().item() for model in models]
-        print(CALLS, HISTORY, SEEN, list(RECENT), registry(), STATISTICS, Helper.step, HELPER.log, outputs)
-        print([b.tolist() for model in models for b in model.buffers()], random.random(), torch.rand(1, generator=GENERATOR))
-        """)
-    )
+    script.write_text(TWO_MODELS)
     runs = [
         subprocess.run(
             [sys.executable, str(script), mode],

@@ -5,14 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from odd_models import Model, N, build, certified
-from strategies import legs_of, reasons_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
 from teleport_optim.symmetry.action import act
 from teleport_optim.symmetry.search import analyse
+from tests.helpers.small_models import Model, N, build, certified
+from tests.helpers.specs import legs_of, reasons_of
+
+pytestmark = pytest.mark.private_torch
 
 ModelFactory = Callable[[], nn.Module]
 

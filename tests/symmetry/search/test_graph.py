@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import Model
 from torch import Tensor, nn
 
 import teleport_optim.symmetry
@@ -19,6 +18,9 @@ from teleport_optim.symmetry.search.graph import Call, Graph, Pin, Value, Write
 from teleport_optim.symmetry.search.record import record
 from teleport_optim.symmetry.search.sites import symmetries_of
 from teleport_optim.symmetry.spec import Symmetry
+from tests.helpers.small_models import Model
+
+pytestmark = pytest.mark.private_torch
 
 PACKAGE = Path(teleport_optim.symmetry.__file__).parent
 RECORDING = {"search/recording/recorder.py": "TorchDispatchMode", "search/recording/fakes.py": "FakeTensorMode"}

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from strategies import Sample, sequential_models
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport_optim.symmetry import Element, Leg, Symmetry, SymmetrySpec, find_symmetries
 from teleport_optim.symmetry.action import SlotKind, act, act_dual, channel_norms, transport
 from teleport_optim.symmetry.groups import GROUPS
+from teleport_optim.testing import Sample, sequential_models
 
 MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)), (7, 3)),

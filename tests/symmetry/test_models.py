@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from odd_models import MODELS, Model, N, build, certified
 from torch import nn
 
 from teleport_optim.symmetry import find_symmetries
+from tests.helpers.odd_models import MODELS
+from tests.helpers.small_models import Model, N, build, certified
+
+pytestmark = pytest.mark.private_torch
 
 # ------------------------------------------------------------------------------------------------------- odd models
 

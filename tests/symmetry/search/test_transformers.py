@@ -11,6 +11,8 @@ from torch import nn
 
 from teleport_optim.symmetry import find_symmetries
 
+pytestmark = pytest.mark.private_torch
+
 SIZES = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import MODELS, Model, N, build, certified, mlp
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import find_symmetries
@@ -15,6 +14,10 @@ from teleport_optim.symmetry.search import operations
 from teleport_optim.symmetry.search.graph import Call
 from teleport_optim.symmetry.search.operations import entrywise
 from teleport_optim.symmetry.search.operations.call import Rule
+from tests.helpers.odd_models import MODELS
+from tests.helpers.small_models import Model, N, build, certified, mlp
+
+pytestmark = pytest.mark.private_torch
 
 ALL, HOMOGENEOUS, ODD, ANY = "permutation scaling sign", "permutation scaling", "permutation sign", "permutation"
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from strategies import Sample, sequential_models
 from torch import nn
 
 from teleport_optim.symmetry import Leg, Refusal, Symmetry, SymmetrySpec, find_symmetries
 from teleport_optim.symmetry.groups import GROUPS
+from teleport_optim.testing import Sample, sequential_models
 
 LEGS = (Leg("a.weight", 0, 1, repeat=2), Leg("b.weight", 1, -1, offset=3, within=(0, 2, 4)), Leg("n.var", 0, 2))
 LISTED = Leg("s.weight", 0, 1, index=(4, 0, 2))

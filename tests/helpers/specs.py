@@ -1,11 +1,8 @@
-"""The strategy for random sequential models, and readable views of specs."""
+"""Readable views of specs."""
 
 from __future__ import annotations
 
 from teleport_optim.symmetry import SymmetrySpec
-from teleport_optim.testing import Sample, sequential_models
-
-__all__ = ["Sample", "legs_of", "reasons_of", "sequential_models"]
 
 
 def legs_of(spec: SymmetrySpec) -> dict[str, str]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import Model
-from strategies import reasons_of
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries
+from tests.helpers.small_models import Model
+from tests.helpers.specs import reasons_of
+
+pytestmark = pytest.mark.private_torch
 
 
 def deep(num_layers: int) -> nn.Module:

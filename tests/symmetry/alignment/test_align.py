@@ -1,126 +1,21 @@
-"""Alignment: planted permutations are found, functions stay, and the barrier is what it says."""
+"""Alignment: planted permutations are found, and functions stay."""
 
 import builtins
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from teleport_optim.alignment import AlignmentReport, Barrier, align, interpolation_barrier
+from teleport_optim.alignment import AlignmentReport, align
 from teleport_optim.symmetry import Inputs, SymmetrySpec, find_symmetries
 from teleport_optim.symmetry.action import act
 from teleport_optim.symmetry.alignment.activations import _Moments
 from teleport_optim.symmetry.alignment.matching import Matching, assignment_solver
+from tests.helpers.alignment_models import MODELS, Tied, build, distance, every_model, numbers, permuted, small, state
 
-
-class Residual(nn.Module):
-    def __init__(self, width: int = 12) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.first, self.inner = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.second, self.outer = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.head = nn.Linear(4 * width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        x = F.relu(x + self.outer(self.second(F.relu(self.inner(self.first(x))))))
-        return self.head(F.avg_pool2d(x, 3).flatten(1))
-
-
-class Language(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=True)
-        self.embedding, self.norm, self.head = nn.Embedding(9, 16), nn.LayerNorm(16), nn.Linear(16, 9)
-        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.layers(self.embedding(x))))
-
-
-class Recurrent(nn.Module):
-    """Its one site lies on both axes of a weight, which is used several times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.step, self.head = nn.Linear(3, 12), nn.Linear(12, 12), nn.Linear(12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.read(x).tanh()
-        for _ in range(3):
-            hidden = (self.step(hidden) + self.read(x)).tanh()
-        return self.head(hidden)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.write = nn.Linear(4, 10), nn.Linear(10, 4)
-        self.again, self.head = nn.Linear(4, 10), nn.Linear(10, 2)
-        self.again.weight = self.read.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.again(self.write(self.read(x).relu())).relu())
-
-
-def perceptron() -> nn.Module:
-    layers = [nn.Linear(4, 24), nn.GELU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 2)]
-    return nn.Sequential(*layers)
-
-
-def grouped() -> nn.Module:
-    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)]
-    return nn.Sequential(*layers)
-
-
-def numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "perceptron": (perceptron, numbers(9, 4)),
-    "residual": (Residual, numbers(6, 1, 6, 6)),
-    "grouped": (grouped, numbers(6, 1, 6, 6)),
-    "attention": (lambda: nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), numbers(6, 5, 16)),
-    "language": (Language, torch.arange(30).view(6, 5) % 9),
-    "recurrent": (Recurrent, numbers(9, 3)),
-    "tied": (Tied, numbers(9, 4)),
-}
-every_model = pytest.mark.parametrize("name", MODELS)
 both_ways = pytest.mark.parametrize("by_activations", [False, True], ids=["weights", "activations"])
-
-
-def build(name: str, seed: int) -> nn.Module:
-    """A network in which nothing is at a special value, also not its running statistics."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MODELS[name][0]().double()
-        if name == "residual":
-            model.train()(3.0 * torch.randn(40, 1, 6, 6, dtype=torch.float64))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.02 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def permuted(reference: nn.Module, inputs: Tensor, seed: int) -> nn.Module:
-    spec = find_symmetries(reference, inputs).of_group("permutation")
-    model = copy.deepcopy(reference)
-    model.load_state_dict(act(spec, spec.random_element(torch.Generator().manual_seed(seed)), model.state_dict()))
-    return model
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def distance(first: nn.Module, second: nn.Module) -> float:
-    pairs = zip(first.parameters(), second.parameters())
-    return sum((x - y).square().sum() for x, y in pairs).sqrt().item()
 
 
 @both_ways
@@ -294,10 +189,6 @@ def test_the_report_prints_as_a_table() -> None:
     assert str(limited).endswith("1 sweeps; not converged")
 
 
-def small(width: int = 6) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
-
-
 def with_nan() -> nn.Module:
     model = small()
     nn.init.constant_(model[0].bias, float("nan"))
@@ -340,100 +231,3 @@ def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", importing)
     with pytest.raises(ImportError, match="pip install scipy"):
         align(small(), small(), FOUR)
-
-
-# ------------------------------------------------------------------------------------------------------- the barrier
-
-
-def squared_output(inputs: Tensor) -> Callable[[nn.Module], float]:
-    return lambda model: model(inputs).square().mean().item()
-
-
-@every_model
-def test_there_is_no_barrier_to_oneself(name: str) -> None:
-    model, inputs = build(name, 0), MODELS[name][1]
-    line = interpolation_barrier(model, copy.deepcopy(model), squared_output(inputs))
-    assert line.barrier == 0.0
-    assert len(line.alphas) == len(line.losses) == 11
-    assert line.alphas[0] == 0.0
-    assert line.alphas[-1] == 1.0
-
-
-def test_the_barrier_is_the_largest_rise_above_the_chord() -> None:
-    line = Barrier((0.0, 0.25, 0.5, 1.0), (1.0, 4.0, 4.0, 3.0))
-    assert line.excesses == (0.0, 2.5, 2.0, 0.0)
-    assert line.barrier == 2.5
-    assert Barrier((0.0, 0.5, 1.0), (1.0, 0.0, 1.0)).barrier == 0.0
-
-
-def test_a_planted_permutation_makes_a_barrier_that_alignment_removes() -> None:
-    inputs = MODELS["residual"][1]
-    reference = build("residual", 0)
-    model, target = permuted(reference, inputs, 0), reference(inputs).detach()
-
-    def loss(model: nn.Module) -> float:
-        return (model(inputs) - target).square().mean().item()
-
-    before = interpolation_barrier(reference, model, loss)
-    align(model, reference, inputs)
-    after = interpolation_barrier(reference, model, loss)
-    assert before.barrier > 1e-3
-    assert after.barrier < 1e-12
-
-
-def test_the_ends_of_the_line_are_the_networks_and_nothing_changes() -> None:
-    first, second, inputs = build("residual", 0).train(), build("residual", 1), MODELS["residual"][1]
-    states, random_state = [state(first), state(second)], torch.get_rng_state()
-    seen: list[dict[str, Tensor]] = []
-    draws: list[float] = []
-
-    def evaluate(model: nn.Module) -> float:
-        assert not any(module.training for module in model.modules())
-        seen.append(state(model))
-        draws.append(torch.rand(()).item())
-        return squared_output(inputs)(model)
-
-    line = interpolation_barrier(first, second, evaluate, num_points=3)
-    assert all(torch.equal(tensor, states[0][name]) for name, tensor in seen[0].items())
-    counter = "num_batches_tracked"
-    assert all(torch.equal(t, states[1][name]) for name, t in seen[2].items() if counter not in name)
-    middle = {name: (states[0][name] + states[1][name]) / 2 for name in seen[1] if counter not in name}
-    assert all(torch.allclose(seen[1][name], tensor) for name, tensor in middle.items())
-    assert len(set(draws)) == 1
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(
-        torch.equal(t, old[name]) for m, old in zip((first, second), states) for name, t in m.state_dict().items()
-    )
-    assert first.training
-    assert interpolation_barrier(first, second, squared_output(inputs), num_points=3) == line
-
-
-def test_recalibrated_statistics_are_those_of_the_batches() -> None:
-    first, second, inputs = build("residual", 0), build("residual", 1), MODELS["residual"][1]
-    checked = []
-
-    def evaluate(model: nn.Module) -> float:
-        hidden = model.stem(inputs).transpose(0, 1).flatten(1)
-        torch.testing.assert_close(model.norm.running_mean, hidden.mean(dim=1))
-        torch.testing.assert_close(model.norm.running_var, hidden.var(dim=1))
-        assert model.norm.momentum == first.norm.momentum
-        checked.append(model)
-        return 0.0
-
-    interpolation_barrier(first, second, evaluate, num_points=5, recalibrate=[inputs, inputs])
-    assert len(checked) == 5
-
-
-@pytest.mark.parametrize(
-    ("second", "loss", "options", "message"),
-    [
-        (small(7), 0.0, {}, "'0.weight' has the shapes"),
-        (small(), 0.0, {"num_points": 2}, "num_points is 2"),
-        (small(), float("nan"), {}, "evaluate gives nan at alpha = 0"),
-        (small(), float("inf"), {}, "evaluate gives inf at alpha = 0"),
-        (small(), 0.0, {"recalibrate": []}, "there are no batches"),
-    ],
-)
-def test_mistakes_on_the_line_are_named(second: nn.Module, loss: float, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        interpolation_barrier(small(), second, lambda model: loss, **options)

@@ -5,10 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from strategies import Sample, legs_of, sequential_models
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import SymmetrySpec, find_symmetries, verify_symmetries
+from teleport_optim.testing import Sample, sequential_models
+from tests.helpers.specs import legs_of
+
+pytestmark = pytest.mark.private_torch
 
 ModelFactory = Callable[[], nn.Module]
 
