@@ -5,16 +5,19 @@ group elements that shrink to small ones. The assertions work on float64 copies 
 state as they were.
 """
 
-from teleport_optim.symmetry.testing import (
-    Sample,
+import importlib.util
+
+if importlib.util.find_spec("hypothesis") is None:
+    raise ImportError("teleport_optim.testing needs hypothesis: pip install hypothesis")
+
+from teleport_optim.symmetry.testing.assertions import (
     assert_equivariant_gradient,
     assert_invariant,
     assert_optimizer_equivariant,
-    example_inputs,
-    group_elements,
-    modules,
-    sequential_models,
 )
+from teleport_optim.symmetry.testing.elements import example_inputs, group_elements
+from teleport_optim.symmetry.testing.graphs import modules
+from teleport_optim.symmetry.testing.sequential import Sample, sequential_models
 
 __all__ = [
     "Sample",

@@ -14,7 +14,10 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.MULTILI
 
 def test_without_hypothesis_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    monkeypatch.delitem(sys.modules, "teleport_optim.testing")
+    for name in [
+        name for name in sys.modules if name.startswith(("teleport_optim.testing", "teleport_optim.symmetry.testing"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match="pip install hypothesis"):
         import teleport_optim.testing  # noqa: F401
 

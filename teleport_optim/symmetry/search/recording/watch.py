@@ -26,8 +26,8 @@ from teleport_optim.symmetry.inputs import Inputs
 __all__ = ["Watch", "between", "other_sizes", "random_states", "sizes_of"]
 
 _Pin = Callable[[Any, str], None]
-_INSIDE = ("torch", "teleport_optim.symmetry")
-"""Packages whose own questions do not count, since they do not change the result."""
+_INSIDE = ("torch", "teleport_optim.symmetry.search")
+"""Packages whose own questions do not count, since they do not change the result. The testing kit is not one: it has models."""
 
 _CUSTOM_BACKWARD = "{} has a backward pass of its own, whose gradients may not move with the parameters"
 _HOOKED = "a hook in the forward pass may change its gradient"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_optim.symmetry import find_symmetries
+from teleport_optim.symmetry.testing.idioms import Branch
 from tests.helpers.invariance import Case, assert_holds, between, by_kind, ids, images, sequences, vectors
 from tests.helpers.small_models import N, build
 from tests.helpers.specs import reasons_of
@@ -156,6 +157,12 @@ def test_a_model_is_followed_more_than_twice_only_where_it_asks(
     spec = find_symmetries(build(lambda: Counted(function)), torch.randn(4, 3))
     assert ids(spec) == "a:permutation a:scaling"
     assert (capsys.readouterr().out.count("called") > 2) is is_more
+
+
+@pytest.mark.parametrize("asks_for_size", [False, True])
+def test_a_model_of_the_testing_kit_is_asked_like_any_other(asks_for_size: bool) -> None:
+    model = build(lambda: nn.Sequential(nn.Linear(3, N), Branch(asks_for_size=asks_for_size), nn.Linear(N, 2)))
+    assert ids(find_symmetries(model, torch.randn(5, 3))) == "0:permutation"
 
 
 def test_sizes_that_a_model_keeps_are_plain_numbers_afterwards() -> None:
