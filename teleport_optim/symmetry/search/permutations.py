@@ -141,12 +141,12 @@ class PermutationAnalysis(ChannelAnalysis):
         for number, side in enumerate(sides):
             for entry in side:
                 met = [second for second in sides[1 - number] if varying(entry) & varying(second)]
-                rivals = [first for first in side if met and varying(first) & varying(met[0])]
+                competing = [first for first in side if met and varying(first) & varying(met[0])]
                 if not met and is_sum and self.mixes_channels:
                     self.pin([entry[0]])
                 elif not met:
                     result += self._alone(entry, *opposites[number], subscripts)
-                elif len(met) > 1 or len(rivals) > 1:
+                elif len(met) > 1 or len(competing) > 1:
                     self.classes.pin(entry[0].ids)
                 elif number == 0:
                     result += self._pair(entry, met[0], subscripts, is_sum=is_sum)
