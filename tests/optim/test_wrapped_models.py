@@ -116,12 +116,29 @@ def test_a_compiled_model_teleports(compiling: Callable[..., tuple[nn.Module, nn
     torch.testing.assert_close(list(model.parameters()), list(plain.parameters()), rtol=1e-3, atol=1e-4)
 
 
+def compiles_in_place() -> bool:
+    """Whether torch compiles a module in place at all: 2.9.0 does not."""
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        calls.append(len(inputs))
+        return graph.forward
+
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    model.compile(backend=backend)
+    model(torch.zeros(4, 2))
+    return bool(calls)
+
+
 @pytest.mark.parametrize("compiling", [compile_whole, compile_in_place, compile_and_hand_over])
 @pytest.mark.parametrize("is_waiting", [False, True])
 def test_a_compiled_model_is_compiled_whole(
     compiling: Callable[..., tuple[nn.Module, nn.Module]], is_waiting: bool
 ) -> None:
     """Whatever waits for the first call of the model must not break its graph."""
+    if compiling is compile_in_place and not compiles_in_place():
+        pytest.skip("this torch runs a module that was compiled in place as it is, with or without an optimizer")
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
