@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teleport_optim.meta_training.tasks import InnerProblem
+from teleport_optim.meta_training.tasks import InnerProblem, networks
 from teleport_optim.meta_training.tasks import data as data_module
 from teleport_optim.meta_training.tasks.data import ALPHABET, digits, paragraphs, table, text
 from teleport_optim.meta_training.tasks.splits import (
@@ -22,9 +22,17 @@ from teleport_optim.meta_training.tasks.splits import (
     text_split,
 )
 from teleport_optim.rng import generator_for
+from teleport_optim.symmetry import SymmetrySpec
 from tests.helpers.problems import FUNCTION_TASKS, HORIZONS, NETWORK_TASKS, TASKS, draw_problem, each_split
 
 
+@pytest.fixture
+def _without_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems that are drawn without a look at their symmetries, which comes after the architecture and takes the time."""
+    monkeypatch.setattr(networks, "find_symmetries", lambda *args, **options: SymmetrySpec())
+
+
+@pytest.mark.usefixtures("_without_search")
 @pytest.mark.parametrize("name", NETWORK_TASKS)
 def test_splits_have_no_architecture_in_common(name: str) -> None:
     architectures = [{draw_problem(name, split, seed, 1).architecture for seed in range(60)} for split in SPLITS]
@@ -38,6 +46,7 @@ def test_sizes_and_tables_belong_to_one_split(sizes: dict[str, tuple[object, ...
     assert sum(map(len, sizes.values())) == len(set(itertools.chain(*sizes.values())))
 
 
+@pytest.mark.usefixtures("_without_search")
 @pytest.mark.parametrize("name", NETWORK_TASKS)
 def test_equal_architectures_have_equal_shapes(name: str) -> None:
     shapes: dict[str, list[torch.Size]] = {}
