@@ -124,7 +124,7 @@ class StepTensors:
         return Point(*(dict(zip(self.names, tensors)) for tensors in lists))
 
     def fits(self, step: NativeStep) -> bool:
-        """Whether the step in C can be taken: sizes agree, and no two tensors share memory."""
+        """Whether the step in C can be taken: all tensors are plain, and of the sizes that it was made for."""
         lists = [self.params, self.grads, self.momenta, *([self.offsets] if self.offsets else [])]
         return self.is_plain and step.fits(*lists, numbers=self.counts + self.fingerprints + self.ends)
 
@@ -168,16 +168,15 @@ class StepCache:
         return self._hyper[1]
 
     def base(self, controls: Controls, hyper: HyperParameters) -> BaseCoefficients:
-        """The base under these controls, which most steps share with the step before."""
+        """Base coefficients under these controls, which most steps share with the step before."""
         if self._base is None or self._base[0] is not controls or self._base[1] is not hyper:
             self._base = (controls, hyper, BaseCoefficients.of(controls, hyper, self.table))
         return self._base[2]
 
     def starts_of(self, slots: list[Slots], step: int, horizon: Horizon) -> list[int]:
         """The steps with which the averages begin, after they have been brought up to date."""
-        if (
-            self.starts is not None
-        ):  # The step before was one of the same tensors, and nobody has changed their averages.
+        # If they are known, the step before was one of the same tensors, and nobody has changed their averages.
+        if self.starts is not None:
             return self.starts
         for own in slots:
             catch_up(own, step, horizon)

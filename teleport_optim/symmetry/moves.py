@@ -158,9 +158,8 @@ class Moved(Mapping[str, Tensor]):
             power = powers[degree] if degree in powers else scales.pow(degree)
             tensor = self._small.get(leg.name, self.tensors[leg.name])
             factor = _on_axis(symmetry, leg, power, tensor.shape)
-            if (
-                tensor.numel() <= _SMALL and tensor.dtype != torch.float16
-            ):  # whose range is smaller than that of factors
+            # The range of float16 is smaller than that of factors: those of all moves together may be needed.
+            if tensor.numel() <= _SMALL and tensor.dtype != torch.float16:
                 self._small[leg.name] = tensor * factor.to(tensor.dtype)
                 continue
             key = (leg.axis, None if leg.within is None else leg.within[0])
