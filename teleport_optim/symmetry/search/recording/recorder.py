@@ -138,9 +138,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operation = self._operations[func] = Operation.of(func)
         tensors: list[Tensor] = []
         key: list[Any] = []
-        if (
-            operation.name in _LIFTS
-        ):  # of a tensor that the code has just written down: its entries are known, and stay so
+        # A lift is of a tensor that the code has just written down: its entries are known, and stay so.
+        if operation.name in _LIFTS:
             tensors += [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         else:
             args, kwargs = self._without_data(args, tensors, key), self._without_data(kwargs, tensors, key)
@@ -182,9 +181,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, operation: Operation, args: Any, kwargs: Any, tensors: list[Tensor], key: list[Any]
     ) -> Any:
         def compute() -> Any:
-            if (
-                operation.name in _NORMALISATIONS
-            ):  # torch would decompose it, which takes most of the time of a recording
+            # torch would decompose a normalisation, which takes most of the time of a recording.
+            if operation.name in _NORMALISATIONS:
                 return torch.empty_like(args[0])
             if operation.name == _GROUPED_PRODUCT:
                 return _grouped_product(*args, **kwargs)
